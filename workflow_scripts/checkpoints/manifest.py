@@ -1,0 +1,112 @@
+"""Manifests: one small JSON file, written last, that vouches for a folder of large ones.
+
+A rule's declared output is a manifest; the folder that it names hangs off it. Consumers check sizes before they
+read (`require`), and digests where a flipped bit would hurt (``digests=True``).
+"""
+
+import importlib.metadata
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import read_json, sha256_of, write_json
+
+PACKAGES = ("torch", "megatron-core", "transformers", "sglang", "flash-linear-attention", "snakemake")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a manifest file says.
+
+    Attributes:
+        path: the manifest itself.
+        kind: the stage that made it: ``download``, ``convert``, ``train`` ...
+        root: the folder that ``files`` are relative to.
+        files: relative name -> ``{"bytes": int, "sha256": str}``.
+        facts: what else the stage wants to hand on (plain JSON).
+        provenance: the rule's provenance param: config slice, code, upstream.
+    """
+
+    path: Path
+    kind: str
+    root: Path
+    files: dict[str, dict[str, Any]]
+    facts: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def require(self, digests: bool = False) -> "Manifest":
+        """Check that every file is there with its size (and its sha256); the first that is not is a `UserError`."""
+        for name, entry in self.files.items():
+            file = self.root / name
+            if not file.is_file():
+                raise UserError(
+                    f"{file}: missing, though {self.path} vouches for it: delete that manifest and run again"
+                )
+            if file.stat().st_size != entry["bytes"]:
+                raise UserError(
+                    f"{file}: {file.stat().st_size} bytes, {self.path} says {entry['bytes']}: delete both and run again"
+                )
+            if digests and sha256_of(file) != entry["sha256"]:
+                raise UserError(
+                    f"{file}: its sha256 is not the one in {self.path}: it is damaged; delete both and run again"
+                )
+        return self
+
+
+def write_manifest(
+    path: Path | str,
+    kind: str,
+    root: Path | str,
+    files: list[str] | dict[str, dict[str, Any]],
+    provenance: dict[str, Any],
+    facts: dict[str, Any] | None = None,
+) -> Manifest:
+    """Write the manifest of ``files`` below ``root``; names without an entry are measured and digested here."""
+    path, root = Path(path), Path(root)
+    entries = files if isinstance(files, dict) else {name: describe(root / name) for name in sorted(files)}
+    write_json(
+        path,
+        {
+            "kind": kind,
+            "root": os.path.relpath(root, path.parent),
+            "files": entries,
+            "facts": facts or {},
+            "versions": versions(),
+            "provenance": provenance,
+        },
+    )
+    return read_manifest(path)
+
+
+def read_manifest(path: Path | str) -> Manifest:
+    """Read a manifest; a file that is not one is a `UserError`."""
+    path, content = Path(path), read_json(path)
+    try:
+        return Manifest(
+            path=path,
+            kind=content["kind"],
+            root=path.parent / content["root"],
+            files=content["files"],
+            facts=content["facts"],
+            provenance=content["provenance"],
+        )
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: not a manifest: delete it and run again") from None
+
+
+def describe(file: Path) -> dict[str, Any]:
+    """A file's entry in a manifest: its size in bytes and its sha256."""
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of the packages that decide what a result is."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

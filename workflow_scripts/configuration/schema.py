@@ -1,0 +1,294 @@
+"""Every key of config/, with its type, its bounds and its meaning.
+
+This is the one definition: the loader validates against it, the JSON schemas for editors are written from it, rules
+slice it, and entry scripts are handed the slices back as these types.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+Share = Annotated[float, Field(gt=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Problems(Section):
+    """A problem set that is made here: sums of two numbers, train and evaluation disjoint for one seed."""
+
+    split: Literal["train", "evaluation"]
+    seed: int = 0
+    rows: PositiveInt = 2048
+
+
+class Source(Section):
+    """Where files come from: a Hub repository at a revision, a local folder, or this pipeline itself."""
+
+    repo: str | None = Field(None, description="repository on the Hub, e.g. Qwen/Qwen3.5-9B")
+    revision: str = Field("main", description="branch, tag or commit; resolved once to a commit and recorded")
+    folder: str | None = Field(None, description="a local folder with the same files, instead of the Hub")
+
+    @property
+    def kind(self) -> str:
+        """``repo``, ``folder`` or the name of the generator."""
+        return next(name for name in ("repo", "folder", "tiny", "problems") if getattr(self, name, None) is not None)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [name for name in ("repo", "folder", "tiny", "problems") if getattr(self, name, None) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of repo, folder or a generator, not {given or 'none'}")
+        return self
+
+
+class WarmUp(Section):
+    """The supervised start of a tiny model: able, but unreliable."""
+
+    steps: PositiveInt = 600
+    batch_size: PositiveInt = 64
+    learning_rate: NonNegative = 2.0e-3
+    correct_share: Share = Field(
+        0.4, description="share of the warm-up answers that are right; the others are near misses"
+    )
+
+
+class TinyModel(Section):
+    """A small Qwen3.5 of the true architecture, made here."""
+
+    kind: Literal["dense", "moe"]
+    seed: int = 0
+    layers: PositiveInt = 4
+    hidden: PositiveInt = 128
+    warm_up: WarmUp = WarmUp()
+
+
+class ModelSource(Source):
+    tiny: TinyModel | None = Field(None, description="make a tiny model instead of downloading one")
+
+
+class Dataset(Source):
+    problems: Problems | None = Field(None, description="make a problem set instead of downloading one")
+    file: str = Field(description="the JSON-lines file within the source")
+    prompt_key: str = "prompt"
+    label_key: str = "label"
+    rows: PositiveInt | None = Field(None, description="exact number of rows expected; None accepts any")
+    unique_prompts: bool = Field(False, description="refuse the file if a prompt repeats")
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.01, description="share of unusable rows that stops a run"
+    )
+
+
+class Architecture(Section):
+    """The shape a checkpoint must have; the numbers that build a model come from its own config.json."""
+
+    layers: PositiveInt
+    hidden: PositiveInt
+    ffn: PositiveInt = Field(description="dense: the MLP's width; mixture of experts: one expert's")
+    attention_heads: PositiveInt
+    key_value_groups: PositiveInt
+    head_dim: PositiveInt
+    linear_key_heads: PositiveInt
+    linear_value_heads: PositiveInt
+    linear_head_dim: PositiveInt
+    tied_embeddings: bool
+    vocabulary: PositiveInt = 248320
+    experts: PositiveInt | None = None
+    experts_per_token: PositiveInt | None = None
+    shared_expert_ffn: PositiveInt | None = None
+
+
+class Conversion(Section):
+    launcher: Literal["python", "torchrun"] = "python"
+    processes: PositiveInt = 1
+    mtp_num_layers: Annotated[int, Field(ge=0, le=1)] = 0
+
+    @model_validator(mode="after")
+    def _launcher_fits(self) -> Self:
+        if self.launcher == "python" and self.processes != 1:
+            raise ValueError("launcher python runs one process; for more set launcher: torchrun")
+        return self
+
+
+class Parallel(Section):
+    """How one model is laid out over the training GPUs (processes on CPU)."""
+
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    context: PositiveInt = 1
+    expert: PositiveInt = 1
+    expert_tensor: PositiveInt = 1
+    sequence: bool = Field(True, description="shard activations between tensor-parallel regions; no effect at tensor 1")
+
+
+class Algorithm(Section):
+    """GRPO as the recipes run it."""
+
+    advantage: Literal["grpo"] = "grpo"
+    std_epsilon: NonNegative = 1e-6
+    clip: NonNegative = 0.2
+    clip_high: NonNegative = 0.28
+    use_kl_loss: bool = True
+    kl_coefficient: NonNegative = 0.0
+    kl_type: Literal["low_var_kl"] = "low_var_kl"
+    entropy_coefficient: float = 0.0
+    loss_aggregation: Literal["mean_of_response_means", "token_mean"] = "mean_of_response_means"
+    reference_forward: bool = Field(False, description="compute the KL metric even where its coefficient is 0")
+    old_log_prob_forward: bool = Field(False, description="recompute old log-probs even with one step a rollout")
+    entropy_metric: bool = Field(False, description="compute the entropy even where its coefficient is 0")
+
+
+class Optimizer(Section):
+    name: Literal["adam"] = "adam"
+    learning_rate: NonNegative = 1e-6
+    warm_up_steps: Annotated[int, Field(ge=0)] = Field(0, description="linear from 0; constant afterwards")
+    weight_decay: NonNegative = 0.1
+    betas: tuple[NonNegative, NonNegative] = (0.9, 0.98)
+    epsilon: NonNegative = 1e-8
+    clip_gradient_norm: NonNegative = 1.0
+    cpu_offload: bool = Field(
+        False, description="Adam's states and step on the CPU, copies overlapped, precision-aware"
+    )
+
+
+class Training(Section):
+    dataset: Name
+    prompts_per_rollout: PositiveInt = 32
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
+    global_batch: PositiveInt = 256
+    rollouts: PositiveInt = 3000
+    seed: int = 1234
+    max_tokens_per_gpu: PositiveInt = 9216
+    log_prob_chunk: PositiveInt = Field(1024, description="tokens whose logits exist at one time")
+    recompute: Literal["full", "selective", "none"] = "full"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    save_interval: PositiveInt = 20
+    keep_checkpoints: PositiveInt = Field(2, description="the last N stay, and the best besides")
+    evaluate_interval: Annotated[int, Field(ge=0)] = Field(20, description="rollouts between evaluations; 0 for none")
+    max_bad_steps: PositiveInt = Field(
+        5, description="steps skipped for a NaN or infinite loss or gradient that end a run"
+    )
+    wandb_project: str | None = Field(None, description="also log to this Weights & Biases project")
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        samples = self.prompts_per_rollout * self.samples_per_prompt
+        if samples % self.global_batch:
+            raise ValueError(
+                f"global_batch {self.global_batch} does not divide prompts_per_rollout {self.prompts_per_rollout}"
+                f" x samples_per_prompt {self.samples_per_prompt} = {samples}"
+            )
+        return self
+
+
+class Mtp(Section):
+    train: bool = False
+    loss_scale: NonNegative = 0.2
+
+
+class Sampling(Section):
+    """How a rollout samples."""
+
+    max_response_tokens: PositiveInt = 8192
+    max_prompt_tokens: PositiveInt = 2048
+    temperature: NonNegative = 1.0
+    top_p: Share = 1.0
+    top_k: Annotated[int, Field(ge=-1)] = Field(-1, description="-1 for all")
+    enable_thinking: bool = Field(True, description="passed to the chat template")
+
+
+class Speculation(Section):
+    algorithm: Literal["EAGLE"] = "EAGLE"
+    steps: PositiveInt = 2
+    top_k: PositiveInt = 1
+    draft_tokens: PositiveInt = 3
+
+
+class Engine(Section):
+    """The rollout engine."""
+
+    kind: Literal["sglang", "cpu"] = "sglang"
+    gpus_per_engine: PositiveInt = 1
+    expert_parallel: PositiveInt = 1
+    mem_fraction_static: Share = 0.7
+    cuda_graph_batch_sizes: list[PositiveInt] | None = None
+    max_running_requests: PositiveInt | None = None
+    speculation: Speculation | None = None
+    server_arguments: dict[str, Any] = Field({}, description="further SGLang server arguments, passed through")
+
+
+class Experts(Section):
+    dispatcher: Literal["allgather", "alltoall", "flex"] = "flex"
+    deepep: bool = False
+    aux_loss_coefficient: NonNegative = 0.0
+
+
+class Reward(Section):
+    """The rule-based math reward."""
+
+    think_block: Literal["required", "optional"] = Field(
+        "required",
+        description="required: only text after the last </think> counts; optional: all of it where there is none",
+    )
+    max_seconds: NonNegative = Field(5.0, description="time one answer's grading may take in its worker")
+
+
+class Evaluation(Section):
+    """AIME-2024 or any problem set of the same schema."""
+
+    datasets: list[Name] = ["aime-2024"]
+    samples_per_problem: PositiveInt = 16
+    max_response_tokens: PositiveInt = 16384
+    temperature: NonNegative = 1.0
+    top_p: Share = 1.0
+    top_k: Annotated[int, Field(ge=-1)] = -1
+    presence_penalty: float = 0.0
+    enable_thinking: bool = True
+    seed: int = 42
+    pass_at: list[PositiveInt] = [1, 4, 16]
+    bootstrap_samples: PositiveInt = 10000
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> Self:
+        if max(self.pass_at) > self.samples_per_problem:
+            raise ValueError(f"pass_at {max(self.pass_at)} needs at least as many samples_per_problem")
+        return self
+
+
+class Hardware(Section):
+    gpus: Annotated[int, Field(ge=0)] = Field(8, description="GPUs of the one node that training takes; 0 is the CPU")
+    processes: PositiveInt | None = Field(None, description="training processes; None is one a GPU, or one on CPU")
+    gpu_memory_gib: NonNegative = Field(80.0, description="memory of one GPU, for the preflight estimate")
+    host_memory_gib: PositiveInt = 512
+    disk_gib: PositiveInt = 600
+    cores: PositiveInt = 64
+
+
+class Plots(Section):
+    color_base: str = "#8a8f98"
+    color_trained: str = "#0b7285"
+    dpi: PositiveInt = 150
+
+
+class Model(Section):
+    """Everything that one model's stages read; each rule is handed its slice."""
+
+    source: ModelSource
+    architecture: Architecture | None = None
+    hardware: Hardware = Hardware()
+    conversion: Conversion = Conversion()
+    parallel: Parallel = Parallel()
+    algorithm: Algorithm = Algorithm()
+    optimizer: Optimizer = Optimizer()
+    training: Training
+    mtp: Mtp = Mtp()
+    sampling: Sampling = Sampling()
+    engine: Engine = Engine()
+    experts: Experts = Experts()
+    reward: Reward = Reward()
+    evaluation: Evaluation = Evaluation()
