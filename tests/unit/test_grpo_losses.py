@@ -1,0 +1,217 @@
+"""GRPO's arithmetic against plain references in float64: advantages, log-probs, and the loss however it is packed."""
+
+import math
+
+import pytest
+import torch
+from configuration.schema import Algorithm
+from grpo.advantages import group_advantages
+from grpo.log_probs import token_log_probs
+from grpo.losses import TokenBatch, grpo_loss, low_variance_kl, token_weight
+from grpo.packing import pack_sequences
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+VOCABULARY, HIDDEN = 37, 16
+
+
+def test_advantages_are_the_unbiased_z_scores_of_each_group():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
+    expected = []
+    for row in rewards.tolist():
+        mean = sum(row) / 4
+        std = math.sqrt(sum((r - mean) ** 2 for r in row) / 3)
+        expected.append([(r - mean) / (std + 1e-6) for r in row])
+    torch.testing.assert_close(group_advantages(rewards, 1e-6), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1 / 3])
+def test_a_group_without_spread_has_advantages_of_exactly_zero(value):
+    """0.1 eight times has a mean that is not 0.1: divided by epsilon alone that rounding would be a signal."""
+    assert torch.equal(group_advantages(torch.full((3, 8), value), 1e-6), torch.zeros(3, 8))
+
+
+def policy(seed=0, positions=23):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(positions, HIDDEN, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(VOCABULARY, (positions,), generator=generator)
+    return hidden, weight, targets
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("chunk", [1, 4, 23, 1000])
+def test_chunked_log_probs_and_entropy_equal_the_full_softmax_with_their_gradients(chunk, temperature):
+    hidden, weight, targets = policy()
+    up_log_probs, up_entropy = torch.randn(2, 23, dtype=torch.float64)
+    log_probs, entropy = token_log_probs(
+        hidden, weight, targets, temperature=temperature, chunk=chunk, with_entropy=True
+    )
+    gradients = torch.autograd.grad((log_probs * up_log_probs + entropy * up_entropy).sum(), (hidden, weight))
+
+    full = torch.log_softmax(hidden @ weight.T / temperature, dim=-1)
+    expected_log_probs = full.gather(1, targets[:, None])[:, 0]
+    expected_entropy = -(full.exp() * full).sum(-1)
+    expected = torch.autograd.grad(
+        (expected_log_probs * up_log_probs + expected_entropy * up_entropy).sum(), (hidden, weight)
+    )
+    torch.testing.assert_close(log_probs, expected_log_probs)
+    torch.testing.assert_close(entropy, expected_entropy)
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_log_probs_alone_have_the_same_gradients_and_need_no_entropy():
+    hidden, weight, targets = policy(1)
+    up = torch.randn(23, dtype=torch.float64)
+    log_probs, entropy = token_log_probs(hidden, weight, targets, temperature=0.7, chunk=5)
+    gradients = torch.autograd.grad((log_probs * up).sum(), (hidden, weight))
+    full = torch.log_softmax(hidden @ weight.T / 0.7, dim=-1).gather(1, targets[:, None])[:, 0]
+    assert entropy is None
+    torch.testing.assert_close(gradients, torch.autograd.grad((full * up).sum(), (hidden, weight)))
+
+
+def test_log_probs_of_a_bf16_model_are_not_rounded_to_bf16():
+    hidden, weight, targets = policy(2)
+    hidden, weight = (8 * hidden).bfloat16().detach(), weight.bfloat16().detach()
+    log_probs, _ = token_log_probs(hidden, weight, targets, temperature=1.0, chunk=7)
+    exact = torch.log_softmax(hidden.double() @ weight.double().T, -1).gather(1, targets[:, None])[:, 0]
+    assert log_probs.dtype == torch.float32
+    assert (log_probs - exact).abs().max() < 1e-4
+
+
+def test_log_probs_survive_logits_far_beyond_the_range_of_exp():
+    hidden, weight, targets = policy(3)
+    log_probs, entropy = token_log_probs(
+        1e3 * hidden.float(), weight.float(), targets, temperature=1.0, chunk=8, with_entropy=True
+    )
+    (log_probs.sum() + entropy.sum()).backward()
+    assert torch.isfinite(log_probs).all() and torch.isfinite(entropy).all() and torch.isfinite(hidden.grad).all()
+
+
+def test_low_variance_kl_is_exact_in_expectation_and_never_negative():
+    policy_log, reference_log = (torch.log_softmax(torch.randn(2, 9, dtype=torch.float64), -1)).unbind()
+    estimate = low_variance_kl(policy_log, reference_log)
+    assert (estimate >= 0).all()
+    exact = (policy_log.exp() * (policy_log - reference_log)).sum()
+    torch.testing.assert_close((policy_log.exp() * estimate).sum(), exact)
+
+
+def reference_loss(sequences, algorithm):
+    """GRPO written out token by token, as the papers state it."""
+    total, tokens = 0.0, sum(len(s["log_probs"]) for s in sequences)
+    for s in sequences:
+        response = 0.0
+        for t, log_prob in enumerate(s["log_probs"]):
+            ratio = torch.exp(log_prob - s["old"][t])
+            held = min(max(ratio.item(), 1 - algorithm.clip), 1 + algorithm.clip_high)
+            free, clipped = ratio * s["advantage"], held * s["advantage"]
+            surrogate = free if free.item() <= clipped else torch.tensor(clipped, dtype=torch.float64)
+            log_ratio = s["reference"][t] - log_prob
+            kl = torch.exp(log_ratio) - log_ratio - 1
+            response = response - surrogate + algorithm.kl_coefficient * kl
+            response = response - algorithm.entropy_coefficient * s["entropy"][t]
+        mean_of_means = algorithm.loss_aggregation == "mean_of_response_means"
+        total = total + (response / len(s["log_probs"]) / len(sequences) if mean_of_means else response / tokens)
+    return total
+
+
+def make_sequences(lengths, hidden, weight):
+    """Sequences whose log-probs hang on (hidden, weight), with ratios on both sides of both clips."""
+    generator = torch.Generator().manual_seed(5)
+    full = torch.log_softmax(hidden @ weight.T, -1)
+    entropy = -(full.exp() * full).sum(-1)
+    targets = torch.randint(VOCABULARY, (sum(lengths),), generator=generator)
+    log_probs = full.gather(1, targets[:, None])[:, 0]
+    sequences, start = [], 0
+    for index, length in enumerate(lengths):
+        span = slice(start, start + length)
+        noise = 0.5 * torch.randn(2, length, generator=generator, dtype=torch.float64)
+        sequences.append(
+            {
+                "span": span,
+                "log_probs": log_probs[span],
+                "entropy": entropy[span],
+                "old": log_probs[span].detach() + noise[0],
+                "reference": log_probs[span].detach() + noise[1],
+                "advantage": (-1.0) ** index * (0.5 + index),
+            }
+        )
+        start += length
+    return sequences, targets
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    budget=st.integers(1, 30),
+    ranks=st.integers(1, 3),
+    aggregation=st.sampled_from(["mean_of_response_means", "token_mean"]),
+)
+def test_loss_and_gradient_are_the_papers_and_no_packing_changes_them(lengths, budget, ranks, aggregation):
+    algorithm = Algorithm(kl_coefficient=0.1, entropy_coefficient=0.01, loss_aggregation=aggregation)
+    hidden, weight, _ = policy(4, sum(lengths))
+    sequences, targets = make_sequences(lengths, hidden, weight)
+    expected = reference_loss(sequences, algorithm)
+    expected_gradients = torch.autograd.grad(expected, (hidden, weight))
+
+    total, gradients = 0.0, [torch.zeros_like(hidden), torch.zeros_like(weight)]
+    for pack in (pack for packs in pack_sequences(lengths, budget, ranks) for pack in packs if pack):
+        span = torch.cat([torch.arange(sequences[i]["span"].start, sequences[i]["span"].stop) for i in pack])
+        log_probs, entropy = token_log_probs(
+            hidden[span], weight, targets[span], temperature=1.0, chunk=4, with_entropy=True
+        )
+        weights = [token_weight(lengths[i], len(lengths), sum(lengths), aggregation) for i in pack]
+        per_token = torch.tensor([lengths[i] for i in pack])
+        batch = TokenBatch(
+            weights=torch.tensor(weights, dtype=torch.float64).repeat_interleave(per_token),
+            advantages=torch.tensor([sequences[i]["advantage"] for i in pack]).double().repeat_interleave(per_token),
+            rollout_log_probs=log_probs.detach(),
+            old_log_probs=torch.cat([sequences[i]["old"] for i in pack]),
+            reference_log_probs=torch.cat([sequences[i]["reference"] for i in pack]),
+        )
+        loss, _ = grpo_loss(log_probs, entropy, batch, algorithm)
+        total += loss.item()
+        for accumulated, new in zip(gradients, torch.autograd.grad(loss, (hidden, weight)), strict=True):
+            accumulated += new
+    assert total == pytest.approx(expected.item(), abs=1e-12)
+    torch.testing.assert_close(gradients, list(expected_gradients))
+
+
+def one_token(ratio, advantage):
+    log_prob = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
+    batch = TokenBatch(
+        weights=torch.ones(1),
+        advantages=torch.tensor([advantage]),
+        rollout_log_probs=torch.zeros(1),
+        old_log_probs=torch.zeros(1),
+    )
+    loss, metrics = grpo_loss(log_prob, None, batch, Algorithm())
+    return loss.item(), torch.autograd.grad(loss, log_prob)[0].item(), metrics["clip_fraction"].item()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "clipped"),
+    [
+        (1.27, 1.0, -1.27, 0.0),
+        (1.30, 1.0, -1.28, 1.0),  # the upper clip is 0.28, not 0.2
+        (0.75, 1.0, -0.75, 0.0),  # a good token that grew rarer is always pushed back up
+        (0.75, -1.0, 0.80, 1.0),
+        (0.81, -1.0, 0.81, 0.0),
+        (1.50, -1.0, 1.50, 0.0),
+    ],
+)
+def test_the_clip_bites_on_the_side_that_the_advantage_pushes_to(ratio, advantage, loss, clipped):
+    value, gradient, fraction = one_token(ratio, advantage)
+    assert value == pytest.approx(loss)
+    assert gradient == (0.0 if clipped else pytest.approx(-advantage * ratio))
+    assert fraction == clipped
+
+
+def test_without_old_log_probs_the_gradient_is_that_of_the_log_prob():
+    log_probs = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    advantages, weights = torch.randn(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    batch = TokenBatch(weights=weights, advantages=advantages, rollout_log_probs=log_probs.detach() + 0.5)
+    loss, metrics = grpo_loss(log_probs, None, batch, Algorithm())
+    torch.testing.assert_close(torch.autograd.grad(loss, log_probs)[0], -weights * advantages)
+    assert metrics["ratio"] / metrics["weight"] == pytest.approx(1.0)
+    assert metrics["log_prob_diff"] / metrics["weight"] == pytest.approx(0.5)

@@ -1,0 +1,1 @@
+"""GRPO on Megatron-Core: data, advantages, losses, packing, the optimizer's door, run state and the training loop."""

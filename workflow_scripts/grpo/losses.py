@@ -1,0 +1,95 @@
+"""GRPO's loss over response tokens, normalised once for the whole optimizer step.
+
+Every token carries its weight in the step's mean, worked out from global counts before anything is packed. A pack's
+loss is then a plain weighted sum, and sums over packs and data-parallel ranks add up to the same loss and gradient
+however the sequences were laid out.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from configuration.schema import Algorithm
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """What the loss needs to know of N response tokens besides their log-probs; every tensor is (N,)."""
+
+    weights: Tensor
+    advantages: Tensor
+    rollout_log_probs: Tensor
+    old_log_probs: Tensor | None = None
+    reference_log_probs: Tensor | None = None
+
+
+def token_weight(response_length: int, responses: int, tokens: int, aggregation: str) -> float:
+    """One token's weight in the step's loss.
+
+    Args:
+        response_length: tokens of the response that the token belongs to.
+        responses: responses in the whole optimizer step, over all ranks.
+        tokens: response tokens in the whole optimizer step, over all ranks.
+        aggregation: ``mean_of_response_means`` (GRPO's own) or ``token_mean`` (DAPO, arXiv 2503.14476, eq. 8).
+    """
+    return 1.0 / (response_length * responses) if aggregation == "mean_of_response_means" else 1.0 / tokens
+
+
+def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip: float, clip_high: float) -> tuple[Tensor, Tensor]:
+    """PPO's pessimistic surrogate (arXiv 1707.06347, eq. 7) with its own upper bound, to be minimised.
+
+    Args:
+        ratio: (N,) new over old probability.
+        advantages: (N,)
+
+    Returns:
+        the loss of each token (N,), and whether the clip decided it (N,).
+    """
+    free = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip_high)
+    return torch.maximum(free, clipped), clipped > free
+
+
+def low_variance_kl(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
+    """The k3 estimate of KL(policy || reference) per token, never negative (Schulman 2020, "Approximating KL")."""
+    log_ratio = reference_log_probs - log_probs
+    return torch.exp(log_ratio) - log_ratio - 1.0
+
+
+def grpo_loss(
+    log_probs: Tensor, entropy: Tensor | None, batch: TokenBatch, algorithm: Algorithm
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The step's share of the loss that N response tokens carry.
+
+    Without old log-probs the policy that sampled is the policy that trains, so that the ratio is exactly 1 and its
+    gradient that of the log-prob.
+
+    Args:
+        log_probs: (N,) of the policy, with gradient.
+        entropy: (N,) of the policy, where it is asked for.
+
+    Returns:
+        the loss, a scalar to be summed over packs and data-parallel ranks; and the weighted sums of the metrics, which
+        are means once they are summed likewise and divided by the sum of ``weight``.
+    """
+    weights = batch.weights
+    old_log_probs = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
+    ratio = torch.exp(log_probs - old_log_probs)
+    token_loss, clipped = clipped_policy_loss(ratio, batch.advantages, algorithm.clip, algorithm.clip_high)
+    metrics = {
+        "weight": weights,
+        "clip_fraction": weights * clipped,
+        "ratio": weights * ratio,
+        "log_prob_diff": weights * (old_log_probs - batch.rollout_log_probs).abs(),
+    }
+    if batch.reference_log_probs is not None:
+        kl = low_variance_kl(log_probs, batch.reference_log_probs)
+        metrics["kl"] = weights * kl
+        if algorithm.use_kl_loss and algorithm.kl_coefficient:
+            token_loss = token_loss + algorithm.kl_coefficient * kl
+    if entropy is not None:
+        metrics["entropy"] = weights * entropy
+        if algorithm.entropy_coefficient:
+            token_loss = token_loss - algorithm.entropy_coefficient * entropy
+    loss = (weights * token_loss).sum()
+    return loss, {name: values.detach().sum() for name, values in metrics.items()}
