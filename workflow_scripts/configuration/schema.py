@@ -4,7 +4,7 @@ This is the one definition: the loader validates against it, the JSON schemas fo
 slice it, and entry scripts are handed the slices back as these types.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
@@ -34,16 +34,18 @@ class Source(Section):
     revision: str = Field("main", description="branch, tag or commit; resolved once to a commit and recorded")
     folder: str | None = Field(None, description="a local folder with the same files, instead of the Hub")
 
+    places: ClassVar[tuple[str, ...]] = ("repo", "folder")
+
     @property
-    def kind(self) -> str:
-        """``repo``, ``folder`` or the name of the generator."""
-        return next(name for name in ("repo", "folder", "tiny", "problems") if getattr(self, name, None) is not None)
+    def place(self) -> str:
+        """Which of the places is given: ``repo``, ``folder``, or what this pipeline makes itself."""
+        return next(name for name in self.places if getattr(self, name) is not None)
 
     @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        given = [name for name in ("repo", "folder", "tiny", "problems") if getattr(self, name, None) is not None]
+    def _one_place(self) -> Self:
+        given = [name for name in self.places if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of repo, folder or a generator, not {given or 'none'}")
+            raise ValueError(f"give exactly one of {', '.join(self.places)}; given: {', '.join(given) or 'none'}")
         return self
 
 
@@ -69,10 +71,16 @@ class TinyModel(Section):
 
 
 class ModelSource(Source):
+    """Where a model's starting weights come from."""
+
+    places = ("repo", "folder", "tiny")
     tiny: TinyModel | None = Field(None, description="make a tiny model instead of downloading one")
 
 
 class Dataset(Source):
+    """Where a problem set comes from, and how its rows read."""
+
+    places = ("repo", "folder", "problems")
     problems: Problems | None = Field(None, description="make a problem set instead of downloading one")
     file: str = Field(description="the JSON-lines file within the source")
     prompt_key: str = "prompt"
@@ -169,7 +177,6 @@ class Training(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     save_interval: PositiveInt = 20
     keep_checkpoints: PositiveInt = Field(2, description="the last N stay, and the best besides")
-    evaluate_interval: Annotated[int, Field(ge=0)] = Field(20, description="rollouts between evaluations; 0 for none")
     max_bad_steps: PositiveInt = Field(
         5, description="steps skipped for a NaN or infinite loss or gradient that end a run"
     )
@@ -184,6 +191,20 @@ class Training(Section):
                 f" x samples_per_prompt {self.samples_per_prompt} = {samples}"
             )
         return self
+
+
+class Validation(Section):
+    """The evaluation during training, before the first rollout and every ``interval`` rollouts; a metric, no more.
+
+    It is apart from `Evaluation`, so that another protocol for the final scores never makes a training stale.
+    """
+
+    interval: Annotated[int, Field(ge=0)] = Field(20, description="rollouts between evaluations; 0 for none at all")
+    dataset: Name = "aime-2024"
+    samples_per_problem: PositiveInt = 16
+    max_response_tokens: PositiveInt = 16384
+    temperature: NonNegative = 1.0
+    top_p: Share = 1.0
 
 
 class Mtp(Section):
@@ -264,9 +285,8 @@ class Hardware(Section):
     gpus: Annotated[int, Field(ge=0)] = Field(8, description="GPUs of the one node that training takes; 0 is the CPU")
     processes: PositiveInt | None = Field(None, description="training processes; None is one a GPU, or one on CPU")
     gpu_memory_gib: NonNegative = Field(80.0, description="memory of one GPU, for the preflight estimate")
-    host_memory_gib: PositiveInt = 512
-    disk_gib: PositiveInt = 600
-    cores: PositiveInt = 64
+    host_memory_gib: PositiveInt = Field(256, description="host memory that training takes, checked before it starts")
+    cores: PositiveInt = Field(64, description="cores that a training or an evaluation may use")
 
 
 class Plots(Section):
@@ -286,9 +306,27 @@ class Model(Section):
     algorithm: Algorithm = Algorithm()
     optimizer: Optimizer = Optimizer()
     training: Training
+    validation: Validation = Validation()
     mtp: Mtp = Mtp()
     sampling: Sampling = Sampling()
     engine: Engine = Engine()
     experts: Experts = Experts()
     reward: Reward = Reward()
     evaluation: Evaluation = Evaluation()
+
+
+class Root(Section):
+    """config/config.yaml beside the sections of `Model` that all models share."""
+
+    models: list[Name] = Field(description="the models that download_all ... eval_all and the report cover")
+    run: Name = Field("grpo", description="name of the training run; another name keeps the old one's results")
+    results: str = Field("results", description="the folder of everything that is made")
+    datasets: dict[Name, Dataset]
+    plots: Plots = Plots()
+    per_model: dict[str, dict[str, Any]] = Field({}, description="settings of one model, laid over everything else")
+
+    @model_validator(mode="after")
+    def _run_is_not_base(self) -> Self:
+        if self.run == "base":
+            raise ValueError("run: 'base' is the name of the starting weights; choose another")
+        return self

@@ -1,0 +1,29 @@
+# make demo: set up, then the whole pipeline on a CPU with a tiny Qwen3.5.   make test: set up, then the tests.
+SNAKEMAKE := .venv/bin/snakemake --cores all
+
+.PHONY: setup demo test lint lock schema clean-demo
+
+setup:
+	@envs/setup.sh
+
+demo: setup
+	@$(SNAKEMAKE) --config 'models=[tiny]' -- all
+	@.venv/bin/python -c "print(open('results/tables/scores.md').read())"
+	@echo "Read results/report.html, the curve is in results/plots/."
+
+test: setup
+	@.venv/bin/python -m pytest
+
+lint: setup
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/snakefmt --check .
+	@.venv/bin/snakemake --lint
+
+# After a change of envs/*.in.
+lock:
+	@envs/lock.sh
+
+# After a change of workflow_scripts/configuration/schema.py: the JSON schemas by which editors check the YAML.
+schema: setup
+	@PYTHONPATH=workflow_scripts .venv/bin/python -m configuration.json_schema

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Installs a locked environment into .venv of this folder; does nothing where it is there already.
+#
+#   envs/setup.sh [cpu|gpu|peers]     without a name: gpu where an NVIDIA GPU answers, cpu elsewhere
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+fail() {
+    echo "error: setup: $*" >&2
+    exit 1
+}
+
+name=${1:-$(nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)}
+lock=envs/$name.lock
+[ -f "$lock" ] || fail "no $lock: use cpu, gpu or peers"
+venv=.venv
+[ "$name" = peers ] && venv=.venv-peers
+wanted=$(sha256sum "$lock" | cut -d ' ' -f 1)
+[ "$(cat "$venv/.ready" 2>/dev/null)" = "$wanted" ] && exit 0
+
+# Python 3.12: on PATH, from pyenv, or for uv to fetch.
+python=3.12
+for candidate in python3.12 "$HOME"/.pyenv/versions/3.12*/bin/python3.12; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; then
+        python=$candidate
+        break
+    fi
+done
+starter=$([ "$python" = 3.12 ] && echo python3 || echo "$python")
+command -v "$starter" >/dev/null || fail "no Python 3: install Python 3.12 and run again"
+
+room=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
+need=$([ "$name" = gpu ] && echo 20 || echo 9)
+[ "$room" -ge "$need" ] || fail "needs about $need GiB of disk here and $room GiB are free"
+
+log=setup.log
+run() { # what to say when it fails, then the command
+    local message=$1
+    shift
+    "$@" >"$log" 2>&1 && return
+    grep -qiE 'no space left|disk quota' "$log" && fail "the disk is full: make room and run again"
+    grep -qiE 'name resolution|dns|connect|timed? ?out|unreachable|network' "$log" &&
+        fail "$message: the package registry can't be reached (details: $log)"
+    fail "$message (details: $log)"
+}
+
+echo "setting up $venv from $lock ..." >&2
+if [ ! -x .venv-uv/bin/uv ]; then
+    run "python3 can't make a virtual environment: install its venv package" "$starter" -m venv .venv-uv
+    run "uv could not be installed" .venv-uv/bin/python -m pip install --quiet --require-hashes -r envs/uv.lock
+fi
+uv=.venv-uv/bin/uv
+"$venv/bin/python" -c '' 2>/dev/null ||
+    run "no Python 3.12 here and none could be fetched: install it and run again" "$uv" venv --quiet --clear --python "$python" "$venv"
+run "the packages of $lock could not be installed" "$uv" pip sync --quiet --require-hashes --python "$venv/bin/python" "$lock"
+rm -f "$log"
+echo "$wanted" >"$venv/.ready"

@@ -1,0 +1,83 @@
+# The checked configuration, where results lie, and what every rule shares.
+import sys
+from pathlib import Path
+
+sys.path.insert(0, f"{workflow.basedir}/workflow_scripts")
+
+from common.errors import UserError
+from configuration.loading import load
+from configuration.preflight import check_jobs, table
+from configuration.provenance import Provenance
+
+
+def complain(function, *arguments):
+    """Call a function; a mistake of the user's ends Snakemake with one line."""
+    try:
+        return function(*arguments)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+BASE = Path(workflow.basedir)
+settings = complain(
+    load,
+    BASE / "config/config.yaml",
+    BASE / "config/models",
+    workflow.config_settings.overwrite_config,
+)
+provenance = Provenance(settings, BASE / "workflow_scripts")
+RESULTS = settings.results
+
+# Jobs run with the interpreter that runs Snakemake, see no other modules than this project's, and write what they say
+# to the terminal and to their log; the log's writer outlives an interrupt, so that the job can report how it saved.
+shell.prefix(
+    "set -euo pipefail; "
+    f"export PATH='{Path(sys.executable).parent}':$PATH PYTHONPATH='{BASE}/workflow_scripts' "
+    "PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false; "
+    'logged() {{ (trap "" INT TERM; exec tee "$1"); }}; '
+)
+
+
+wildcard_constraints:
+    model="|".join([*settings.models, *settings.faults]),
+    dataset="|".join(settings.datasets),
+    weights=f"base|{settings.run}",
+
+
+def of_model(wildcards):
+    """The settings of a job's model; a model whose own file is wrong says so here, when it is asked for."""
+    if wildcards.model in settings.faults:
+        sys.exit(f"error: {settings.faults[wildcards.model]}")
+    return settings.models[wildcards.model]
+
+
+def proves(stage):
+    """The one param by which a rule is run again: what its result depends on (configuration/provenance.py)."""
+
+    def of(wildcards):
+        if "model" in wildcards.keys():
+            of_model(wildcards)
+        return provenance.of(stage, **dict(wildcards))
+
+    return of
+
+
+def launcher(processes):
+    """How a script is started: by itself, or as several processes of this machine."""
+    if processes == 1:
+        return "python -m"
+    return (
+        f"python -m torch.distributed.run --standalone --nproc-per-node={processes} -m"
+    )
+
+
+def gpus(wildcards):
+    return of_model(wildcards).hardware.gpus
+
+
+def cores(wildcards):
+    return of_model(wildcards).hardware.cores
+
+
+def host_memory_mb(wildcards):
+    return of_model(wildcards).hardware.host_memory_gib * 1024

@@ -1,0 +1,50 @@
+# Hub format -> Megatron torch_dist, and a trained model back.
+
+
+rule convert:
+    input:
+        hub=f"{RESULTS}/{{model}}/download.json",
+    output:
+        f"{RESULTS}/{{model}}/convert.json",
+    log:
+        f"{RESULTS}/logs/{{model}}/convert.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/{{model}}/convert.tsv"
+    threads: lambda wildcards: min(cores(wildcards), 2 * of_model(wildcards).conversion.processes)
+    resources:
+        mem_mb=host_memory_mb,
+        runtime=120,
+    params:
+        provenance=proves("convert"),
+        launch=lambda wildcards: launcher(of_model(wildcards).conversion.processes),
+        mtp_num_layers=lambda wildcards: of_model(wildcards).conversion.mtp_num_layers,
+        folder=subpath(output[0], strip_suffix="convert.json"),
+    message:
+        "{wildcards.model}: convert to Megatron torch_dist"
+    shell:
+        "{params.launch} convert --provenance {params.provenance:q} --hub {input.hub}"
+        " --mtp-num-layers {params.mtp_num_layers} --folder {params.folder}torch_dist --manifest {output} |& logged {log}"
+
+
+rule export:
+    input:
+        hub=f"{RESULTS}/{{model}}/download.json",
+        weights=f"{RESULTS}/{{model}}/grpo/{settings.run}/train.json",
+    output:
+        f"{RESULTS}/{{model}}/hf/{settings.run}.json",
+    log:
+        f"{RESULTS}/logs/{{model}}/export.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/{{model}}/export.tsv"
+    threads: 2
+    resources:
+        mem_mb=host_memory_mb,
+        runtime=120,
+    params:
+        provenance=proves("export"),
+        folder=subpath(output[0], strip_suffix=".json"),
+    message:
+        "{wildcards.model}: export the trained weights in the Hub's format"
+    shell:
+        "python -m export --provenance {params.provenance:q} --hub {input.hub} --weights {input.weights}"
+        " --folder {params.folder} --manifest {output} |& logged {log}"

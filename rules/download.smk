@@ -1,0 +1,53 @@
+# Starting weights and problem sets: from the Hub, from a local folder, or made here.
+
+
+def maker(source, generator):
+    return generator if source.place in ("tiny", "problems") else "download"
+
+
+rule download:
+    output:
+        f"{RESULTS}/{{model}}/download.json",
+    log:
+        f"{RESULTS}/logs/{{model}}/download.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/{{model}}/download.tsv"
+    retries: 2
+    threads: 2
+    resources:
+        mem_mb=4096,
+        runtime=240,
+    params:
+        provenance=proves("download"),
+        script=lambda wildcards: maker(of_model(wildcards).source, "make_tiny"),
+        hub=f"{RESULTS}/hub",
+    message:
+        "{wildcards.model}: fetch the starting weights"
+    shell:
+        "python -m {params.script} --provenance {params.provenance:q} --name {wildcards.model}"
+        " --folder {params.hub} --manifest {output} |& logged {log}"
+
+
+rule dataset:
+    output:
+        f"{RESULTS}/data/{{name}}.json",
+    log:
+        f"{RESULTS}/logs/data/{{name}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/data/{{name}}.tsv"
+    retries: 2
+    threads: 1
+    resources:
+        mem_mb=4096,
+        runtime=60,
+    params:
+        provenance=proves("dataset"),
+        script=lambda wildcards: maker(
+            settings.datasets[wildcards.name], "make_problems"
+        ),
+        folder=f"{RESULTS}/data",
+    message:
+        "{wildcards.name}: fetch the problem set"
+    shell:
+        "python -m {params.script} --provenance {params.provenance:q} --name {wildcards.name}"
+        " --folder {params.folder} --manifest {output} |& logged {log}"

@@ -1,0 +1,33 @@
+# Scores of the starting weights ("base") and of the trained ones, by the same protocol.
+
+
+def evaluated_model(wildcards):
+    if wildcards.weights == "base":
+        return f"{RESULTS}/{wildcards.model}/download.json"
+    return f"{RESULTS}/{wildcards.model}/hf/{wildcards.weights}.json"
+
+
+rule evaluate:
+    input:
+        model=evaluated_model,
+        data=f"{RESULTS}/data/{{dataset}}.json",
+    output:
+        f"{RESULTS}/{{model}}/eval/{{dataset}}/{{weights}}.json",
+    log:
+        f"{RESULTS}/logs/{{model}}/evaluate-{{dataset}}-{{weights}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/{{model}}/evaluate-{{dataset}}-{{weights}}.tsv"
+    retries: 2
+    threads: cores
+    resources:
+        gpu=gpus,
+        mem_mb=host_memory_mb,
+        runtime=24 * 60,
+    params:
+        provenance=proves("evaluate"),
+        samples=subpath(output[0], strip_suffix=".json"),
+    message:
+        "{wildcards.model}: evaluate the {wildcards.weights} weights on {wildcards.dataset}"
+    shell:
+        "python -m evaluate --provenance {params.provenance:q} --model {input.model} --data {input.data}"
+        " --samples {params.samples}.jsonl --manifest {output} |& logged {log}"

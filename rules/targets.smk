@@ -1,0 +1,76 @@
+# The names that a user calls: one of each kind for every model, and one for all that config.yaml lists.
+
+STAGES = {
+    "download": "fetch the starting weights and the problem sets",
+    "convert": "convert the starting weights to Megatron torch_dist",
+    "train": "train with GRPO",
+    "export": "export the trained weights in the Hub's format",
+    "eval": "evaluate the base and the trained weights",
+}
+
+
+def results_of(stage, model):
+    """The manifests that stand for one stage of one model."""
+    if model in settings.faults:
+        return lambda wildcards: sys.exit(f"error: {settings.faults[model]}")
+    used = settings.models[model]
+    return {
+        "download": [
+            f"{RESULTS}/{model}/download.json",
+            *(
+                f"{RESULTS}/data/{dataset}.json"
+                for dataset in sorted(
+                    {
+                        used.training.dataset,
+                        used.validation.dataset,
+                        *used.evaluation.datasets,
+                    }
+                )
+            ),
+        ],
+        "convert": [f"{RESULTS}/{model}/convert.json"],
+        "train": [f"{RESULTS}/{model}/grpo/{settings.run}/train.json"],
+        "export": [f"{RESULTS}/{model}/hf/{settings.run}.json"],
+        "eval": scores(model),
+    }[stage]
+
+
+rule all:
+    """Everything, ending with the report (the default target)."""
+    default_target: True
+    input:
+        f"{RESULTS}/report.html",
+        [f"{RESULTS}/{model}/hf/{settings.run}.json" for model in settings.listed],
+
+
+rule report:
+    """Write the tables, the plots and the report over the listed models."""
+    input:
+        f"{RESULTS}/report.html",
+
+
+for stage, purpose in STAGES.items():
+    for model in [*settings.models, *settings.faults]:
+
+        rule:
+            name:
+                f"{stage}_{model}"
+            input:
+                results_of(stage, model),
+
+        workflow.get_rule(f"{stage}_{model}").docstring = f"{model}: {purpose}."
+
+    rule:
+        name:
+            f"{stage}_all"
+        input:
+            [results_of(stage, model) for model in settings.listed],
+
+    workflow.get_rule(f"{stage}_all").docstring = f"Every listed model: {purpose}."
+
+
+rule preflight:
+    """Say what the listed models need and whether this machine has it; nothing is started."""
+    localrule: True
+    run:
+        print(table(settings))

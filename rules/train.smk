@@ -1,0 +1,44 @@
+# GRPO. The work folder is no output, so a failed job never takes a half-trained run with it; its name tells the run's
+# settings apart, so that the same training goes on and another one starts anew.
+
+
+def validation_data(wildcards):
+    validation = of_model(wildcards).validation
+    return [f"{RESULTS}/data/{validation.dataset}.json"] if validation.interval else []
+
+
+def training_processes(wildcards):
+    hardware = of_model(wildcards).hardware
+    return hardware.processes or hardware.gpus or 1
+
+
+rule train:
+    input:
+        hub=f"{RESULTS}/{{model}}/download.json",
+        weights=f"{RESULTS}/{{model}}/convert.json",
+        data=lambda wildcards: f"{RESULTS}/data/{of_model(wildcards).training.dataset}.json",
+        validation=validation_data,
+    output:
+        f"{RESULTS}/{{model}}/grpo/{settings.run}/train.json",
+    log:
+        f"{RESULTS}/logs/{{model}}/train.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/{{model}}/train.tsv"
+    retries: 2
+    threads: cores
+    resources:
+        gpu=gpus,
+        mem_mb=host_memory_mb,
+        runtime=7 * 24 * 60,
+    params:
+        provenance=proves("train"),
+        launch=lambda wildcards: launcher(training_processes(wildcards)),
+        work=lambda wildcards, output: f"{Path(output[0]).parent}/{provenance.work(wildcards.model)}",
+        validation=lambda wildcards, input: (
+            f"--validation {input.validation}" if input.validation else ""
+        ),
+    message:
+        "{wildcards.model}: train with GRPO"
+    shell:
+        "{params.launch} train --provenance {params.provenance:q} --hub {input.hub} --weights {input.weights}"
+        " --data {input.data} {params.validation} --work {params.work} --manifest {output} |& logged {log}"

@@ -1,0 +1,199 @@
+"""From the YAML files and the command line to one checked `Configuration`.
+
+What one model is trained with comes from four layers, each laid over the one before:
+
+1. the sections that all models share, in ``config/config.yaml``;
+2. the model's own file, ``config/models/<model>.yaml``;
+3. what the user gives with ``--configfile`` or ``--config``;
+4. the section ``per_model: {<model>: ...}``, wherever it is given.
+
+Every fault is a `UserError` of one line that names the file, the key, the value and what is allowed.
+"""
+
+import copy
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from common.errors import UserError
+from pydantic import BaseModel, ValidationError
+
+from configuration import layout
+from configuration.schema import Dataset, Model, Plots, Root
+
+SHARED = tuple(name for name in Model.model_fields if name not in ("source", "architecture"))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One source of settings: where it is written, and what it says."""
+
+    origin: str
+    content: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """All settings, checked.
+
+    Attributes:
+        listed: the models that ``*_all`` targets and the report cover.
+        run: the name of the training run.
+        results: the folder of everything that is made.
+        datasets: name -> where a problem set comes from.
+        models: name -> settings, for every file in config/models/.
+        faults: name -> what is wrong with a model that is not listed; using it is an error, not using it is none.
+        plots: how plots look.
+    """
+
+    listed: list[str]
+    run: str
+    results: str
+    datasets: dict[str, Dataset]
+    models: dict[str, Model]
+    faults: dict[str, str]
+    plots: Plots
+
+
+def load(shared: Path, models_folder: Path, overrides: dict[str, Any]) -> Configuration:
+    """Read and check everything.
+
+    Args:
+        shared: config/config.yaml.
+        models_folder: config/models, one file a model.
+        overrides: what the user's ``--configfile`` and ``--config`` say, already merged.
+    """
+    base = Layer(_name(shared), read_yaml(shared))
+    user = Layer("--config/--configfile", overrides)
+    root = _check(Root, [base, user])
+    known = {file.stem: file for file in sorted(models_folder.glob("*.yaml"))}
+    for name in [*root.models, *root.per_model]:
+        if name not in known:
+            raise UserError(f"{_origin([base, user], ('models',))}: unknown model {name!r}{_nearest(name, known)}")
+    models, faults = {}, {}
+    for name, file in known.items():
+        try:
+            models[name] = _model(name, Layer(_name(file), read_yaml(file)), base, user, root.datasets)
+        except UserError as error:
+            if name in root.models:
+                raise
+            faults[name] = str(error)
+    return Configuration(root.models, root.run, root.results, root.datasets, models, faults, root.plots)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; anything else is a `UserError`."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a mapping of settings is expected, not {type(content).__name__}")
+    return content
+
+
+def _model(name: str, own: Layer, base: Layer, user: Layer, datasets: dict[str, Dataset]) -> Model:
+    layers = [Layer(base.origin, {key: base.content[key] for key in SHARED if key in base.content})]
+    layers.append(own)
+    layers.append(Layer(user.origin, {key: user.content[key] for key in SHARED if key in user.content}))
+    for layer in (base, user):
+        particular = (layer.content.get("per_model") or {}).get(name)
+        if particular is not None:
+            layers.append(Layer(f"{layer.origin}: per_model: {name}", particular))
+    model = _check(Model, layers)
+    if fault := layout.fault(model):
+        raise UserError(f"{_origin(layers, fault.key)}: {'.'.join(fault.key)}: {fault.message}")
+    for key, names in (
+        (("training", "dataset"), [model.training.dataset]),
+        (("validation", "dataset"), [model.validation.dataset]),
+        (("evaluation", "datasets"), model.evaluation.datasets),
+    ):
+        for dataset in names:
+            if dataset not in datasets:
+                nearest = _nearest(dataset, datasets)
+                raise UserError(f"{_origin(layers, key)}: {'.'.join(key)}: unknown dataset {dataset!r}{nearest}")
+    return model
+
+
+def _check(kind: type[BaseModel], layers: list[Layer]) -> Any:
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = merge(merged, layer.content)
+    # The root holds the shared sections too; they are checked once for each model.
+    if kind is Root:
+        merged = {key: value for key, value in merged.items() if key not in SHARED}
+    try:
+        return kind.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = tuple(str(part) for part in first["loc"])
+        known = [*kind.model_fields, *(SHARED if kind is Root else ())] if len(key) == 1 else _keys(kind, key[:-1])
+        raise UserError(
+            f"{_origin(layers, key)}: {'.'.join(key) or kind.__name__}: {_say(first, key, known)}"
+        ) from None
+
+
+def _say(error: dict[str, Any], key: tuple[str, ...], known: list[str]) -> str:
+    if error["type"] == "extra_forbidden":
+        return f"unknown key{_nearest(key[-1], known)}"
+    if error["type"] == "missing":
+        return "missing"
+    message = error["msg"].removeprefix("Value error, ")
+    shown = error["input"]
+    return message if isinstance(shown, dict | BaseModel) else f"{message}, not {shown!r}"
+
+
+def _keys(kind: type[BaseModel], path: tuple[str, ...]) -> list[str]:
+    """The known keys of the section at ``path``."""
+    for part in path:
+        if part in kind.model_fields:
+            annotation = kind.model_fields[part].annotation
+            options = [annotation, *get_args(annotation)]
+            kind = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), kind)
+    return list(kind.model_fields)
+
+
+def _origin(layers: list[Layer], key: tuple[str, ...]) -> str:
+    """Where the value at ``key`` was written last."""
+    for depth in range(len(key), 0, -1):
+        for layer in reversed(layers):
+            content: Any = layer.content
+            for part in key[:depth]:
+                content = content.get(part) if isinstance(content, dict) else None
+            if content is not None:
+                return layer.origin
+    return layers[-1].origin if len(layers) == 1 else layers[0].origin
+
+
+def _nearest(name: str, known: Any) -> str:
+    initials = [key for key in known if "".join(word[0] for word in key.split("_")) == name]
+    close = initials or difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _name(path: Path) -> str:
+    """A configuration file as the user knows it: config/config.yaml, config/models/9B.yaml."""
+    return path.as_posix()[path.as_posix().rfind("config/") :] if "config/" in path.as_posix() else path.name
+
+
+def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid over ``under``: mappings are merged, everything else is replaced. Neither is changed.
+
+    A source (``source``, or an entry of ``datasets``) names one place, so naming another place drops the first one.
+    """
+    result = copy.copy(under)
+    for key, value in over.items():
+        old = result.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            old = {k: v for k, v in old.items() if not (k in PLACES and PLACES & value.keys())}
+            result[key] = merge(old, value)
+        else:
+            result[key] = value
+    return result
+
+
+PLACES = frozenset({"repo", "folder", "tiny", "problems"})

@@ -1,0 +1,132 @@
+"""How much memory and disk a recipe takes, estimated from the shape of its model before anything is fetched."""
+
+from dataclasses import dataclass
+
+from qwen3_5.architecture import Architecture
+
+from configuration.layout import processes
+from configuration.schema import Architecture as Shape
+from configuration.schema import Model
+
+GIB = 2**30
+CONTEXT_GIB = 1.5  # CUDA context, NCCL's buffers and kernels of one process
+
+
+def text_config(shape: Shape) -> dict:
+    """The ``config.json`` that a checkpoint of this shape has, as far as the text model goes."""
+    experts = {
+        "num_experts": shape.experts,
+        "num_experts_per_tok": shape.experts_per_token,
+        "moe_intermediate_size": shape.ffn,
+        "shared_expert_intermediate_size": shape.shared_expert_ffn,
+    }
+    return {
+        "model_type": "qwen3_5_moe_text" if shape.experts else "qwen3_5_text",
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "vocab_size": shape.vocabulary,
+        "max_position_embeddings": 262144,
+        "tie_word_embeddings": shape.tied_embeddings,
+        "num_attention_heads": shape.attention_heads,
+        "num_key_value_heads": shape.key_value_groups,
+        "head_dim": shape.head_dim,
+        "linear_num_key_heads": shape.linear_key_heads,
+        "linear_num_value_heads": shape.linear_value_heads,
+        "linear_key_head_dim": shape.linear_head_dim,
+        "linear_value_head_dim": shape.linear_head_dim,
+        "full_attention_interval": 4,
+        "mtp_num_hidden_layers": 1,
+        **(experts if shape.experts else {"intermediate_size": shape.ffn}),
+    }
+
+
+def architecture_of(model: Model) -> Architecture | None:
+    """The declared shape of a model, or None where it is made here and fits anywhere."""
+    return Architecture.from_config(text_config(model.architecture)) if model.architecture else None
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Estimated peak of one training rank, in GiB, by what holds it; and of a rank while the engine generates."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    engine: float
+
+    @property
+    def training(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + CONTEXT_GIB
+
+    @property
+    def rollout(self) -> float:
+        """The engine's share; the trainer keeps its context and no more."""
+        return self.engine + CONTEXT_GIB
+
+
+def estimate(model: Model, gpu_memory_gib: float) -> GpuMemory:
+    """Estimate the memory of the fullest rank.
+
+    Per parameter held: 2 bytes of bf16 weights, 4 of fp32 gradients, 12 of fp32 master weights and Adam moments, the
+    last shared over the data-parallel copies (none of it on the GPU where Adam runs on the CPU). Full recompute keeps
+    every layer's input and works on one layer at a time.
+    """
+    shape, parallel, training = architecture_of(model), model.parallel, model.training
+    world = processes(model)
+    mtp = model.conversion.mtp_num_layers
+    routed = shape.parameters(mtp) - _without_experts(shape, mtp)
+    dense_here = (shape.parameters(mtp) - routed) / (parallel.tensor * parallel.pipeline)
+    routed_here = routed / (parallel.expert * parallel.expert_tensor * parallel.pipeline)
+    dense_copies = world // (parallel.tensor * parallel.pipeline)
+    routed_copies = world // (parallel.expert * parallel.expert_tensor * parallel.pipeline)
+    states = 0 if model.optimizer.cpu_offload else 12 * (dense_here / dense_copies + routed_here / routed_copies)
+    width = 2 if training.dtype == "bfloat16" else 4
+    tokens = training.max_tokens_per_gpu / parallel.context
+    return GpuMemory(
+        weights=width * (dense_here + routed_here) / GIB,
+        gradients=4 * (dense_here + routed_here) / GIB,
+        optimizer=states / GIB,
+        activations=tokens * width * _activations_per_token(shape, model) / GIB,
+        # logits of one chunk, their softmax and their gradient, in fp32
+        logits=3 * 4 * training.log_prob_chunk * shape.vocab_size / parallel.tensor / GIB,
+        engine=model.engine.mem_fraction_static * gpu_memory_gib,
+    )
+
+
+def _without_experts(shape: Architecture, mtp: int) -> int:
+    """Parameters outside the routed experts."""
+    if not shape.is_moe:
+        return shape.parameters(mtp)
+    one_expert = 3 * shape.hidden_size * shape.expert_ffn_hidden_size
+    return shape.parameters(mtp) - (shape.num_layers + mtp) * shape.num_experts * one_expert
+
+
+def _activations_per_token(shape: Architecture, model: Model) -> float:
+    """Values a token keeps: the inputs of every layer, and one layer's working set with its gradients."""
+    parallel = model.parallel
+    shards = parallel.tensor if parallel.sequence else 1
+    kept = shape.num_layers / parallel.pipeline * shape.hidden_size / shards
+    key = shape.linear_num_key_heads * shape.linear_key_head_dim
+    value = shape.linear_num_value_heads * shape.linear_value_head_dim
+    linear = 6 * (2 * key + 2 * value) / parallel.tensor
+    full = 6 * (2 * shape.num_attention_heads + 2 * shape.num_query_groups) * shape.head_dim / parallel.tensor
+    if shape.is_moe:
+        ffn = shape.experts_per_token * shape.expert_ffn_hidden_size + shape.shared_expert_ffn_hidden_size
+        mlp = 6 * (ffn + shape.experts_per_token * shape.hidden_size)
+    else:
+        mlp = 6 * shape.ffn_hidden_size / parallel.tensor
+    one_layer = 8 * shape.hidden_size + max(linear, full) + mlp
+    working = {"full": 1, "selective": 0.4 * shape.num_layers, "none": shape.num_layers}[model.training.recompute]
+    return kept + one_layer * max(1, working / parallel.pipeline)
+
+
+def disk_gib(model: Model, stage: str) -> float:
+    """Disk that one stage's results take: bf16 weights, and for training the checkpoints with fp32 Adam states."""
+    if model.architecture is None:
+        return 0.0
+    parameters = architecture_of(model).parameters(mtp_num_layers=1)
+    checkpoints = model.training.keep_checkpoints + 2  # the best one, and the one being written
+    width = {"download": 2, "convert": 2, "train": 14 * checkpoints, "export": 2}
+    return width.get(stage, 0) * parameters / GIB

@@ -1,0 +1,128 @@
+"""Does this machine have what a recipe needs? Asked before the first job starts, and by ``snakemake preflight``."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import UserError
+
+from configuration.loading import Configuration
+from configuration.memory import GIB, disk_gib, estimate
+from configuration.schema import Model
+
+GPU_PACKAGES = ("sglang", "fla", "tilelang")
+HEAVY = {"train", "evaluate"}  # the stages that take the recipe's GPUs and host memory
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is: memory of every visible GPU in GiB, host memory, and free disk for the results."""
+
+    gpus: tuple[float, ...]
+    host_memory_gib: float
+    free_disk_gib: float
+    missing_packages: tuple[str, ...]
+
+    @classmethod
+    def here(cls, results: str) -> "Machine":
+        folder = Path(results).absolute()
+        while not folder.exists():
+            folder = folder.parent
+        return cls(
+            gpus=_visible_gpus(),
+            host_memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB,
+            free_disk_gib=shutil.disk_usage(folder).free / GIB,
+            missing_packages=tuple(name for name in GPU_PACKAGES if importlib.util.find_spec(name) is None),
+        )
+
+
+def _visible_gpus() -> tuple[float, ...]:
+    """Memory in GiB of the GPUs that a job here would see, asked of the driver: importing torch takes seconds."""
+    query = ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    gpus = [[field.strip() for field in line.split(",")] for line in answer.splitlines() if line.count(",") == 2]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        chosen = [name.strip() for name in visible.split(",") if name.strip()]
+        gpus = [gpu for gpu in gpus if gpu[0] in chosen or gpu[1] in chosen]
+    return tuple(float(megabytes) / 1024 for _, _, megabytes in gpus)
+
+
+def check_jobs(jobs: Iterable[tuple[str, dict[str, str]]], configuration: Configuration) -> None:
+    """Refuse, in one line, to start jobs that this machine can't finish.
+
+    Args:
+        jobs: (rule, wildcards) of every job that is about to run.
+    """
+    jobs = [(rule, wildcards["model"]) for rule, wildcards in jobs if "model" in wildcards]
+    if not jobs:
+        return
+    machine = Machine.here(configuration.results)
+    faults = []
+    for name in sorted({model for _, model in jobs}):
+        model = configuration.models[name]
+        if any(rule in HEAVY for rule, of in jobs if of == name):
+            faults += [f"{name} {fault}" for fault in shortcomings(model, machine)]
+    disk = sum(disk_gib(configuration.models[model], rule) for rule, model in jobs)
+    if disk > machine.free_disk_gib:
+        faults.append(f"the results need about {disk:.0f} GiB of disk and {machine.free_disk_gib:.0f} are free")
+    if faults:
+        raise UserError("; ".join(faults))
+
+
+def shortcomings(model: Model, machine: Machine) -> list[str]:
+    """What one recipe lacks on this machine, each as words that follow the model's name."""
+    hardware, faults = model.hardware, []
+    if hardware.gpus > len(machine.gpus):
+        faults.append(f"needs {hardware.gpus} GPUs and this machine has {len(machine.gpus) or 'none'}")
+    if hardware.host_memory_gib > machine.host_memory_gib:
+        faults.append(f"needs {hardware.host_memory_gib} GiB of memory and there are {machine.host_memory_gib:.0f}")
+    if hardware.gpus and machine.missing_packages:
+        faults.append(
+            f"needs {', '.join(machine.missing_packages)}, not installed: run `make setup` on the GPU machine"
+        )
+    if hardware.gpus and machine.gpus and model.architecture:
+        memory = min(machine.gpus)
+        needed = estimate(model, memory)
+        if max(needed.training, needed.rollout) > memory:
+            faults.append(
+                f"needs about {needed.training:.0f} GiB a GPU to train and {needed.rollout:.0f} to roll out, and the"
+                f" smallest has {memory:.0f}: lower training.max_tokens_per_gpu or raise parallel.tensor"
+            )
+    return faults
+
+
+def table(configuration: Configuration) -> str:
+    """What every listed model needs, beside what is here, for a person to read."""
+    machine = Machine.here(configuration.results)
+    gpus = f"{len(machine.gpus)} GPUs of {min(machine.gpus):.0f} GiB" if machine.gpus else "no GPU"
+    lines = [
+        f"here: {gpus}, {machine.host_memory_gib:.0f} GiB of memory, {machine.free_disk_gib:.0f} GiB of disk free",
+        "",
+        f"{'':10}{'GPUs':>5}{'weights':>9}{'grads':>7}{'Adam':>7}{'activ.':>8}{'logits':>8}{'training':>10}{'rollout':>9}"
+        f"{'host':>7}{'disk':>7}   GiB; the first seven of one rank",
+    ]
+    for name in configuration.listed:
+        model = configuration.models[name]
+        disk = sum(disk_gib(model, stage) for stage in ("download", "convert", "train", "export"))
+        if model.architecture and model.hardware.gpus:
+            m = estimate(model, min(machine.gpus) if machine.gpus else model.hardware.gpu_memory_gib)
+            columns = f"{m.weights:9.1f}{m.gradients:7.1f}{m.optimizer:7.1f}{m.activations:8.1f}{m.logits:8.1f}"
+            columns += f"{m.training:10.1f}{m.rollout:9.1f}"
+        else:
+            columns = f"{'':58}"
+        faults = shortcomings(model, machine)
+        if disk > machine.free_disk_gib:
+            faults.append(f"needs {disk:.0f} GiB of disk")
+        lines.append(
+            f"{name:10}{model.hardware.gpus:5}{columns}{model.hardware.host_memory_gib:7}{disk:7.0f}"
+            f"   {'; '.join(faults) or 'ready'}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,191 @@
+"""What each result depends on: its slice of the settings, its code, and the same of everything upstream.
+
+Snakemake reruns a job when the value of one of its params changes. Every rule here has one param for that, the sorted
+JSON of `Provenance.of`; settings that a stage does not read, comments, formatting and docstrings are not in it, and a
+failed job upstream can't leave its consumers looking fresh.
+"""
+
+import ast
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from configuration.loading import Configuration
+from configuration.schema import Section
+
+# A longer run, other checkpoints to keep or another look at progress continue the same training.
+CONTINUES = {
+    "training": {"rollouts", "save_interval", "keep_checkpoints", "max_bad_steps", "wandb_project"},
+    "validation": None,
+}
+TRAIN_SECTIONS = (
+    "training",
+    "validation",
+    "parallel",
+    "algorithm",
+    "optimizer",
+    "mtp",
+    "sampling",
+    "engine",
+    "experts",
+    "reward",
+)
+
+
+class Provenance:
+    """Answers for every stage what it depends on.
+
+    Stages and what tells their results apart:
+    ``dataset`` (name), ``download``, ``convert``, ``train``, ``export`` (model), ``evaluate`` (model, dataset,
+    weights), ``tables``, ``plots``, ``report`` (none).
+    """
+
+    def __init__(self, configuration: Configuration, scripts: Path):
+        self._configuration = configuration
+        self._scripts = scripts
+
+    def of(self, stage: str, **which: str) -> str:
+        """The provenance of one result as sorted JSON: ``{"code", "config", "upstream"}``."""
+        return _dump(self._record(stage, **which))
+
+    @functools.cache  # noqa: B019  one instance lives as long as the process
+    def key(self, stage: str, **which: str) -> str:
+        """A short digest of `of`, by which results downstream refer to this one."""
+        return _digest(self._record(stage, **which))
+
+    def work(self, model: str) -> str:
+        """The name of a training's work folder: the same while the run may be continued, another otherwise."""
+        record = self._record("train", model=model)
+        config = {
+            section: {key: value for key, value in content.items() if key not in (CONTINUES.get(section) or ())}
+            for section, content in record["config"].items()
+            if CONTINUES.get(section, ()) is not None
+        }
+        upstream = {name: key for name, key in record["upstream"].items() if not name.startswith("validation")}
+        return _digest({"config": config, "code": record["code"], "upstream": upstream})
+
+    def _record(self, stage: str, **which: str) -> dict[str, Any]:
+        config, scripts, upstream = getattr(self, f"_{stage}")(**which)
+        return {
+            "config": {k: v.model_dump(mode="json") if isinstance(v, Section) else v for k, v in config.items()},
+            "code": code_digest(self._scripts, *scripts),
+            "upstream": upstream,
+        }
+
+    def _dataset(self, name: str):
+        dataset = self._configuration.datasets[name]
+        script = "make_problems.py" if dataset.place == "problems" else "download.py"
+        return {"dataset": dataset, "name": name}, [script], {}
+
+    def _download(self, model: str):
+        source = self._configuration.models[model].source
+        return {"source": source}, ["make_tiny.py" if source.place == "tiny" else "download.py"], {}
+
+    def _convert(self, model: str):
+        conversion = self._configuration.models[model].conversion
+        return {"conversion": conversion}, ["convert.py"], {"download": self.key("download", model=model)}
+
+    def _train(self, model: str):
+        settings = self._configuration.models[model]
+        config = {section: getattr(settings, section) for section in TRAIN_SECTIONS}
+        config["hardware"] = settings.hardware.model_dump(mode="json", include={"gpus", "processes"})
+        upstream = {
+            "convert": self.key("convert", model=model),
+            "dataset": self.key("dataset", name=settings.training.dataset),
+        }
+        if settings.validation.interval:
+            upstream["validation"] = self.key("dataset", name=settings.validation.dataset)
+        return config, ["train.py", engine_file(settings.engine.kind)], upstream
+
+    def _export(self, model: str):
+        return {}, ["export.py"], {"train": self.key("train", model=model)}
+
+    def _evaluate(self, model: str, dataset: str, weights: str):
+        settings = self._configuration.models[model]
+        config = {
+            "evaluation": settings.evaluation.model_dump(mode="json", exclude={"datasets"}),
+            "engine": settings.engine,
+            "reward": settings.reward,
+            "hardware": settings.hardware.model_dump(mode="json", include={"gpus"}),
+        }
+        source = "download" if weights == "base" else "export"
+        upstream = {source: self.key(source, model=model), "dataset": self.key("dataset", name=dataset)}
+        return config, ["evaluate.py", engine_file(settings.engine.kind)], upstream
+
+    def _tables(self):
+        return {}, ["make_tables.py"], self._evaluations()
+
+    def _plots(self):
+        return {"plots": self._configuration.plots}, ["make_plots.py"], self._evaluations() | self._trainings()
+
+    def _report(self):
+        return {}, ["make_report.py"], {"tables": self.key("tables"), "plots": self.key("plots")}
+
+    def _trainings(self) -> dict[str, str]:
+        return {f"train {model}": self.key("train", model=model) for model in self._configuration.listed}
+
+    def _evaluations(self) -> dict[str, str]:
+        return {
+            f"evaluate {model} {dataset} {weights}": self.key("evaluate", model=model, dataset=dataset, weights=weights)
+            for model in self._configuration.listed
+            for dataset in self._configuration.models[model].evaluation.datasets
+            for weights in ("base", "trained")
+        }
+
+
+def engine_file(kind: str) -> str:
+    """The one file of a rollout engine, which the code that calls it does not import by name."""
+    return f"rollout/{kind}_engine.py"
+
+
+@functools.cache
+def code_digest(root: Path, *scripts: str) -> str:
+    """Digest of the syntax trees of ``scripts`` and of every module below ``root`` that they import.
+
+    Comments, formatting and docstrings do not count. ``configuration`` is left out: what it decides is in the slice.
+    """
+    waiting, trees = [root / script for script in scripts], {}
+    while waiting:
+        file = waiting.pop()
+        if file in trees or file.relative_to(root).parts[0] == "configuration":
+            continue
+        tree = ast.parse(file.read_bytes(), filename=str(file))
+        waiting += _imported(root, tree)
+        trees[file] = ast.dump(_without_docstrings(tree))
+    return _digest(sorted((file.relative_to(root).as_posix(), tree) for file, tree in trees.items()))
+
+
+def _imported(root: Path, tree: ast.Module) -> list[Path]:
+    """The files below ``root`` that a module imports, packages included; relative imports are not used here."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
+    files = []
+    for name in names:
+        parts = name.split(".")
+        for depth in range(1, len(parts) + 1):
+            path = root.joinpath(*parts[:depth])
+            files += [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()]
+    return files
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node
+        ):
+            node.body = node.body[1:]
+    return tree
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(_dump(value).encode()).hexdigest()[:12]
