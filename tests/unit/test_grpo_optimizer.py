@@ -1,0 +1,124 @@
+"""The CPU optimizer against torch's own, step for step, and across a save and a load."""
+
+import math
+
+import pytest
+import torch
+from configuration.schema import Optimizer as Settings
+from grpo.optimizer import CpuAdam, learning_rate_at
+from safetensors.torch import load, save
+from torch import nn
+
+
+class Toy(nn.Module):
+    """Weights of the kinds that weight decay tells apart: a matrix, a bias, a norm, a convolution."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        shapes = {"linear": (5, 7), "norm": (7,), "conv": (5, 1, 4)}
+        self.weights = nn.ParameterDict({k: torch.randn(s, generator=generator).to(dtype) for k, s in shapes.items()})
+        self.experts = nn.Module()
+        self.experts.bias = nn.Parameter(torch.randn(2, 2, generator=generator).to(dtype))
+        self.layer = nn.Linear(5, 3).to(dtype)
+        self.layer.weight.data = torch.randn(3, 5, generator=generator).to(dtype)
+        self.layer.bias.data = torch.randn(3, generator=generator).to(dtype)
+
+
+def backward(model, seed, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        (parameter * torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * scale).sum().backward()
+
+
+def step(model, optimizer, number, rate=1e-2):
+    optimizer.zero_grad()
+    for half in range(2):  # two packs
+        backward(model, 10 * number + half)
+    optimizer.reduce()
+    return optimizer.step(rate)
+
+
+def torch_reference(model, settings):
+    """torch.optim.AdamW with the decay of matrices alone, and torch's own clipping."""
+    decayed = [p for n, p in model.named_parameters() if p.dim() > 1 and not n.endswith(".bias")]
+    exempt = [p for n, p in model.named_parameters() if p.dim() == 1 or n.endswith(".bias")]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=settings.betas, eps=settings.epsilon)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0, 1e6])
+def test_steps_equal_adamw_with_accumulated_and_clipped_gradients(clip):
+    settings = Settings(learning_rate=1e-2, clip_gradient_norm=clip)
+    ours, theirs = Toy(), Toy()
+    optimizer, reference = CpuAdam(ours, settings), torch_reference(theirs, settings)
+    for number in range(5):
+        norm = step(ours, optimizer, number, rate := 1e-2 * (number + 1))
+        reference.zero_grad()
+        for half in range(2):
+            backward(theirs, 10 * number + half)
+        expected = nn.utils.clip_grad_norm_(theirs.parameters(), clip or math.inf)
+        for group in reference.param_groups:
+            group["lr"] = rate
+        reference.step()
+        assert norm == pytest.approx(expected.item(), rel=1e-5)
+        for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_weight_decay_leaves_biases_norms_and_other_vectors_alone():
+    model = Toy()
+    optimizer = CpuAdam(model, Settings(weight_decay=0.5))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step(0.1)  # no gradient: decay alone moves weights
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"weights.linear", "weights.conv", "layer.weight"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_optimizer_takes_the_very_steps_that_the_unstopped_one_takes(dtype):
+    settings = Settings(learning_rate=1e-2)
+    straight = Toy(dtype)
+    optimizer = CpuAdam(straight, settings)
+    for number in range(3):
+        step(straight, optimizer, number)
+    stored, weights = save(optimizer.state_dict()), {k: v.clone() for k, v in straight.state_dict().items()}
+
+    resumed = Toy(dtype)
+    resumed.load_state_dict(weights)
+    again = CpuAdam(resumed, settings)
+    again.load_state_dict(load(stored))
+    for number in range(3, 6):
+        assert step(straight, optimizer, number) == step(resumed, again, number)
+    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_updates_too_small_for_bf16_add_up_in_the_fp32_copy():
+    model = nn.Linear(1, 1, bias=False).bfloat16()
+    model.weight.data.fill_(1.0)
+    optimizer = CpuAdam(model, Settings(weight_decay=0.0))
+    for _ in range(10):
+        optimizer.zero_grad()
+        model.weight.sum().backward()
+        optimizer.step(1e-3)  # bf16's spacing below 1 is 4e-3
+    assert model.weight.item() == pytest.approx(0.99, abs=2e-3)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(poison):
+    model = Toy()
+    optimizer = CpuAdam(model, Settings())
+    step(model, optimizer, 0)
+    weights, state = save(dict(model.state_dict())), save(optimizer.state_dict())
+    optimizer.zero_grad()
+    backward(model, 1)
+    (model.layer.bias * poison).sum().backward()
+    assert not math.isfinite(optimizer.step(1e-2))
+    assert save(dict(model.state_dict())) == weights and save(optimizer.state_dict()) == state
+
+
+def test_learning_rate_warms_up_linearly_and_then_stays():
+    warming = Settings(learning_rate=8e-6, warm_up_steps=4)
+    assert [learning_rate_at(step, warming) for step in range(1, 7)] == [2e-6, 4e-6, 6e-6, 8e-6, 8e-6, 8e-6]
+    assert learning_rate_at(1, Settings()) == 1e-6

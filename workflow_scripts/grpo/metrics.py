@@ -1,0 +1,90 @@
+"""What a run reports: metrics.jsonl and samples.jsonl, TensorBoard, and Weights & Biases where it is asked for."""
+
+import importlib.util
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+
+
+class JsonLines:
+    """A log of one JSON object a line that a resumed run continues from a known length."""
+
+    def __init__(self, path: Path, length: int) -> None:
+        """Open ``path`` and cut it to ``length`` bytes, so that nothing that is done again stands there twice."""
+        self.file = path.open("a+b")
+        if (found := self.file.seek(0, os.SEEK_END)) < length:
+            raise UserError(
+                f"{path}: {found} bytes, its checkpoint says {length}: put it back, or delete {path.parent}"
+            )
+        self.file.truncate(length)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one line; numbers that JSON has no word for become null."""
+        clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        self.file.write(json.dumps(clean, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self.file.flush()
+
+    def sync(self) -> int:
+        """Make what was written durable; the length in bytes."""
+        os.fsync(self.file.fileno())
+        return self.file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class RunLog:
+    """All logs of one run in its work folder. Rank 0 holds one; the others none."""
+
+    def __init__(self, work: Path, log_bytes: dict[str, int], first_rollout: int, wandb_project: str | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+
+        self.lines = {name: JsonLines(work / name, log_bytes.get(name, 0)) for name in (METRICS, SAMPLES)}
+        self.tensorboard = SummaryWriter(str(work / "tensorboard"), purge_step=first_rollout)
+        self.wandb = _start_wandb(wandb_project, work) if wandb_project else None
+
+    def metrics(self, rollout: int, values: dict[str, float | int]) -> None:
+        """Report ``values`` of ``rollout`` everywhere."""
+        self.lines[METRICS].append({"rollout": rollout, **values})
+        for name, value in values.items():
+            self.tensorboard.add_scalar(name, value, rollout)
+        if self.wandb:
+            self.wandb.log(values, step=rollout)
+
+    def sample(self, row: dict[str, Any]) -> None:
+        """Keep one sample for whoever wants to read what the model writes."""
+        self.lines[SAMPLES].append(row)
+
+    def sync(self) -> dict[str, int]:
+        """Make the logs durable; their lengths in bytes, for the checkpoint."""
+        self.tensorboard.flush()
+        return {name: lines.sync() for name, lines in self.lines.items()}
+
+    def close(self) -> None:
+        for lines in self.lines.values():
+            lines.close()
+        self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def warn(message: str) -> None:
+    """Tell the user, above the progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def _start_wandb(project: str, work: Path) -> Any:
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError("training.wandb_project is set, but wandb is not installed: install it, or unset the key")
+    import wandb
+
+    return wandb.init(project=project, id=work.name, dir=work, resume="allow")

@@ -1,0 +1,168 @@
+"""One atomic run state: everything that the next rollout depends on, in one folder that is whole or absent.
+
+    work/checkpoint-000020/
+        weights/                   Megatron's distributed checkpoint
+        optimizer/rank-00000.safetensors ...   each rank's optimizer state and random states
+        progress.json              counters, the prompt cursor, the logs' lengths
+        manifest.json              written last: every file's size and sha256
+
+A checkpoint is written beside its name, synced, and renamed. What is newest is decided by looking at the folders, so
+no pointer can disagree with them; a damaged one is put out of the way.
+"""
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from checkpoints import torch_dist
+from checkpoints.manifest import read_manifest, write_manifest
+from common.errors import UserError
+from common.files import read_json, sync_folder, write_json
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from grpo.optimizer import Optimizer
+
+NAME = re.compile(r"checkpoint-(\d{6,})")
+RANDOM_STATE = "random_state.torch"
+
+
+@dataclass
+class Progress:
+    """The small part of a run's state: what has been done, and where its logs and its prompts stand.
+
+    Attributes:
+        rollout: rollouts that have been trained on.
+        optimizer_step: optimizer steps taken (a skipped one does not count).
+        bad_steps: steps skipped for a NaN or infinite loss or gradient, since the start.
+        bad_steps_in_a_row: of those, the ones since the last good step.
+        cursor: the prompt cursor's own state.
+        log_bytes: log file -> its length in bytes, where a resumed run goes on writing.
+        score: the validation score of just these weights, or None where they were not evaluated.
+    """
+
+    rollout: int = 0
+    optimizer_step: int = 0
+    bad_steps: int = 0
+    bad_steps_in_a_row: int = 0
+    cursor: dict[str, int] = field(default_factory=dict)
+    log_bytes: dict[str, int] = field(default_factory=dict)
+    score: float | None = None
+
+
+def save(work: Path, progress: Progress, model: nn.Module, optimizer: Optimizer, provenance: dict[str, Any]) -> Path:
+    """Write the run state of ``progress.rollout``; called by every rank. Returns the checkpoint's folder."""
+    folder = work / f"checkpoint-{progress.rollout:06d}"
+    partial = work / f".{folder.name}.partial"
+    if _rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "optimizer").mkdir(parents=True)
+    _barrier()
+    torch_dist.save(model, partial / "weights")
+    state = optimizer.state_dict() | {RANDOM_STATE: torch.get_rng_state()}
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, _rank_file(partial))
+    _barrier()
+    if _rank() == 0:
+        write_json(partial / "progress.json", asdict(progress))
+        files = [file for file in partial.rglob("*") if file.is_file()]
+        for path in [*files, *{file.parent for file in files}]:
+            _sync(path)
+        names = [str(file.relative_to(partial)) for file in files]
+        write_manifest(partial / "manifest.json", "checkpoint", partial, names, provenance)
+        shutil.rmtree(folder, ignore_errors=True)  # only a damaged one can be in the way
+        partial.rename(folder)
+        sync_folder(work)
+    _barrier()
+    return folder
+
+
+def load(folder: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
+    """Put model, optimizer and random states back to what `save` saw; called by every rank."""
+    file = _rank_file(folder)
+    if not file.is_file():
+        raise UserError(f"{file}: missing: the run was saved by fewer processes; resume with as many as it had")
+    torch_dist.load(model, folder / "weights")
+    state = load_file(file)
+    torch.set_rng_state(state.pop(RANDOM_STATE))
+    optimizer.load_state_dict(state)
+    return read_progress(folder)
+
+
+def read_progress(folder: Path) -> Progress:
+    """The small part of a checkpoint alone."""
+    return Progress(**read_json(folder / "progress.json"))
+
+
+def newest(work: Path) -> Path | None:
+    """The newest checkpoint that is whole, digests compared; damaged ones are put out of the way with a warning."""
+    for folder in sorted(_named(work), key=_number, reverse=True):
+        try:
+            read_manifest(folder / "manifest.json").require(digests=True)
+        except UserError as error:
+            print(f"warning: {folder.name} is damaged and set aside: {error}", file=sys.stderr)
+            _remove(folder)
+            continue
+        return folder
+    return None
+
+
+def best(work: Path) -> Path | None:
+    """The checkpoint with the highest validation score, the earlier of equals; None where none was evaluated."""
+    scores = {folder: read_progress(folder).score for folder in sorted(_named(work), key=_number)}
+    evaluated = {folder: score for folder, score in scores.items() if score is not None}
+    return max(evaluated, key=evaluated.__getitem__, default=None)
+
+
+def prune(work: Path, keep: int) -> None:
+    """Remove all but the last ``keep`` checkpoints and the best, and what stopped runs left half-written.
+
+    To be called once a new checkpoint is whole: the old ones vouch for the run until then.
+    """
+    stay = {*sorted(_named(work), key=_number)[-keep:], best(work)}
+    for folder in set(_named(work)) - stay:
+        _remove(folder)
+    for left in [*work.glob(".checkpoint-*.removed"), *work.glob(".checkpoint-*.partial")]:
+        shutil.rmtree(left)
+
+
+def _named(work: Path) -> Iterator[Path]:
+    return (folder for folder in work.iterdir() if NAME.fullmatch(folder.name) and folder.is_dir())
+
+
+def _remove(folder: Path) -> None:
+    """Take a checkpoint's name away at once; `prune` deletes what lies there, whole or in part."""
+    away = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(away, ignore_errors=True)
+    folder.rename(away)
+
+
+def _number(folder: Path) -> int:
+    return int(NAME.fullmatch(folder.name).group(1))
+
+
+def _rank_file(folder: Path) -> Path:
+    return folder / "optimizer" / f"rank-{_rank():05d}.safetensors"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
