@@ -58,8 +58,8 @@ def _table(title: str, section: type[BaseModel]) -> list[str]:
         if _section(field.annotation) is not None:
             default = "see below" if title == "config.yaml" else ""
         rows.append(f"| `{name}` | {_type(properties[name])} | {default} | {field.description or ''} |")
-    about = (section.__doc__ or "").split("\n")[0]
-    return [f"### {title}", "", *([about, ""] if about else []), "| key | type | default | |", "|---|---|---|---|", *rows, ""]
+    about = [section.__doc__.split("\n")[0], ""] if section.__doc__ else []
+    return [f"### {title}", "", *about, "| key | type | default | |", "|---|---|---|---|", *rows, ""]
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

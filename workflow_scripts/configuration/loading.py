@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from common.errors import UserError
 from pydantic import BaseModel, ValidationError
 
+from common.errors import UserError
 from configuration import layout
 from configuration.schema import Dataset, Model, Plots, Root
 
@@ -170,8 +170,8 @@ def _origin(layers: list[Layer], key: tuple[str, ...]) -> str:
 
 
 def _nearest(name: str, known: Any) -> str:
-    initials = [key for key in known if "".join(word[0] for word in key.split("_")) == name]
-    close = initials or difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    short = [key for key in known if key.startswith(name) or "".join(word[0] for word in key.split("_")) == name]
+    close = short or difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-from qwen3_5.architecture import Architecture
-
 from configuration.layout import processes
 from configuration.schema import Architecture as Shape
 from configuration.schema import Model
+from qwen3_5.architecture import Architecture
 
 GIB = 2**30
 CONTEXT_GIB = 1.5  # CUDA context, NCCL's buffers and kernels of one process

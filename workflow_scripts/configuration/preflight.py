@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-
 from configuration.loading import Configuration
 from configuration.memory import GIB, disk_gib, estimate
 from configuration.schema import Model

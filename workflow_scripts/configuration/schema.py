@@ -6,7 +6,7 @@ slice it, and entry scripts are handed the slices back as these types.
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 Share = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -315,18 +315,20 @@ class Model(Section):
     evaluation: Evaluation = Evaluation()
 
 
+def _not_base(name: str) -> str:
+    if name == "base":
+        raise ValueError("'base' is the name of the starting weights: choose another")
+    return name
+
+
 class Root(Section):
     """config/config.yaml beside the sections of `Model` that all models share."""
 
     models: list[Name] = Field(description="the models that download_all ... eval_all and the report cover")
-    run: Name = Field("grpo", description="name of the training run; another name keeps the old one's results")
+    run: Annotated[Name, AfterValidator(_not_base)] = Field(
+        "grpo", description="name of the training run; another name keeps the old one's results"
+    )
     results: str = Field("results", description="the folder of everything that is made")
     datasets: dict[Name, Dataset]
     plots: Plots = Plots()
     per_model: dict[str, dict[str, Any]] = Field({}, description="settings of one model, laid over everything else")
-
-    @model_validator(mode="after")
-    def _run_is_not_base(self) -> Self:
-        if self.run == "base":
-            raise ValueError("run: 'base' is the name of the starting weights; choose another")
-        return self

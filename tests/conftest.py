@@ -1,0 +1,44 @@
+"""Fixtures that several suites share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Two cores are shared by whatever runs at once.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+def pytest_collection_modifyitems(items):
+    """GPU tests are skipped, visibly, where there is no GPU."""
+    if not any("gpu" in item.keywords for item in items):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def snakemake():
+    """Run this repository's workflow: ``snakemake(*arguments, cwd=..., snakefile=...)`` -> CompletedProcess."""
+
+    def call(*arguments, cwd=ROOT, snakefile=None, check=False, **environment):
+        command = [sys.executable, "-m", "snakemake", *(["-s", str(snakefile)] if snakefile else []), *arguments]
+        return subprocess.run(
+            command, cwd=cwd, text=True, capture_output=True, check=check, env=os.environ | environment, timeout=900
+        )
+
+    return call

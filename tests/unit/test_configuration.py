@@ -1,0 +1,142 @@
+"""A mistake in the configuration is one line that names file, key, value and what is allowed."""
+
+import json
+
+import jsonschema
+import pytest
+import yaml
+
+from common.errors import UserError
+from configuration.json_schema import derived
+from configuration.loading import load, merge
+from configuration.memory import architecture_of, estimate
+from configuration.preflight import Machine, shortcomings
+
+
+def configured(root, overrides=None):
+    return load(root / "config/config.yaml", root / "config/models", overrides or {})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ({"optimizer": {"lr": 1}}, "optimizer.lr: unknown key, did you mean 'learning_rate'?"),
+        ({"optimiser": {}}, "optimiser: unknown key, did you mean 'optimizer'?"),
+        ({"training": {"rollout": 3}}, "training.rollout: unknown key, did you mean 'rollouts'?"),
+        ({"optimizer": {"learning_rate": "fast"}}, "optimizer.learning_rate: Input should be a valid number"),
+        ({"training": {"rollouts": 0}}, "training.rollouts: Input should be greater than 0, not 0"),
+        ({"engine": {"kind": "vllm"}}, "engine.kind: Input should be 'sglang' or 'cpu', not 'vllm'"),
+        ({"models": ["9b"]}, "unknown model '9b', did you mean '9B'?"),
+        ({"training": {"dataset": "dapo"}}, "unknown dataset 'dapo', did you mean 'dapo-math-17k'?"),
+        ({"training": {"global_batch": 100}}, "global_batch 100 does not divide prompts_per_rollout 32"),
+        (
+            {"per_model": {"9B": {"parallel": {"tensor": 3}}}},
+            "context 1 = 3 does not divide the 8",
+        ),
+        (
+            {"per_model": {"9B": {"parallel": {"tensor": 8}}}},
+            "8 does not divide the 4 key_value_groups",
+        ),
+        ({"per_model": {"9B": {"parallel": {"expert": 2}}}}, "parallel.expert: 2 needs a mixture of experts"),
+        (
+            {"per_model": {"9B": {"parallel": {"pipeline": 8, "tensor": 1}, "hardware": {"gpus": 24}}}},
+            "does not divide",
+        ),
+        ({"per_model": {"35B_A3B": {"parallel": {"expert": 3}}}}, "parallel.expert: expert 3"),
+        ({"per_model": {"9B": {"engine": {"gpus_per_engine": 3}}}}, "3 does not divide hardware.gpus 8"),
+        ({"per_model": {"9B": {"engine": {"kind": "cpu"}}}}, "'cpu' does not fit hardware.gpus 8"),
+        ({"per_model": {"9B": {"mtp": {"train": True}}}}, "mtp.train: needs conversion.mtp_num_layers: 1"),
+        ({"per_model": {"9B": {"conversion": {"processes": 2}}}}, "launcher python runs one process"),
+        ({"evaluation": {"pass_at": [32]}}, "pass_at 32 needs at least as many samples_per_problem"),
+        ({"run": "base"}, "'base' is the name of the starting weights"),
+        ({"datasets": {"mine": {"file": "a.jsonl"}}}, "give exactly one of repo, folder, problems"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_where(root, overrides, line):
+    with pytest.raises(UserError) as error:
+        configured(root, overrides)
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("--config/--configfile: ")
+
+
+def test_a_mistake_in_a_model_s_own_file_names_that_file(root, tmp_path):
+    models = tmp_path / "config/models"
+    models.mkdir(parents=True)
+    for file in (root / "config/models").glob("*.yaml"):
+        (models / file.name).write_text(file.read_text().replace("layers: 64", "layers: sixty"))
+    with pytest.raises(UserError, match=r"config/models/27B.yaml: architecture.layers: .* not 'sixty'"):
+        load(root / "config/config.yaml", models, {})
+
+
+def test_a_fault_of_a_model_that_is_not_listed_waits_until_it_is_asked_for(root):
+    configuration = configured(root, {"hardware": {"gpus": 8}, "engine": {"kind": "sglang"}, "models": ["9B"]})
+    assert set(configuration.models) == {"4B", "9B", "27B", "35B_A3B", "tiny", "tiny_moe"}
+    configuration = configured(root, {"per_model": {"tiny": {"parallel": {"tensor": 5}}}})
+    assert "tiny" not in configuration.models and "tensor 5" in configuration.faults["tiny"]
+    with pytest.raises(UserError, match="tensor 5"):
+        configured(root, {"models": ["tiny"], "per_model": {"tiny": {"parallel": {"tensor": 5}}}})
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(root):
+    configuration = configured(root, {"optimizer": {"learning_rate": "3e-6"}})
+    assert configuration.models["9B"].optimizer.learning_rate == 3e-6
+
+
+def test_the_user_s_word_beats_the_model_s_file_and_per_model_beats_both(root):
+    overrides = {"training": {"rollouts": 7}, "per_model": {"9B": {"training": {"rollouts": 9}}}}
+    models = configured(root, overrides).models
+    assert (models["tiny"].training.rollouts, models["9B"].training.rollouts) == (7, 9)
+
+
+def test_naming_another_place_replaces_the_first(root):
+    overrides = {"datasets": {"aime-2024": {"folder": "here"}}, "per_model": {"9B": {"source": {"folder": "there"}}}}
+    configuration = configured(root, overrides)
+    assert configuration.datasets["aime-2024"].place == configuration.models["9B"].source.place == "folder"
+    assert configuration.datasets["aime-2024"].rows == 30
+
+
+def test_merging_changes_neither_side():
+    under, over = {"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}
+    assert merge(under, over) == {"a": {"b": 3, "c": 2}}
+    assert (under, over) == ({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
+
+
+def test_schemas_and_key_tables_are_up_to_date():
+    stale = [str(path) for path, content in derived().items() if path.read_text(encoding="utf-8") != content]
+    assert not stale, "run `make schema`"
+
+
+def test_the_shipped_files_satisfy_the_schemas_that_editors_use(root):
+    shared = json.loads((root / "config/schema.json").read_text())
+    jsonschema.validate(yaml.safe_load((root / "config/config.yaml").read_text()), shared)
+    model = json.loads((root / "config/models/schema.json").read_text())
+    for file in (root / "config/models").glob("*.yaml"):
+        jsonschema.validate(yaml.safe_load(file.read_text()), model)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"optimizer": {"lr": 1}}, shared)
+
+
+PARAMETERS = {"4B": 4.2e9, "9B": 9.0e9, "27B": 26.9e9, "35B_A3B": 34.7e9}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_declared_shapes_have_the_parameters_of_their_names(root, name):
+    model = configured(root).models[name]
+    assert architecture_of(model).parameters() == pytest.approx(PARAMETERS[name], rel=0.02)
+    needed = estimate(model, 141)
+    assert 5 < needed.training < 141 and needed.weights < needed.gradients
+
+
+def test_preflight_says_everything_that_is_missing_at_once(root):
+    model = configured(root).models["27B"]
+    laptop = Machine(gpus=(), host_memory_gib=16, free_disk_gib=100, missing_packages=("sglang",))
+    assert shortcomings(model, laptop) == [
+        "needs 8 GPUs and this machine has none",
+        "needs 448 GiB of memory and there are 16",
+        "needs sglang, not installed: run `make setup` on the GPU machine",
+    ]
+    node = Machine(gpus=(141.0,) * 8, host_memory_gib=1500, free_disk_gib=4000, missing_packages=())
+    assert shortcomings(model, node) == []
+    small = Machine(gpus=(24.0,) * 8, host_memory_gib=1500, free_disk_gib=4000, missing_packages=())
+    assert "lower training.max_tokens_per_gpu or raise parallel.tensor" in shortcomings(model, small)[0]
