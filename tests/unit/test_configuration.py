@@ -39,8 +39,8 @@ def configured(root, overrides=None):
         ),
         ({"per_model": {"9B": {"parallel": {"expert": 2}}}}, "parallel.expert: 2 needs a mixture of experts"),
         (
-            {"per_model": {"9B": {"parallel": {"pipeline": 8, "tensor": 1}, "hardware": {"gpus": 24}}}},
-            "does not divide",
+            {"per_model": {"9B": {"parallel": {"pipeline": 3, "tensor": 1}, "hardware": {"gpus": 24}}}},
+            "3 does not divide the 32 layers",
         ),
         ({"per_model": {"35B_A3B": {"parallel": {"expert": 3}}}}, "parallel.expert: expert 3"),
         ({"per_model": {"9B": {"engine": {"gpus_per_engine": 3}}}}, "3 does not divide hardware.gpus 8"),
