@@ -40,13 +40,13 @@ class Hosted:
 class Fault:
     """What goes wrong with the next ``times`` requests whose "METHOD path" matches ``request``.
 
-    A ``status`` is answered instead; without one the answer is cut after ``cut`` bytes, or holds ``content``.
+    A ``status`` is answered instead; without one the answer holds ``content``, or is cut after ``cut`` bytes.
     """
 
     request: str
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
-    cut: int | None = None
+    cut: int = -1  # negative: not cut
     content: bytes | None = None
     times: int = 1
 
@@ -55,7 +55,7 @@ class Fault:
 class Request:
     method: str
     path: str
-    headers: dict[str, str]
+    headers: dict[str, str]  # names in lower case
 
 
 class HubServer:
@@ -122,7 +122,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub: HubServer = self.server.hub
         path = unquote(urlsplit(self.path).path)
-        hub.requests.append(Request(self.command, self.path, dict(self.headers)))
+        hub.requests.append(Request(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}))
         fault = hub.fault_of(self.command, path)
         if fault and fault.status:
             return self.answer(fault.status, b"", fault.headers)
@@ -200,10 +200,7 @@ class Handler(BaseHTTPRequestHandler):
             start, status = int(match[1]), 206
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         sent = content[start:]
-        if fault and fault.cut is not None:
-            self.answer(status, sent, headers, cut=fault.cut)
-        else:
-            self.answer(status, sent, headers)
+        self.answer(status, sent, headers, fault.cut if fault else -1)
 
     def json(self, value: object) -> None:
         self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -211,13 +208,12 @@ class Handler(BaseHTTPRequestHandler):
     def error(self, status: int, code: str, message: str) -> None:
         self.answer(status, b"", {"X-Error-Code": code, "X-Error-Message": message})
 
-    def answer(self, status: int, content: bytes, headers: dict[str, str] = {}, cut: int | None = None) -> None:
+    def answer(self, status: int, content: bytes, headers: dict[str, str] | None = None, cut: int = -1) -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+        for name, value in ({"Content-Length": str(len(content))} | (headers or {})).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
-        self.wfile.write(content if cut is None else content[:cut])
-        if cut is not None:
-            self.close_connection = True
+        self.wfile.write(content if cut < 0 else content[:cut])
+        self.close_connection = cut >= 0

@@ -1,0 +1,68 @@
+"""Bring a model or a data set here: from the Hub at one commit, or from a local folder; checked, linked, recorded."""
+
+import argparse
+import json
+from pathlib import Path
+
+from checkpoints.manifest import write_manifest
+from common.errors import UserError, run
+from configuration.schema import Dataset, ModelSource
+from hub.snapshot import MODEL_FILES, dataset_from_hub, from_folder, model_from_hub
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
+    parser.add_argument("--manifest", type=Path, required=True, help="what to write; files go to ../hub beside it")
+    arguments = parser.parse_args()
+    settings = arguments.provenance["config"]
+    hub = arguments.manifest.parent.parent / "hub"
+
+    if "dataset" in settings:
+        dataset = Dataset.model_validate(settings["dataset"])
+        if dataset.folder:
+            snapshot = from_folder(Path(dataset.folder), [dataset.file], hub)
+        else:
+            snapshot = dataset_from_hub(dataset.repo, dataset.revision, dataset.file, hub)
+        facts = {
+            "file": dataset.file,
+            "rows": _rows(snapshot.root / dataset.file, dataset),
+            "prompt_key": dataset.prompt_key,
+            "label_key": dataset.label_key,
+        }
+    else:
+        source = ModelSource.model_validate(settings["source"])
+        if source.folder:
+            snapshot = from_folder(Path(source.folder), MODEL_FILES, hub)
+        else:
+            snapshot = model_from_hub(source.repo, source.revision, hub)
+        facts = {}
+
+    write_manifest(
+        arguments.manifest,
+        "download",
+        snapshot.root,
+        snapshot.files,
+        arguments.provenance,
+        snapshot.facts | facts,
+    )
+
+
+def _rows(path: Path, dataset: Dataset) -> int:
+    """Count the rows of a data set; one that does not parse is a `UserError`."""
+    rows = 0
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                row[dataset.prompt_key], row[dataset.label_key]
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"{path}: line {number}: {error!r}: each line is a JSON object with prompt and label"
+                ) from None
+            rows += 1
+    return rows
+
+
+if __name__ == "__main__":
+    run(main)
