@@ -1,0 +1,91 @@
+"""The rollout engine: what samples answers, however and wherever it does so.
+
+Each kind of engine lives in a module of its own, ``rollout/{kind}_engine.py``, whose ``start`` returns a running
+`RolloutEngine`. Nothing else knows the kinds, so a change of one engine touches no run that uses another.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from configuration.schema import Engine
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How every request of one `RolloutEngine.generate` call is sampled.
+
+    Attributes:
+        max_new_tokens: tokens after which a response is cut off.
+        temperature: the logits are divided by it; 0 takes the most likely token.
+        top_p: keep the most likely tokens until their probabilities sum to this; 1 keeps all.
+        top_k: keep this many of the most likely tokens; -1 keeps all.
+        presence_penalty: taken off the logit of each token that the response already holds (the prompt counts not).
+        stop_token_ids: a response ends with the first of these that is sampled.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    presence_penalty: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to sample. Weights, prompt, seed and `SamplingParams` decide it, not what else is asked for."""
+
+    prompt_ids: list[int]
+    seed: int
+
+
+@dataclass
+class Completion:
+    """One sampled response.
+
+    Attributes:
+        token_ids: the sampled tokens; the stop token included when one was sampled.
+        log_probs: natural log-probability of each, after temperature (1 where it is 0) and presence penalty, before
+            top-p and top-k.
+        finish: ``stop`` when a stop token was sampled, ``length`` when ``max_new_tokens`` ran out.
+    """
+
+    token_ids: list[int]
+    log_probs: list[float]
+    finish: Literal["stop", "length"]
+
+
+class RolloutEngine(Protocol):
+    """A model that is ready to answer."""
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        on_done: Callable[[int, Completion], None] | None = None,
+    ) -> list[Completion]:
+        """Sample one response a request, in the requests' order.
+
+        ``on_done(index, completion)`` is called as each is finished, in the order of finishing.
+        """
+
+    def load_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Take new weights by their Hub names; each replaces the whole tensor of that name."""
+
+    def sleep(self) -> None:
+        """Give memory back while others work; nothing is generated until `wake`."""
+
+    def wake(self) -> None:
+        """Take the memory again. An engine may need all weights anew (`load_weights`) before it generates."""
+
+    def close(self) -> None:
+        """End the engine and whatever it started."""
+
+
+def start_engine(folder: Path | str, settings: Engine) -> RolloutEngine:
+    """Start the engine of kind ``settings.kind`` with the checkpoint in ``folder`` (in the Hub's format)."""
+    return importlib.import_module(f"rollout.{settings.kind}_engine").start(Path(folder), settings)

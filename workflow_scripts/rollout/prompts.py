@@ -1,0 +1,56 @@
+"""Chat messages to token ids and back, as the checkpoint's own tokenizer and chat template say."""
+
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import read_json
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint in the Hub's format, from its own files alone.
+
+    `UserError` if there is none, or if it has no chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no usable tokenizer ({_first_line(error)}): download the model again") from None
+    if not tokenizer.chat_template:
+        raise UserError(f"{folder}: the tokenizer has no chat template: use a chat model's checkpoint")
+    return tokenizer
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], enable_thinking: bool
+) -> list[int]:
+    """Token ids of a chat up to where the assistant's answer begins; ``enable_thinking`` goes to the template."""
+    encoded = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, enable_thinking=enable_thinking
+    )
+    return list(encoded["input_ids"])
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of sampled tokens, complete but for the end-of-text tokens at its end.
+
+    Other special tokens stay, ``<think>`` among them on tokenizers where it is one: the reward looks for them.
+    """
+    end = len(ids)
+    ending = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    while end and ids[end - 1] in ending:
+        end -= 1
+    return tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def stop_token_ids(folder: Path | str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end an answer: the tokenizer's end of text, and those that ``generation_config.json`` names."""
+    path = Path(folder) / "generation_config.json"
+    named = read_json(path).get("eos_token_id") if path.exists() else None
+    ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    return tuple(sorted(ids - {None}))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
