@@ -1,0 +1,201 @@
+"""The reward is right on the known cases, strict on hedges, and bounded in time and memory whatever is answered."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configuration.schema import Reward
+from rewards.math import Grader, Verdict
+
+DATA = Path(__file__).parents[1] / "data"
+CASES = json.loads((DATA / "grader_cases.json").read_text(encoding="utf-8"))["cases"]
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader(Reward(max_seconds=5)) as grader:
+        yield grader
+
+
+def verdict(grader, answer, label) -> Verdict:
+    return grader.grade([(f"reasoning</think>\\boxed{{{answer}}}", label)])[0]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["id"] for case in CASES])
+def test_known_case_gets_its_verdict(grader, case):
+    assert grader.grade([(case["output"], case["label"])])[0].correct == bool(case["expected"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [
+        ("3^3+6", "33"),
+        ("66/2", "33"),
+        ("x = 33", 33),
+        ("073", 73),
+        (r"\sqrt{1090-1}", "33"),
+        (r"\log_{2} 8", "3"),
+        (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"),
+        (r"2^{0.5}", r"\sqrt2"),
+        ("3π", r"3\pi"),
+        ("x^2+2x+1", "(x+1)^2"),
+        (r"\{2,1\}", r"\{1,2\}"),
+        ("2, 1", "1, 2"),
+        (r"[0,\frac{2}{2})", "[0,1)"),
+        (r"\pm 2", "±2"),
+        (r"\text{even}", "Even"),
+        ("x^2 + y^2 = 1", "x^2+y^2=1"),
+    ],
+)
+def test_the_label_in_other_words_is_correct(grader, answer, label):
+    assert verdict(grader, answer, label).correct
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [
+        (r"33\text{ or }34", "33"),
+        ("33, 34", "33"),
+        (r"\pm 33", "33"),
+        (r"x \in \{33, 34\}", "33"),
+        (r"\{33\}", "33"),
+        ("33.00000005", "33"),
+        (r"33 + \sqrt[3]{10^{-30}}", "33"),
+        ("1.41421356", r"\sqrt{2}"),
+        ("3_3", "33"),
+        ("3_3", "3"),
+        ("3³", "33"),
+        ("33x", "33"),
+        ("33 = 34", "34"),
+        ("1", "x^2+y^2=1"),
+        ("x + y = 1", "x^2+y^2=1"),
+        ("1, 3", "1, 2"),
+        ("2", r"\pm 2"),
+        ("b", "B"),
+    ],
+)
+def test_what_only_looks_like_the_label_is_wrong(grader, answer, label):
+    assert not verdict(grader, answer, label).correct
+
+
+def test_reasons_name_what_was_wrong(grader):
+    responses = [r"</think>\boxed{33}", r"</think>\boxed{34}", r"</think>\boxed{33, 34}", r"\boxed{33}", "</think>33"]
+    verdicts = grader.grade([(response, "33") for response in [*responses, "</think>\\boxed{" + "9" * 5000 + "}"]])
+    assert [verdict.reason for verdict in verdicts] == (
+        ["correct", "wrong", "several_answers", "no_think_end", "no_box", "too_long"]
+    )
+    assert [verdict.answer for verdict in verdicts] == ["33", "34", "33, 34", None, None, None]
+
+
+def test_without_a_think_block_only_optional_grades():
+    for mode, correct in (("required", False), ("optional", True)):
+        with Grader(Reward(think_block=mode)) as grader:
+            assert grader.grade([(r"So \boxed{33}.", "33")])[0].correct is correct
+
+
+def test_slow_comparison_is_stopped_and_the_next_ones_go_on():
+    with Grader(Reward(max_seconds=1)) as grader:
+        slow = ["x^{9^{9^{9^9}}}", r"\sqrt{2}^{\sqrt{9}^{99999}}"]
+        labels = ["x+1", "33"]
+        verdicts = grader.grade([(f"</think>\\boxed{{{a}}}", label) for a, label in zip(slow, labels, strict=True)])
+        assert [verdict.reason for verdict in verdicts] == ["grading_timeout"] * 2
+        assert grader.grade([(r"</think>\boxed{\log_{2} 8}", "3")])[0].reason in ("correct", "grading_timeout")
+
+
+HOSTILE = {
+    "braces": "{" * 10**6,
+    "nested boxes": r"\boxed{" * 10**5,
+    "tower": "10^{10^{10}}",
+    "python tower": "9**9**9**9",
+    "a million digits": "9" * 10**6,
+    "thousand digits": "1" + "0" * 999,
+    "factorial": "10^{999}!",
+    "binomial": r"\binom{9999999}{4444444}",
+    "division by zero": "1/0",
+    "surrogates": "\ud800\udfff",
+    "control": "\x00",
+    "nothing": "",
+    "space": " ",
+    "backslash": "\\",
+    "commands": r"\frac" * 50,
+    "parentheses": "(" * 250,
+    "roots": r"\sqrt{" * 40 + "2" + "}" * 40,
+    "powers": "x" + "^2" * 140,
+    "unfolding": "\ufdfa" * 900,
+    "code": "__import__('os').system('true')",
+}
+
+
+@pytest.mark.parametrize("answer", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("label", ["33", "x+1"])
+def test_hostile_answers_are_graded_wrong(grader, answer, label):
+    assert not verdict(grader, answer, label).correct
+
+
+@pytest.mark.parametrize("label", ["", "9" * 5000, 10**5000, "{", "\ud800", r"\frac{1}{0}", "x^"], ids=range(7))
+def test_a_strange_label_makes_a_wrong_answer_not_a_crash(grader, label):
+    assert not verdict(grader, "33", label).correct
+
+
+LATEX = [
+    "{",
+    "}",
+    "\\boxed{",
+    "\\frac",
+    "\\sqrt",
+    "</think>",
+    "<think>",
+    "33",
+    "3",
+    "x",
+    "^",
+    "_",
+    ",",
+    "=",
+    "!",
+    "(",
+    ")",
+]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.one_of(st.text(max_size=100), st.lists(st.sampled_from(LATEX), max_size=30).map("".join)), st.booleans())
+def test_no_response_raises(grader, response, boxed):
+    grader.grade([(f"</think>\\boxed{{{response}}}" if boxed else response, "33")])
+
+
+def test_integers_start_no_process_and_workers_end_with_the_grader():
+    with Grader(Reward()) as grader:
+        verdict(grader, "33", "34")
+        assert all(worker.process is None for worker in grader.workers.workers)
+        assert verdict(grader, r"\log_{2} 8", "3").correct
+        process = next(worker.process for worker in grader.workers.workers if worker.process)
+    assert process.returncode is not None
+
+
+def test_worker_knows_neither_torch_nor_secrets(tmp_path):
+    """What reads a model's text imports nothing heavy and holds no token that the text could carry off."""
+    code = (
+        "import sys, os, subprocess, json; from rewards.workers import SympyWorkers, Question\n"
+        "workers = SympyWorkers(30); print(workers.ask([Question('x', 'x+1', False)]))\n"
+        "pid = next(w.process.pid for w in workers.workers if w.process)\n"
+        "print('torch' in open(f'/proc/{pid}/maps').read(), 'HF_TOKEN' in open(f'/proc/{pid}/environ').read())\n"
+        "workers.close()"
+    )
+    scripts = Path(__file__).parents[2] / "workflow_scripts"
+    environment = os.environ | {"PYTHONPATH": str(scripts), "HF_TOKEN": "secret"}
+    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert shown.stdout.splitlines() == ["['different']", "False False"]
+
+
+def test_every_aime_label_is_its_own_correct_answer(grader):
+    rows = [json.loads(line) for line in (DATA / "aime-2024.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 30
+    verdicts = grader.grade([(f"</think>\\boxed{{{int(row['label'])}}}", row["label"]) for row in rows])
+    assert all(verdict.correct for verdict in verdicts)

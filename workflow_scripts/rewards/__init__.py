@@ -1,0 +1,1 @@
+"""Rule-based rewards: is the boxed answer of a response the label's."""

@@ -1,0 +1,116 @@
+"""Processes that compare expressions with sympy, and may be killed at any time."""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+from common.errors import UserError
+
+SCRIPT = Path(__file__).with_name("sympy_worker.py")
+STARTUP_SECONDS = 120  # importing sympy takes 1 to 3 s, more where the machine is busy
+MAX_WORKERS = 4
+
+
+@dataclass(frozen=True)
+class Question:
+    """Is ``answer`` the same as ``label``; as exact numbers where ``closed``, else as math-verify sees it."""
+
+    label: str
+    answer: str
+    closed: bool
+
+
+class SympyWorkers:
+    """Up to `MAX_WORKERS` worker processes, started when first needed and again after one was killed."""
+
+    def __init__(self, max_seconds: float) -> None:
+        self.max_seconds = max_seconds
+        self.count = min(MAX_WORKERS, os.cpu_count() or 1)
+        self.idle: SimpleQueue[_Worker] = SimpleQueue()
+        self.workers = [_Worker() for _ in range(self.count)]
+        for worker in self.workers:
+            self.idle.put(worker)
+
+    def ask(self, questions: list[Question]) -> list[str]:
+        """Each question's verdict: ``equal``, ``different``, ``timeout`` or ``error``."""
+        if len(questions) < 2:
+            return [self._ask(question) for question in questions]
+        with ThreadPoolExecutor(self.count) as threads:
+            return list(threads.map(self._ask, questions))
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.stop()
+
+    def _ask(self, question: Question) -> str:
+        worker = self.idle.get()
+        try:
+            return worker.ask(question, self.max_seconds)
+        finally:
+            self.idle.put(worker)
+
+
+class _Worker:
+    """One process of ``sympy_worker.py``, spoken to by lines; a script of its own, so it never imports torch."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen | None = None
+
+    def ask(self, question: Question, max_seconds: float) -> str:
+        self.start()
+        try:
+            self.process.stdin.write(json.dumps({**question.__dict__, "max_seconds": max_seconds}).encode() + b"\n")
+            word = self.read(max_seconds)
+        except BrokenPipeError:
+            word = ""
+        if word not in ("equal", "different"):
+            self.stop()  # after an error as well: what a library keeps of it, memory above all, goes along
+        return {None: "timeout", "": "error"}.get(word, word)
+
+    def start(self) -> None:
+        if self.process and self.process.poll() is None:
+            return
+        self.stop()
+        keep = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", str(SCRIPT)],  # -I: rewards/ stays off the path, where math.py would hide Python's
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            env={**keep, "OMP_NUM_THREADS": "1"},  # no tokens, no keys
+            start_new_session=True,  # Ctrl-C is for the parent, which may want its last verdicts
+        )
+        if self.read(STARTUP_SECONDS) != "ready":
+            self.stop()
+            raise UserError(
+                f"{SCRIPT.name} does not start under {sys.executable}: is math-verify installed? Build the environment "
+                "from the lock file again"
+            )
+
+    def read(self, seconds: float) -> str | None:
+        """The next line; None when it did not come in time, an empty string when the process has ended."""
+        deadline, line = time.monotonic() + seconds, b""
+        while not line.endswith(b"\n"):
+            if not select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                return None
+            received = os.read(self.process.stdout.fileno(), 4096)
+            if not received:
+                return ""
+            line += received
+        return line.decode().strip()
+
+    def stop(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdin.close()
+            self.process.stdout.close()
+            self.process = None
