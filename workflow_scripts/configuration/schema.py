@@ -20,7 +20,7 @@ class Section(BaseModel):
 
 
 class Problems(Section):
-    """A problem set that is made here: sums of two numbers, train and evaluation disjoint for one seed."""
+    """A problem set that is made here: sums of two numbers, train and evaluation disjoint whatever their seeds."""
 
     split: Literal["train", "evaluation"]
     seed: int = 0
@@ -52,7 +52,7 @@ class Source(Section):
 class WarmUp(Section):
     """The supervised start of a tiny model: able, but unreliable."""
 
-    steps: PositiveInt = 600
+    steps: Annotated[int, Field(ge=0)] = Field(300, description="0 leaves the random weights as they are")
     batch_size: PositiveInt = 64
     learning_rate: NonNegative = 2.0e-3
     correct_share: Share = Field(
@@ -65,8 +65,9 @@ class TinyModel(Section):
 
     kind: Literal["dense", "moe"]
     seed: int = 0
-    layers: PositiveInt = 4
-    hidden: PositiveInt = 128
+    layers: Annotated[int, Field(gt=0, multiple_of=4)] = Field(4, description="every fourth is of gated attention")
+    hidden: Annotated[int, Field(gt=0, multiple_of=64)] = 128
+    head_dim: Annotated[int, Field(gt=0, multiple_of=16)] = Field(32, description="of attention and linear attention")
     warm_up: WarmUp = WarmUp()
 
 

@@ -1,0 +1,34 @@
+"""Make a problem set of sums in the place of a download: a JSON-lines file and its manifest."""
+
+import argparse
+import json
+from pathlib import Path
+
+from checkpoints.manifest import write_manifest
+from common.errors import run
+from common.files import atomic_write
+from configuration.schema import Dataset
+from tiny.problems import draw
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
+    parser.add_argument("--manifest", type=Path, required=True, help="what to write; the file goes to a folder beside")
+    arguments = parser.parse_args()
+    dataset = Dataset.model_validate(arguments.provenance["config"]["dataset"])
+    folder = arguments.manifest.with_suffix("")
+
+    rows = [addition.row(dataset.prompt_key, dataset.label_key) for addition in draw(dataset.problems)]
+    atomic_write(folder / dataset.file, "".join(json.dumps(row) + "\n" for row in rows))
+    facts = {
+        "file": dataset.file,
+        "rows": len(rows),
+        "prompt_key": dataset.prompt_key,
+        "label_key": dataset.label_key,
+    }
+    write_manifest(arguments.manifest, "download", folder, [dataset.file], arguments.provenance, facts)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,52 @@
+"""Make a tiny Qwen3.5, warmed up on sums, in the place of a download: a folder in the Hub's format and its manifest."""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import transformers
+
+from checkpoints.folders import finish_folder, partial_folder, start_folder
+from checkpoints.manifest import describe, write_manifest
+from common.errors import run
+from configuration.schema import ModelSource
+from tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
+from tiny.tokenizer import train_tokenizer
+from tiny.warm_up import warm_up
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
+    parser.add_argument("--manifest", type=Path, required=True, help="what to write; files go to ../hub beside it")
+    arguments = parser.parse_args()
+    tiny = ModelSource.model_validate(arguments.provenance["config"]["source"]).tiny
+    model_name = arguments.manifest.parent.name
+    hub = arguments.manifest.parent.parent / "hub"
+    transformers.logging.set_verbosity_error()  # it recommends GPU kernels
+
+    tokenizer = train_tokenizer()
+    config = model_config(tiny, tokenizer)
+    model = random_model(tiny, config)
+    warm_up(model, tokenizer, tiny)
+
+    partial = partial_folder(hub / model_name)
+    start_folder(partial)
+    write_checkpoint(partial, config, hub_tensors(tiny, model), tokenizer)
+    files = {file.name: describe(file) for file in sorted(partial.iterdir())}
+    commit = hashlib.sha256(json.dumps([tiny.model_dump(mode="json"), files]).encode()).hexdigest()[:12]
+    folder = hub / f"{model_name}@{commit}"
+    finish_folder(partial, folder)
+    write_manifest(
+        arguments.manifest,
+        "download",
+        folder,
+        files,
+        arguments.provenance,
+        {"repo": None, "revision": None, "commit": commit, "tiny": tiny.model_dump(mode="json")},
+    )
+
+
+if __name__ == "__main__":
+    run(main)
