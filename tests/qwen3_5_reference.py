@@ -1,0 +1,117 @@
+"""Tiny random Qwen3.5 models in transformers, for comparison, and their weights under our model's names."""
+
+import torch
+from torch import Tensor, nn
+from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers.models.qwen3_5_moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+
+from qwen3_5.architecture import Architecture
+
+TEXT = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "max_position_embeddings": 4096,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e7,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [3, 3, 2],
+        "mrope_interleaved": True,
+    },
+}
+DENSE = {"intermediate_size": 512}
+MOE = {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
+
+
+def reference(kind: str, **changes) -> tuple[Architecture, nn.Module]:
+    """A transformers model in fp32, every weight random (also those that start at 0 or 1), and its architecture."""
+    dense = kind == "dense"
+    config_class, model_class = (
+        (Qwen3_5TextConfig, Qwen3_5ForCausalLM) if dense else (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM)
+    )
+    text = TEXT | (DENSE if dense else MOE) | {"tie_word_embeddings": dense} | changes
+    torch.manual_seed(0)
+    model = model_class(config_class(**text)).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Routing far from ties, so that rounding never sends a token elsewhere.
+            spread = 0.5 if "mlp.gate.weight" in name else 0.05
+            parameter.add_(torch.randn_like(parameter) * spread)
+    model_type = "qwen3_5_text" if dense else "qwen3_5_moe_text"
+    architecture = Architecture.from_config(
+        {"text_config": text | {"model_type": model_type, "mtp_num_hidden_layers": 1}}
+    )
+    return architecture, model
+
+
+def megatron_names(architecture: Architecture, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights (or gradients) of the transformers model as the whole, unsharded parameters of ours."""
+    result = {
+        "embedding.word_embeddings.weight": weights["model.embed_tokens.weight"],
+        "decoder.final_layernorm.weight": weights["model.norm.weight"],
+    }
+    if not architecture.tie_embeddings:
+        result["output_layer.weight"] = weights["lm_head.weight"]
+    for layer, kind in enumerate(architecture.layer_kinds):
+        hub = {
+            name.removeprefix(f"model.layers.{layer}."): w for name, w in weights.items() if f"layers.{layer}." in name
+        }
+        ours = {
+            "input_layernorm.weight": hub["input_layernorm.weight"],
+            "pre_mlp_layernorm.weight": hub["post_attention_layernorm.weight"],
+        }
+        ours |= _full_attention(architecture, hub) if kind == "full_attention" else _linear_attention(hub)
+        ours |= _experts(hub) if architecture.is_moe else _mlp(hub, "mlp.", "mlp.")
+        result |= {f"decoder.layers.{layer}.{name}": weight for name, weight in ours.items()}
+    return result
+
+
+def _full_attention(architecture: Architecture, hub: dict[str, Tensor]) -> dict[str, Tensor]:
+    groups, dim, hidden = architecture.num_query_groups, architecture.head_dim, architecture.hidden_size
+    heads = architecture.num_attention_heads // groups
+    query_and_gate = hub["self_attn.q_proj.weight"].view(groups, heads, 2, dim, hidden).transpose(1, 2)
+    key, value = (hub[f"self_attn.{x}_proj.weight"].view(groups, dim, hidden) for x in "kv")
+    return {
+        "self_attention.linear_qkv.weight": torch.cat(
+            [query_and_gate.reshape(groups, -1, hidden), key, value], 1
+        ).flatten(0, 1),
+        "self_attention.linear_proj.weight": hub["self_attn.o_proj.weight"],
+        "self_attention.q_layernorm.weight": hub["self_attn.q_norm.weight"],
+        "self_attention.k_layernorm.weight": hub["self_attn.k_norm.weight"],
+    }
+
+
+def _linear_attention(hub: dict[str, Tensor]) -> dict[str, Tensor]:
+    projections = [hub[f"linear_attn.in_proj_{x}.weight"] for x in ("qkv", "z", "b", "a")]
+    return {
+        "self_attention.in_proj.weight": torch.cat(projections),
+        "self_attention.conv1d.weight": hub["linear_attn.conv1d.weight"],
+        "self_attention.A_log": hub["linear_attn.A_log"],
+        "self_attention.dt_bias": hub["linear_attn.dt_bias"],
+        "self_attention.out_norm.weight": hub["linear_attn.norm.weight"],
+        "self_attention.out_proj.weight": hub["linear_attn.out_proj.weight"],
+    }
+
+
+def _mlp(hub: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
+    return {
+        f"{ours}linear_fc1.weight": torch.cat([hub[f"{theirs}gate_proj.weight"], hub[f"{theirs}up_proj.weight"]]),
+        f"{ours}linear_fc2.weight": hub[f"{theirs}down_proj.weight"],
+    }
+
+
+def _experts(hub: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        "mlp.router.weight": hub["mlp.gate.weight"],
+        "mlp.experts.linear_fc1.weight": hub["mlp.experts.gate_up_proj"],
+        "mlp.experts.linear_fc2.weight": hub["mlp.experts.down_proj"],
+        "mlp.shared_experts.gate_weight": hub["mlp.shared_expert_gate.weight"],
+    } | _mlp(hub, "mlp.shared_expert.", "mlp.shared_experts.")

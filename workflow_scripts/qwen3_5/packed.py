@@ -1,0 +1,139 @@
+"""Packs: several sequences laid end to end in one row, so that no token of a batch is padding.
+
+Under context parallelism the tokens of a pack are cut into equal runs, one a rank, wherever the cut falls: both kinds
+of attention exchange tokens for heads (all-to-all) and then see every sequence whole.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+
+@dataclass
+class ChunkLayout:
+    """Where the tokens of a pack go when each sequence is padded to whole chunks of ``size`` tokens.
+
+    Chunks are ordered by their number within the sequence, and within one number by sequence, longest first: the
+    sequences that have a j-th chunk are the first ``counts[j]`` of those that have a (j-1)-th.
+    """
+
+    size: int
+    counts: list[int]
+    slots: Tensor  # (T,) place of each token among the sum(counts) * size
+
+
+@dataclass
+class Bucket:
+    """Sequences of similar length, to be padded to the longest of them."""
+
+    count: int
+    length: int
+    tokens: Tensor | None  # (n,) the pack's tokens that belong here; None for all
+    slots: Tensor  # (n,) their places among count * length
+
+
+@dataclass
+class Packed(PackedSeqParams):
+    """The boundaries of a pack (of the whole pack, also under context parallelism), as Megatron-Core passes them on.
+
+    Made by `pack`. ``lengths`` repeats ``cu_seqlens_q`` on the host, so that no layer has to wait for the GPU.
+    """
+
+    lengths: tuple[int, ...] = ()
+    positions: Tensor | None = None  # (T,) place of every token in its sequence
+    _layouts: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def chunks(self, size: int) -> ChunkLayout:
+        """The layout in chunks of ``size`` tokens; worked out once."""
+        if ("chunks", size) not in self._layouts:
+            self._layouts["chunks", size] = self._chunk_layout(size)
+        return self._layouts["chunks", size]
+
+    def buckets(self) -> list[Bucket]:
+        """The sequences by length, each bucket within a factor of two; worked out once."""
+        if "buckets" not in self._layouts:
+            self._layouts["buckets"] = self._bucket_sequences()
+        return self._layouts["buckets"]
+
+    def _sequence_of_token(self) -> Tensor:
+        return torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
+
+    def _chunk_layout(self, size: int) -> ChunkLayout:
+        chunks = (torch.tensor(self.lengths) + size - 1) // size  # (S,)
+        order = torch.argsort(chunks, descending=True, stable=True)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order))
+        counts = [int((chunks > number).sum()) for number in range(int(chunks.max()))]
+        first = torch.tensor([0, *counts]).cumsum(0)
+        positions = self.positions.cpu()
+        chunk = first[positions // size] + rank[self._sequence_of_token()]
+        return ChunkLayout(size, counts, (chunk * size + positions % size).to(self.positions.device))
+
+    def _bucket_sequences(self) -> list[Bucket]:
+        lengths = torch.tensor(self.lengths)
+        classes = torch.tensor([length.bit_length() for length in self.lengths])
+        sequence, positions = self._sequence_of_token(), self.positions.cpu()
+        buckets = []
+        for kind in classes.unique().tolist():
+            members = classes == kind
+            longest = int(lengths[members].max())
+            row = members.cumsum(0) - 1  # (S,) row of a sequence in its bucket
+            tokens = members[sequence].nonzero()[:, 0]
+            slots = row[sequence[tokens]] * longest + positions[tokens]
+            everything = len(tokens) == len(positions)
+            device = self.positions.device
+            buckets.append(
+                Bucket(int(members.sum()), longest, None if everything else tokens.to(device), slots.to(device))
+            )
+        return buckets
+
+
+def pack(
+    sequences: Sequence[Sequence[int] | Tensor],
+    *,
+    multiple_of: int = 1,
+    padding_id: int = 0,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor, Packed]:
+    """Lay sequences of token ids end to end: ``(input_ids (1, T), position_ids (1, T), packed)``.
+
+    T is made a multiple of ``multiple_of`` (tensor times context parallel size) by a further sequence of
+    ``padding_id``, which like any other is seen by nobody else; mask its tokens out of every loss.
+    """
+    rows = [torch.as_tensor(sequence, dtype=torch.long) for sequence in sequences]
+    if not rows or any(len(row) == 0 for row in rows):
+        raise ValueError("a pack needs at least one sequence, and no empty ones")
+    missing = -sum(len(row) for row in rows) % multiple_of
+    if missing:
+        rows.append(torch.full((missing,), padding_id, dtype=torch.long))
+    lengths = tuple(len(row) for row in rows)
+    boundaries = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
+    packed = Packed(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+        lengths=lengths,
+        positions=positions,
+    )
+    return torch.cat(rows).to(device)[None], positions[None], packed
+
+
+def context_shard(values: Tensor, dim: int = -1) -> Tensor:
+    """This context-parallel rank's run of tokens of anything that has one entry a token along ``dim``."""
+    size = parallel_state.get_context_parallel_world_size()
+    return values.chunk(size, dim)[parallel_state.get_context_parallel_rank()] if size > 1 else values
+
+
+def shift_left(values: Tensor, packed: Packed, by: int = 1) -> Tensor:
+    """Entry t becomes entry t + ``by`` of the same sequence, and 0 where the sequence has none; (..., T)."""
+    shifted = torch.zeros_like(values)
+    shifted[..., :-by] = values[..., by:]
+    remaining = torch.cat([torch.arange(length, 0, -1) for length in packed.lengths]).to(values.device)
+    return shifted.masked_fill(remaining <= by, 0)
