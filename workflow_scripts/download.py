@@ -13,17 +13,18 @@ from hub.snapshot import MODEL_FILES, dataset_from_hub, from_folder, model_from_
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
-    parser.add_argument("--manifest", type=Path, required=True, help="what to write; files go to ../hub beside it")
+    parser.add_argument("--name", required=True, help="what a local folder's files are called here")
+    parser.add_argument("--folder", type=Path, required=True, help="where to link the files, in a folder of their own")
+    parser.add_argument("--manifest", type=Path, required=True, help="what to write")
     arguments = parser.parse_args()
     settings = arguments.provenance["config"]
-    hub = arguments.manifest.parent.parent / "hub"
 
     if "dataset" in settings:
         dataset = Dataset.model_validate(settings["dataset"])
         if dataset.folder:
-            snapshot = from_folder(Path(dataset.folder), [dataset.file], hub)
+            snapshot = from_folder(Path(dataset.folder), [dataset.file], arguments.name, arguments.folder)
         else:
-            snapshot = dataset_from_hub(dataset.repo, dataset.revision, dataset.file, hub)
+            snapshot = dataset_from_hub(dataset.repo, dataset.revision, dataset.file, arguments.folder)
         facts = {
             "file": dataset.file,
             "rows": _rows(snapshot.root / dataset.file, dataset),
@@ -33,9 +34,9 @@ def main() -> None:
     else:
         source = ModelSource.model_validate(settings["source"])
         if source.folder:
-            snapshot = from_folder(Path(source.folder), MODEL_FILES, hub)
+            snapshot = from_folder(Path(source.folder), MODEL_FILES, arguments.name, arguments.folder)
         else:
-            snapshot = model_from_hub(source.repo, source.revision, hub)
+            snapshot = model_from_hub(source.repo, source.revision, arguments.folder)
         facts = {}
 
     write_manifest(

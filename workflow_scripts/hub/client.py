@@ -343,7 +343,7 @@ def _explain(error: Exception, repository: Repository, what: str) -> NoReturn:
             f"{repository}: {what}: no answer from {constants.ENDPOINT} ({_brief(error)}): check the network and run"
             " again (whole files are kept), or set HF_HUB_OFFLINE=1 to use what the cache holds"
         )
-    elif isinstance(error, PermissionError):
+    elif isinstance(error, PermissionError) and error.filename:
         message = f"{error.filename}: not writable: set HF_HOME to a folder that is"
     elif status:
         message = f"{repository}: {what}: {_brief(error)}: see {page}"

@@ -39,17 +39,17 @@ def dataset_from_hub(repo: str, revision: str, file: str, hub: Path) -> Snapshot
     return _from_hub(Repository("dataset", repo), revision, [file], hub)
 
 
-def from_folder(folder: Path, patterns: list[str], hub: Path) -> Snapshot:
-    """Link the files of a local ``folder`` below ``hub``, in a folder named after their digests."""
+def from_folder(folder: Path, patterns: list[str], name: str, hub: Path) -> Snapshot:
+    """Link the files of a local ``folder`` below ``hub``, in a folder named ``name`` and after their digests."""
     folder = folder.expanduser()
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: it is the source's folder in the configuration")
-    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-    names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
-    wanted = _wanted(str(folder), names, patterns)
-    entries = check(folder, {name: RemoteFile((folder / name).stat().st_size, "") for name in wanted}, str(folder))
-    digest = hashlib.sha256("".join(f"{entry['sha256']} {name}\n" for name, entry in entries.items()).encode())
-    root = hub / f"{folder.resolve().name}@{digest.hexdigest()[:12]}"
+    found = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+    visible = [file.as_posix() for file in found if not any(part.startswith(".") for part in file.parts)]
+    wanted = _wanted(str(folder), visible, patterns)
+    entries = check(folder, {file: RemoteFile((folder / file).stat().st_size, "") for file in wanted}, str(folder))
+    digest = hashlib.sha256("".join(f"{entry['sha256']} {file}\n" for file, entry in entries.items()).encode())
+    root = hub / f"{name}@{digest.hexdigest()[:12]}"
     link(folder, root, wanted)
     return Snapshot(root, entries, {"folder": str(folder)})
 
