@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 from checkpoints.manifest import write_manifest
-from common.errors import UserError, run
+from common.errors import run
+from common.problems import read_problems, require_problems
 from configuration.schema import Dataset, ModelSource
 from hub.snapshot import MODEL_FILES, dataset_from_hub, from_folder, model_from_hub
 
@@ -25,9 +26,19 @@ def main() -> None:
             snapshot = from_folder(Path(dataset.folder), [dataset.file], arguments.name, arguments.folder)
         else:
             snapshot = dataset_from_hub(dataset.repo, dataset.revision, dataset.file, arguments.folder)
+        path = snapshot.root / dataset.file
+        problems, bad = read_problems(path, dataset.prompt_key, dataset.label_key)
+        require_problems(
+            path,
+            problems,
+            bad,
+            rows=dataset.rows,
+            unique=dataset.unique_prompts,
+            max_bad_share=dataset.max_bad_share,
+        )
         facts = {
             "file": dataset.file,
-            "rows": _rows(snapshot.root / dataset.file, dataset),
+            "rows": len(problems),
             "prompt_key": dataset.prompt_key,
             "label_key": dataset.label_key,
         }
@@ -47,22 +58,6 @@ def main() -> None:
         arguments.provenance,
         snapshot.facts | facts,
     )
-
-
-def _rows(path: Path, dataset: Dataset) -> int:
-    """Count the rows of a data set; one that does not parse is a `UserError`."""
-    rows = 0
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                row[dataset.prompt_key], row[dataset.label_key]
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(
-                    f"{path}: line {number}: {error!r}: each line is a JSON object with prompt and label"
-                ) from None
-            rows += 1
-    return rows
 
 
 if __name__ == "__main__":

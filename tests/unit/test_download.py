@@ -337,3 +337,6 @@ def test_a_data_set_of_a_local_folder(tmp_path):
     manifest = download.succeeds(download({"dataset": {"folder": str(tmp_path / "data"), "file": "sums.jsonl"}}))
     assert set(manifest.files) == {"sums.jsonl"}
     assert (manifest.facts["folder"], manifest.facts["rows"]) == (str(tmp_path / "data"), 5)
+    download.manifest.unlink()
+    config = {"folder": str(tmp_path / "data"), "file": "sums.jsonl", "rows": 30}
+    download.fails(download({"dataset": config}), "5 usable rows instead of 30")
