@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from configuration.schema import Algorithm
 from grpo.advantages import group_advantages
 from grpo.log_probs import token_log_probs
 from grpo.losses import TokenBatch, grpo_loss, low_variance_kl, token_weight
 from grpo.packing import pack_sequences
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 VOCABULARY, HIDDEN = 37, 16
 

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from configuration.schema import Optimizer as Settings
-from grpo.optimizer import CpuAdam, learning_rate_at
 from safetensors.torch import load, save
 from torch import nn
+
+from configuration.schema import Optimizer as Settings
+from grpo.optimizer import CpuAdam, learning_rate_at
 
 
 class Toy(nn.Module):

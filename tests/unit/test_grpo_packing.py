@@ -1,8 +1,9 @@
 """Packing: nothing lost, nothing over the budget, the same work for every rank."""
 
-from grpo.packing import pack_sequences
 from hypothesis import given
 from hypothesis import strategies as st
+
+from grpo.packing import pack_sequences
 
 LENGTHS = st.lists(st.integers(1, 100), max_size=60)
 

@@ -8,8 +8,9 @@ however the sequences were laid out.
 from dataclasses import dataclass
 
 import torch
-from configuration.schema import Algorithm
 from torch import Tensor
+
+from configuration.schema import Algorithm
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,10 @@ METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 
 class JsonLines:
-    """A log of one JSON object a line that a resumed run continues from a known length."""
+    """A log of one JSON object a line."""
 
-    def __init__(self, path: Path, length: int) -> None:
-        """Open ``path`` and cut it to ``length`` bytes, so that nothing that is done again stands there twice."""
-        self.file = path.open("a+b")
-        if (found := self.file.seek(0, os.SEEK_END)) < length:
-            raise UserError(
-                f"{path}: {found} bytes, its checkpoint says {length}: put it back, or delete {path.parent}"
-            )
-        self.file.truncate(length)
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("ab")
 
     def append(self, row: dict[str, Any]) -> None:
         """Write one line; numbers that JSON has no word for become null."""
@@ -34,7 +28,7 @@ class JsonLines:
     def sync(self) -> int:
         """Make what was written durable; the length in bytes."""
         os.fsync(self.file.fileno())
-        return self.file.seek(0, os.SEEK_END)
+        return self.file.tell()
 
     def close(self) -> None:
         self.file.close()
@@ -43,10 +37,10 @@ class JsonLines:
 class RunLog:
     """All logs of one run in its work folder. Rank 0 holds one; the others none."""
 
-    def __init__(self, work: Path, log_bytes: dict[str, int], first_rollout: int, wandb_project: str | None) -> None:
+    def __init__(self, work: Path, first_rollout: int, wandb_project: str | None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
-        self.lines = {name: JsonLines(work / name, log_bytes.get(name, 0)) for name in (METRICS, SAMPLES)}
+        self.lines = {name: JsonLines(work / name) for name in (METRICS, SAMPLES)}
         self.tensorboard = SummaryWriter(str(work / "tensorboard"), purge_step=first_rollout)
         self.wandb = _start_wandb(wandb_project, work) if wandb_project else None
 
@@ -73,6 +67,16 @@ class RunLog:
         self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def truncate_logs(work: Path, log_bytes: dict[str, int]) -> None:
+    """Cut the logs to where a checkpoint saw them, so that what a resumed run does again stands there once."""
+    for name in (METRICS, SAMPLES):
+        length = log_bytes.get(name, 0)
+        with (work / name).open("ab") as file:
+            if file.tell() < length:
+                raise UserError(f"{work / name}: {file.tell()} of {length} bytes left: put it back, or delete {work}")
+            file.truncate(length)
 
 
 def warn(message: str) -> None:

@@ -9,9 +9,10 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from configuration.schema import Optimizer as Settings
 from megatron.core import parallel_state
 from torch import Tensor, nn
+
+from configuration.schema import Optimizer as Settings
 
 
 class Optimizer(Protocol):

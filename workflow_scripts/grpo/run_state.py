@@ -10,7 +10,6 @@ A checkpoint is written beside its name, synced, and renamed. What is newest is 
 no pointer can disagree with them; a damaged one is put out of the way.
 """
 
-import os
 import re
 import shutil
 import sys
@@ -21,13 +20,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from checkpoints import torch_dist
-from checkpoints.manifest import read_manifest, write_manifest
-from common.errors import UserError
-from common.files import read_json, sync_folder, write_json
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from checkpoints import torch_dist
+from checkpoints.folders import finish_folder, partial_folder, start_folder
+from checkpoints.manifest import read_manifest, write_manifest
+from common.errors import UserError
+from common.files import read_json, write_json
 from grpo.optimizer import Optimizer
 
 NAME = re.compile(r"checkpoint-(\d{6,})")
@@ -60,10 +60,10 @@ class Progress:
 def save(work: Path, progress: Progress, model: nn.Module, optimizer: Optimizer, provenance: dict[str, Any]) -> Path:
     """Write the run state of ``progress.rollout``; called by every rank. Returns the checkpoint's folder."""
     folder = work / f"checkpoint-{progress.rollout:06d}"
-    partial = work / f".{folder.name}.partial"
+    partial = partial_folder(folder)
     if _rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "optimizer").mkdir(parents=True)
+        start_folder(partial)
+        (partial / "optimizer").mkdir()
     _barrier()
     torch_dist.save(model, partial / "weights")
     state = optimizer.state_dict() | {RANDOM_STATE: torch.get_rng_state()}
@@ -71,14 +71,9 @@ def save(work: Path, progress: Progress, model: nn.Module, optimizer: Optimizer,
     _barrier()
     if _rank() == 0:
         write_json(partial / "progress.json", asdict(progress))
-        files = [file for file in partial.rglob("*") if file.is_file()]
-        for path in [*files, *{file.parent for file in files}]:
-            _sync(path)
-        names = [str(file.relative_to(partial)) for file in files]
-        write_manifest(partial / "manifest.json", "checkpoint", partial, names, provenance)
-        shutil.rmtree(folder, ignore_errors=True)  # only a damaged one can be in the way
-        partial.rename(folder)
-        sync_folder(work)
+        files = [str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file()]
+        write_manifest(partial / "manifest.json", "checkpoint", partial, files, provenance)
+        finish_folder(partial, folder)
     _barrier()
     return folder
 
@@ -128,7 +123,7 @@ def prune(work: Path, keep: int) -> None:
     stay = {*sorted(_named(work), key=_number)[-keep:], best(work)}
     for folder in set(_named(work)) - stay:
         _remove(folder)
-    for left in [*work.glob(".checkpoint-*.removed"), *work.glob(".checkpoint-*.partial")]:
+    for left in work.glob(".checkpoint-*"):
         shutil.rmtree(left)
 
 
@@ -149,14 +144,6 @@ def _number(folder: Path) -> int:
 
 def _rank_file(folder: Path) -> Path:
     return folder / "optimizer" / f"rank-{_rank():05d}.safetensors"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _rank() -> int:

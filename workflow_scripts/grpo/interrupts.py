@@ -1,0 +1,57 @@
+"""SIGTERM and Ctrl-C: end at a place from which the run goes on as if nothing had happened."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+from typing import Self
+
+
+class Interrupted(Exception):
+    """Raised out of work that can be thrown away, because the process was asked to end."""
+
+
+class Interrupts:
+    """Turns the first request to end into a flag, or into `Interrupted` within `abandonable` work.
+
+    A second Ctrl-C ends the process as usual. A context manager; the old handlers return with its end.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._abandonable = False
+
+    def __enter__(self) -> Self:
+        self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    @property
+    def exit_status(self) -> int:
+        """What a shell gives for a process that a signal ended."""
+        return 128 + (self.signal or 0)
+
+    @contextlib.contextmanager
+    def abandonable(self) -> Iterator[None]:
+        """Mark work whose results may be lost: a request, also an earlier one, raises `Interrupted` in it at once."""
+        self._abandonable = True
+        try:
+            if self.requested:
+                raise Interrupted
+            yield
+        finally:
+            self._abandonable = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        if self._abandonable:
+            raise Interrupted

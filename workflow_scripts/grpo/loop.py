@@ -1,0 +1,213 @@
+"""The training loop of GRPO: sample, grade, learn, hand the new weights to the engine, and again.
+
+Rank 0 drives the engine and the grader and keeps the logs (`Driver`); what it decides and what it sampled goes to all
+ranks, which learn from it together.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from common.errors import UserError
+from configuration.schema import Algorithm, Sampling, Training
+from grpo import run_state
+from grpo.data import PromptCursor
+from grpo.interrupts import Interrupted, Interrupts
+from grpo.learner import Learner
+from grpo.metrics import RunLog, warn
+from grpo.run_state import Progress
+from grpo.samples import Sample, TrainingSequence, collect, request_seed, statistics, to_training
+from rewards.math import Grader
+from rollout.engine import RolloutEngine, SamplingParams
+from rollout.prompts import decode
+
+KEPT_GROUPS = 2  # prompts of every rollout whose samples are kept to read
+ALARMING_LOG_PROB_DIFF = 0.1  # mean |trainer - engine|; rounding to bf16 explains a few hundredths
+PATIENCE = timedelta(days=7)  # of the ranks that wait while rank 0 samples
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The evaluation during training: what it runs (score, metrics), and after how many rollouts; 0 for never."""
+
+    run: Callable[[RolloutEngine], tuple[float, dict[str, float]]]
+    interval: int
+
+
+@dataclass
+class Driver:
+    """What rank 0 alone does: prompts, sampling, rewards, validation, logs."""
+
+    training: Training
+    algorithm: Algorithm
+    sampling: Sampling
+    stop_token_ids: tuple[int, ...]
+    engine: RolloutEngine
+    tokenizer: PreTrainedTokenizerBase
+    grader: Grader
+    cursor: PromptCursor
+    log: RunLog
+    validation: Validation
+    interrupts: Interrupts
+    bar: tqdm
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def validate_if_due(self, progress: Progress) -> bool:
+        """Evaluate the weights as they are, unless that was done or it is not their turn; whether it was done now."""
+        interval = self.validation.interval
+        if not interval or progress.rollout % interval or progress.score is not None:
+            return False
+        self.bar.set_postfix_str("validating")
+        try:
+            with self.interrupts.abandonable():
+                progress.score, metrics = self.validation.run(self.engine)
+        except Interrupted:
+            return False
+        self.log.metrics(progress.rollout, metrics)
+        return True
+
+    def rollout(self, number: int) -> list[TrainingSequence] | None:
+        """Sample and grade rollout ``number``; None if the process was asked to end meanwhile."""
+        began = time.perf_counter()
+        group = self.training.samples_per_prompt
+        requests = [
+            (prompt, request_seed(self.training.seed, number, prompt.line, sample))
+            for prompt in self.cursor.take(self.training.prompts_per_rollout)
+            for sample in range(group)
+        ]
+        params = SamplingParams(
+            max_new_tokens=self.sampling.max_response_tokens,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            top_k=self.sampling.top_k,
+            stop_token_ids=self.stop_token_ids,
+        )
+        done = tqdm(total=len(requests), desc=f"rollout {number}", unit="sample", leave=False, mininterval=1)
+        try:
+            with done, self.interrupts.abandonable():
+                samples = collect(
+                    self.engine, params, requests, self.tokenizer, self.grader, lambda index, completion: done.update()
+                )
+        except Interrupted:
+            return None
+        self.engine.sleep()
+        self.seconds = {"seconds_rollout": time.perf_counter() - began}
+        self._keep(number, samples)
+        self.statistics = statistics(samples, group)
+        self.tokens = sum(len(sample.prompt.ids) + len(sample.completion.token_ids) for sample in samples)
+        return to_training(samples, group, self.algorithm.std_epsilon)
+
+    def _keep(self, number: int, samples: list[Sample]) -> None:
+        for sample in samples[: KEPT_GROUPS * self.training.samples_per_prompt]:
+            self.log.sample(sample.row(number, decode(self.tokenizer, sample.prompt.ids)))
+
+    def report(self, progress: Progress, metrics: dict[str, float], seconds: dict[str, float]) -> None:
+        """Log a rollout that has been learned from."""
+        seconds = self.seconds | seconds
+        total = sum(seconds.values())
+        rates = {"tokens_per_second": self.tokens / total, **seconds, "seconds_step": total}
+        self.log.metrics(progress.rollout, self.statistics | metrics | rates)
+        self.bar.set_postfix(
+            reward=f"{self.statistics['reward_mean']:.3f}",
+            pass_rate=f"{self.statistics['pass_rate']:.3f}",
+            refresh=False,
+        )
+        self.bar.update()
+        if metrics.get("log_prob_diff", 0.0) > ALARMING_LOG_PROB_DIFF:
+            warn(
+                f"rollout {progress.rollout}: the log-probs of engine and trainer differ by"
+                f" {metrics['log_prob_diff']:.3f} on average: they no longer compute the same model"
+            )
+
+
+@dataclass
+class Loop:
+    """A run, as every rank sees it; ``driver`` on rank 0 alone."""
+
+    work: Path
+    training: Training
+    progress: Progress
+    learner: Learner
+    push_weights: Callable[[], None]
+    provenance: dict[str, Any]
+    interrupts: Interrupts
+    driver: Driver | None
+    saved: Path | None  # the checkpoint that the run goes on from
+
+    def run(self) -> Path:
+        """Train until ``training.rollouts`` rollouts are done and saved; gives the last checkpoint.
+
+        Raises:
+            SystemExit: the process was asked to end; the run is saved and can be continued.
+            UserError: too many bad steps in a row.
+        """
+        progress, driver = self.progress, self.driver
+        control = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.get_world_size() > 1 else None
+        self.push_weights()
+        unsaved = False
+        while True:
+            if driver:
+                unsaved |= driver.validate_if_due(progress)
+            stop, save = from_rank_0((self.interrupts.requested, unsaved and self._save_due()), control)
+            if save or (stop and unsaved):
+                self._save()
+                unsaved = False
+            if stop:
+                raise SystemExit(self.interrupts.exit_status)
+            if progress.rollout >= self.training.rollouts:
+                return self.saved
+            sequences = from_rank_0(driver and driver.rollout(progress.rollout + 1), control)
+            if sequences is None:
+                continue
+            self._learn(sequences)
+            unsaved = True
+
+    def _learn(self, sequences: list[TrainingSequence]) -> None:
+        """Train on a rollout, hand the new weights to the engine, and count the rollout as done."""
+        progress, driver = self.progress, self.driver
+        began = time.perf_counter()
+        metrics = self.learner.learn(sequences, progress)
+        trained = time.perf_counter()
+        if driver:
+            driver.engine.wake()
+        self.push_weights()
+        synced = time.perf_counter()
+        progress.rollout += 1
+        progress.score = None
+        if driver:
+            progress.cursor = driver.cursor.state()
+            driver.report(progress, metrics, {"seconds_train": trained - began, "seconds_sync": synced - trained})
+        if progress.bad_steps_in_a_row >= self.training.max_bad_steps:
+            good = self.saved.name if self.saved else "none yet"
+            raise UserError(
+                f"{self.work}: {progress.bad_steps_in_a_row} steps in a row had a NaN or infinite loss or gradient;"
+                f" last good checkpoint: {good}; lower optimizer.learning_rate, or look at samples.jsonl"
+            )
+
+    def _save_due(self) -> bool:
+        rollout = self.progress.rollout
+        return rollout > 0 and (rollout % self.training.save_interval == 0 or rollout >= self.training.rollouts)
+
+    def _save(self) -> None:
+        if self.driver:
+            self.progress.log_bytes = self.driver.log.sync()
+        model, optimizer = self.learner.policy.model, self.learner.optimizer
+        self.saved = run_state.save(self.work, self.progress, model, optimizer, self.provenance)
+        if self.driver:
+            run_state.prune(self.work, self.training.keep_checkpoints)
+
+
+def from_rank_0(value: Any, control: dist.ProcessGroup | None = None) -> Any:
+    """Rank 0's ``value``, on every rank."""
+    if dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=control)
+    return box[0]

@@ -1,0 +1,223 @@
+"""The policy's forward passes over packs: old and reference log-probs, and the gradient of GRPO's loss."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from torch import Tensor, nn
+
+from configuration.schema import Algorithm, Mtp, Sampling, Training
+from grpo.log_probs import token_log_probs
+from grpo.losses import TokenBatch, grpo_loss, token_weight
+from grpo.packing import pack_sequences
+from grpo.samples import TrainingSequence
+from qwen3_5.model import hidden_states, output_weight
+from qwen3_5.mtp import mtp_loss
+from qwen3_5.packed import Packed, context_shard, pack
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What one optimizer step holds over all ranks; every mean is taken over these, however the step is packed."""
+
+    responses: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One pack of this rank. Under context parallelism N counts the response tokens that this rank predicts.
+
+    Attributes:
+        input_ids: (1, T) of the whole pack; ``response_mask`` (1, T) likewise, true at response tokens.
+        position_ids: (1, T)
+        predicting: (N,) places, within this rank's tokens, whose next token is a response token.
+        targets: (N,) those next tokens.
+        tokens: what the loss needs of them.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    packed: Packed
+    response_mask: Tensor
+    predicting: Tensor
+    targets: Tensor
+    tokens: TokenBatch
+
+
+class Policy:
+    """A model together with the settings under which it samples and trains."""
+
+    def __init__(
+        self, model: nn.Module, training: Training, algorithm: Algorithm, sampling: Sampling, mtp: Mtp
+    ) -> None:
+        self.model, self.training, self.algorithm, self.sampling, self.mtp = model, training, algorithm, sampling, mtp
+        self.device = next(model.parameters()).device
+        self.reference = _copy_of(model) if _wants_reference(algorithm) else None
+
+    @property
+    def learns_without_advantage(self) -> bool:
+        """Whether a response of advantage 0 has a gradient, or was asked for in the metrics."""
+        algorithm = self.algorithm
+        return (
+            self.reference is not None
+            or bool(algorithm.entropy_coefficient)
+            or algorithm.entropy_metric
+            or algorithm.old_log_prob_forward
+            or self.mtp.train
+            or bool(self.model.config.moe_aux_loss_coeff)
+        )
+
+    def micro_batches(self, sequences: Sequence[TrainingSequence], totals: StepTotals) -> list[MicroBatch]:
+        """This rank's packs of an optimizer step's sequences; every data-parallel rank gets equally many."""
+        ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        lengths = [len(sequence.ids) for sequence in sequences]
+        packs = pack_sequences(lengths, self.training.max_tokens_per_gpu, ranks)[rank]
+        return [self._micro_batch([sequences[index] for index in indices], totals) for indices in packs]
+
+    def _micro_batch(self, sequences: Sequence[TrainingSequence], totals: StepTotals) -> MicroBatch:
+        multiple = parallel_state.get_tensor_model_parallel_world_size() * _context_size()
+        # Where there are too few sequences for all ranks, two tokens that nothing is asked of keep the ranks in step.
+        rows = [sequence.ids for sequence in sequences] or [torch.zeros(2, dtype=torch.long)]
+        input_ids, position_ids, packed = pack(rows, multiple_of=multiple, device=self.device)
+        targets_at = _response_places(sequences)  # (N,) places of response tokens in the pack
+        mask = torch.zeros(input_ids.shape[1], dtype=torch.bool)
+        mask[targets_at] = True
+        aggregation = self.algorithm.loss_aggregation
+        weights = [token_weight(s.response_length, totals.responses, totals.tokens, aggregation) for s in sequences]
+        columns = torch.stack(
+            [
+                _per_token(weights, sequences),
+                _per_token([sequence.advantage for sequence in sequences], sequences),
+                torch.cat([sequence.log_probs for sequence in sequences] or [torch.empty(0)]),
+            ]
+        )
+        shard = input_ids.shape[1] // _context_size()
+        start = shard * parallel_state.get_context_parallel_rank()
+        predicting = targets_at - 1 - start
+        mine = (predicting >= 0) & (predicting < shard)
+        columns = columns[:, mine].to(self.device)
+        return MicroBatch(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            packed=packed,
+            response_mask=mask.to(self.device)[None],
+            predicting=predicting[mine].to(self.device),
+            targets=input_ids[0, targets_at[mine].to(self.device)],
+            tokens=TokenBatch(weights=columns[0], advantages=columns[1], rollout_log_probs=columns[2]),
+        )
+
+    def with_past_log_probs(self, batches: list[MicroBatch], old: bool) -> list[MicroBatch]:
+        """Add the old log-probs, if asked for, and the reference's, if it is kept; before the first step."""
+        if old:
+            found = self._log_probs_of(batches)
+            batches = [_with(b, old_log_probs=log_probs) for b, log_probs in zip(batches, found, strict=True)]
+        if self.reference is not None:
+            with _weights_swapped(self.model, self.reference):
+                found = self._log_probs_of(batches)
+            batches = [_with(b, reference_log_probs=log_probs) for b, log_probs in zip(batches, found, strict=True)]
+        return batches
+
+    @torch.no_grad()
+    def _log_probs_of(self, batches: list[MicroBatch]) -> list[Tensor]:
+        return [self._forward(batch, with_entropy=False)[0] for batch in batches]
+
+    def accumulate_gradients(self, batches: list[MicroBatch], totals: StepTotals) -> dict[str, float]:
+        """Run forward and backward over this rank's packs.
+
+        Returns:
+            the loss and the metrics' weighted sums of the whole step, over all data-parallel ranks.
+        """
+        wants_entropy = bool(self.algorithm.entropy_coefficient) or self.algorithm.entropy_metric
+        ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / (len(batches) * ranks), device=self.device))
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            log_probs, entropy, hidden = self._forward(batch, wants_entropy)
+            loss, metrics = grpo_loss(log_probs, entropy, batch.tokens, self.algorithm)
+            metrics["loss"] = loss.detach()
+            if self.mtp.train:
+                mtp = mtp_loss(
+                    self.model,
+                    hidden,
+                    batch.input_ids,
+                    batch.response_mask,
+                    batch.packed,
+                    token_count=totals.tokens,
+                    chunk=self.training.log_prob_chunk,
+                )
+                metrics["mtp_loss"] = mtp.detach()
+                loss = loss + self.mtp.loss_scale * mtp
+            loss.backward()
+            for name, value in metrics.items():
+                sums[name] = sums[name] + value if name in sums else value
+        together = torch.stack([value.double() for value in sums.values()])
+        if ranks > 1:
+            dist.all_reduce(together, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        return dict(zip(sums, together.tolist(), strict=True))
+
+    def _forward(self, batch: MicroBatch, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Log-probs (N,) and entropy (N,) of the response tokens, and all hidden states (T / cp, H)."""
+        ids, positions = context_shard(batch.input_ids), context_shard(batch.position_ids)
+        hidden = hidden_states(self.model, ids, positions, batch.packed)
+        log_probs, entropy = token_log_probs(
+            hidden[batch.predicting],  # (N, H)
+            output_weight(self.model),
+            batch.targets,
+            temperature=self.sampling.temperature,
+            chunk=self.training.log_prob_chunk,
+            with_entropy=with_entropy,
+            tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        )
+        return log_probs, entropy, hidden
+
+
+def _wants_reference(algorithm: Algorithm) -> bool:
+    return algorithm.reference_forward or bool(algorithm.use_kl_loss and algorithm.kl_coefficient)
+
+
+def _context_size() -> int:
+    return parallel_state.get_context_parallel_world_size()
+
+
+def _response_places(sequences: Sequence[TrainingSequence]) -> Tensor:
+    """Places of the response tokens among those of the sequences laid end to end: (N,)."""
+    start, places = 0, [torch.empty(0, dtype=torch.long)]
+    for sequence in sequences:
+        end = start + len(sequence.ids)
+        places.append(torch.arange(start + sequence.prompt_length, end))
+        start = end
+    return torch.cat(places)
+
+
+def _per_token(values: list[float], sequences: Sequence[TrainingSequence]) -> Tensor:
+    """Repeat each sequence's value once for every token of its response: (N,)."""
+    return torch.tensor(values).repeat_interleave(
+        torch.tensor([s.response_length for s in sequences], dtype=torch.long)
+    )
+
+
+def _with(batch: MicroBatch, **log_probs: Tensor) -> MicroBatch:
+    return replace(batch, tokens=replace(batch.tokens, **log_probs))
+
+
+def _copy_of(model: nn.Module) -> dict[str, Tensor]:
+    """The weights as they are now, on the CPU."""
+    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
+
+
+@contextlib.contextmanager
+def _weights_swapped(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Let ``model`` compute with other ``weights`` for a while."""
+    own = {name: parameter.data for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.data = weights[name].to(parameter.device)
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = own[name]

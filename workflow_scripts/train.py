@@ -1,0 +1,191 @@
+"""Train a model with GRPO: alone, or as one of several processes under torchrun. A stopped run is continued."""
+
+import argparse
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from checkpoints import torch_dist
+from checkpoints.manifest import Manifest, describe, read_manifest, write_manifest
+from checkpoints.safetensors_io import HubCheckpoint
+from common.errors import UserError, run
+from common.files import hold
+from configuration import schema
+from grpo import metrics, run_state
+from grpo.data import PromptCursor, load_prompts
+from grpo.interrupts import Interrupts
+from grpo.learner import Learner
+from grpo.loop import Driver, Loop, Validation, from_rank_0
+from grpo.optimizer import CpuAdam
+from grpo.policy import Policy
+from grpo.run_state import Progress
+from grpo.weight_sync import push_weights
+from qwen3_5.architecture import Architecture
+from qwen3_5.build import build_model, finalize, initialize
+from rewards.math import Grader
+from rollout.engine import start_engine
+from rollout.prompts import load_tokenizer, stop_token_ids
+
+
+class Settings(schema.Section):
+    """The sections of the configuration that a training reads."""
+
+    training: schema.Training
+    validation: schema.Validation
+    parallel: schema.Parallel
+    algorithm: schema.Algorithm
+    optimizer: schema.Optimizer
+    mtp: schema.Mtp
+    sampling: schema.Sampling
+    engine: schema.Engine
+    experts: schema.Experts
+    reward: schema.Reward
+    hardware: schema.Hardware
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
+    parser.add_argument("--hub", type=Path, required=True, help="the download's manifest")
+    parser.add_argument("--weights", type=Path, required=True, help="the conversion's manifest")
+    parser.add_argument("--data", type=Path, required=True, help="the training set's manifest")
+    parser.add_argument("--validation", type=Path, help="the validation set's manifest")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the run: checkpoints, metrics, samples")
+    parser.add_argument("--manifest", type=Path, required=True, help="the trained weights' manifest, written last")
+    arguments = parser.parse_args()
+    settings = Settings.model_validate(arguments.provenance["config"])
+    check(settings)
+
+    initialize(settings.parallel, settings.training.seed)
+    try:
+        with ExitStack() as stack:
+            checkpoint = train(arguments, settings, stack)
+    except UserError:
+        if dist.get_rank():  # rank 0 says it
+            sys.exit(1)
+        raise
+    if dist.get_rank() == 0:
+        write_result(arguments, checkpoint)
+    finalize()
+
+
+def check(settings: Settings) -> None:
+    """Refuse what the types allow and training can't do."""
+    if settings.sampling.temperature == 0:
+        raise UserError("sampling.temperature: 0 gives every sample of a prompt the same answer; use one above 0")
+    if settings.parallel.pipeline != 1:
+        raise UserError("parallel.pipeline: training takes 1; use tensor, context or expert parallelism instead")
+
+
+def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -> Path:
+    """Train, or go on training, and return the final checkpoint's folder; every rank does."""
+    interrupts = stack.enter_context(Interrupts())
+    first = dist.get_rank() == 0
+    if first:
+        stack.enter_context(hold(arguments.work, "a training"))
+    hub_manifest, weights = read_manifest(arguments.hub).require(), read_manifest(arguments.weights).require()
+    architecture, hub = Architecture.from_folder(hub_manifest.root), HubCheckpoint(hub_manifest.root)
+    training = settings.training
+    model = build_model(
+        architecture,
+        settings.parallel,
+        dtype=getattr(torch, training.dtype),
+        recompute=training.recompute,
+        mtp_num_layers=int(settings.mtp.train),
+        experts=settings.experts,
+    )
+    torch_dist.load(model, weights.root)
+    policy = Policy(model, training, settings.algorithm, settings.sampling, settings.mtp)
+    optimizer = CpuAdam(model, settings.optimizer)
+
+    saved = from_rank_0(run_state.newest(arguments.work) if first else None)
+    progress = run_state.load(saved, model, optimizer) if saved else Progress()
+    if progress.rollout > training.rollouts:
+        raise UserError(
+            f"{arguments.work}: holds {progress.rollout} rollouts, training.rollouts is {training.rollouts}:"
+            " raise it, or delete that folder"
+        )
+    if first:
+        metrics.truncate_logs(arguments.work, progress.log_bytes)
+    if saved and progress.rollout == training.rollouts:
+        return saved
+
+    driver = start_driver(arguments, settings, hub_manifest, progress, interrupts, stack) if first else None
+    engine = driver.engine if driver else None
+    loop = Loop(
+        work=arguments.work,
+        training=training,
+        progress=progress,
+        learner=Learner(policy, optimizer, settings.optimizer),
+        push_weights=lambda: push_weights(model, architecture, hub, engine),
+        provenance=arguments.provenance,
+        interrupts=interrupts,
+        driver=driver,
+        saved=saved,
+    )
+    return loop.run()
+
+
+def start_driver(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    hub: Manifest,
+    progress: Progress,
+    interrupts: Interrupts,
+    stack: ExitStack,
+) -> Driver:
+    """What rank 0 needs besides: prompts, engine, grader, logs."""
+    tokenizer = load_tokenizer(hub.root)
+    prompts, intake = load_prompts(read_manifest(arguments.data).require(), tokenizer, settings.sampling)
+    print(f"{settings.training.dataset}: {intake}", file=sys.stderr)
+    cursor = PromptCursor(prompts, settings.training.seed)
+    if progress.cursor:
+        cursor.restore(progress.cursor)
+    engine = start_engine(hub.root, settings.engine)
+    stack.callback(engine.close)
+    grader = stack.enter_context(Grader(settings.reward))
+    log = metrics.RunLog(arguments.work, progress.rollout + 1, settings.training.wandb_project)
+    stack.callback(log.close)
+    bar = tqdm(total=settings.training.rollouts, initial=progress.rollout, desc="train", unit="rollout", mininterval=1)
+    stack.callback(bar.close)
+    return Driver(
+        training=settings.training,
+        algorithm=settings.algorithm,
+        sampling=settings.sampling,
+        stop_token_ids=stop_token_ids(hub.root, tokenizer),
+        engine=engine,
+        tokenizer=tokenizer,
+        grader=grader,
+        cursor=cursor,
+        log=log,
+        validation=Validation(run=None, interval=0),
+        interrupts=interrupts,
+        bar=bar,
+    )
+
+
+def write_result(arguments: argparse.Namespace, checkpoint: Path) -> None:
+    """The manifest of the trained weights: what the final checkpoint holds, and the logs beside it."""
+    whole = read_manifest(checkpoint / "manifest.json")
+    weights = {f"{checkpoint.name}/{name}": entry for name, entry in whole.files.items() if name.startswith("weights/")}
+    logs = {name: describe(arguments.work / name) for name in (metrics.METRICS, metrics.SAMPLES)}
+    best = run_state.best(arguments.work)
+    facts: dict[str, Any] = {
+        "weights": f"{checkpoint.name}/weights",
+        "metrics": metrics.METRICS,
+        "samples": metrics.SAMPLES,
+        "rollouts": run_state.read_progress(checkpoint).rollout,
+        "checkpoint": checkpoint.name,
+        "best": {"checkpoint": best.name, "score": run_state.read_progress(best).score} if best else None,
+    }
+    write_manifest(arguments.manifest, "train", arguments.work, weights | logs, arguments.provenance, facts)
+
+
+if __name__ == "__main__":
+    run(main)
