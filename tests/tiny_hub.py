@@ -1,4 +1,4 @@
-"""Random tiny Qwen3.5 checkpoints in the Hub's format: vision tower, MTP layer, FP32 ``A_log``, either expert layout."""
+"""Random tiny Qwen3.5 checkpoints in the Hub's format: vision tower, MTP layer, FP32 ``A_log``, both expert layouts."""
 
 import json
 from pathlib import Path

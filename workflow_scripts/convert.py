@@ -1,0 +1,83 @@
+"""Turn a model in the Hub's format into Megatron-Core's torch_dist: in one process, or in several under torchrun."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from checkpoints import mapping, torch_dist
+from checkpoints.manifest import read_manifest, write_manifest
+from checkpoints.safetensors_io import HubCheckpoint
+from common.errors import UserError, run
+from configuration.schema import Conversion, Parallel
+from qwen3_5.architecture import Architecture
+from qwen3_5.build import build_model, finalize, initialize
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
+    parser.add_argument("--hub", type=Path, required=True, help="the download's manifest")
+    parser.add_argument("--mtp-num-layers", type=int, help="MTP layers to convert (default: as configured)")
+    parser.add_argument("--folder", type=Path, required=True, help="where to write the torch_dist checkpoint")
+    parser.add_argument("--manifest", type=Path, required=True, help="its manifest, written last")
+    arguments = parser.parse_args()
+    settings = Conversion.model_validate(arguments.provenance["config"]["conversion"])
+    mtp_num_layers = settings.mtp_num_layers if arguments.mtp_num_layers is None else arguments.mtp_num_layers
+
+    source = read_manifest(arguments.hub).require()
+    architecture, hub = Architecture.from_folder(source.root), HubCheckpoint(source.root)
+    parallel = layout(architecture, processes=int(os.environ.get("WORLD_SIZE", 1)))
+    initialize(parallel)
+    # On the CPU whatever the machine: memory is only taken as tensors are filled.
+    model = build_model(architecture, parallel, mtp_num_layers=mtp_num_layers, materialize=False).to_empty(device="cpu")
+    mapping.take_dtypes(model, architecture, hub)
+
+    share = sum(parameter.nbytes for parameter in model.parameters())
+    with progress("read", share) as bar:
+        mapping.from_hub(model, architecture, hub, bar.update)
+    with progress("write", share) as bar:
+        torch_dist.save(model, arguments.folder, bar.update)
+
+    if dist.get_rank() == 0:
+        write_manifest(
+            arguments.manifest,
+            "convert",
+            arguments.folder,
+            [file.name for file in arguments.folder.iterdir()],
+            arguments.provenance,
+            {
+                "mtp_num_layers": mtp_num_layers,
+                "dtype": str(hub.entries[mapping.TEXT + "embed_tokens.weight"].dtype).removeprefix("torch."),
+                "processes": dist.get_world_size(),
+                "parallel": parallel.model_dump(mode="json"),
+            },
+        )
+    finalize()
+
+
+def layout(architecture: Architecture, processes: int) -> Parallel:
+    """How the processes share the model: experts, or for a dense model every matrix."""
+    if architecture.is_moe:
+        if architecture.num_experts % processes:
+            raise UserError(f"{processes} processes: the number does not divide the {architecture.num_experts} experts")
+        return Parallel(expert=processes)
+    if architecture.num_query_groups % processes or architecture.linear_num_key_heads % processes:
+        raise UserError(
+            f"{processes} processes: the number does not divide the {architecture.num_query_groups} key-value groups"
+            f" and {architecture.linear_num_key_heads} linear-attention heads"
+        )
+    return Parallel(tensor=processes)
+
+
+def progress(what: str, share: int) -> tqdm:
+    """A bar over the bytes that this process holds, shown by the first."""
+    shown = dist.get_rank() == 0
+    return tqdm(desc=what, total=share, unit="B", unit_scale=True, mininterval=1, disable=not shown)
+
+
+if __name__ == "__main__":
+    run(main)

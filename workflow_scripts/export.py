@@ -1,0 +1,68 @@
+"""Turn torch_dist weights, converted or trained, back into the Hub's format: the files that were downloaded, anew."""
+
+import argparse
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+from checkpoints import mapping, torch_dist
+from checkpoints.folders import finish_folder, partial_folder, start_folder
+from checkpoints.manifest import Manifest, read_manifest, write_manifest
+from checkpoints.safetensors_io import HubCheckpoint, HubWriter
+from common.errors import UserError, run
+from qwen3_5.architecture import Architecture
+from qwen3_5.build import build_model, finalize, initialize
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
+    parser.add_argument("--hub", type=Path, required=True, help="manifest of the download that training started from")
+    parser.add_argument("--weights", type=Path, required=True, help="manifest of a conversion or a training run")
+    parser.add_argument("--folder", type=Path, required=True, help="where to write the checkpoint")
+    parser.add_argument("--manifest", type=Path, required=True, help="its manifest, written last")
+    arguments = parser.parse_args()
+    source = read_manifest(arguments.hub).require()
+    weights = weights_folder(read_manifest(arguments.weights).require())
+
+    architecture, hub = Architecture.from_folder(source.root), HubCheckpoint(source.root)
+    initialize()
+    mtp_num_layers = torch_dist.mtp_num_layers(weights)
+    model = build_model(architecture, mtp_num_layers=mtp_num_layers, materialize=False).to_empty(device="cpu")
+    mapping.take_dtypes(model, architecture, hub)
+    torch_dist.load(model, weights)
+
+    partial = partial_folder(arguments.folder)
+    start_folder(partial)
+    with HubWriter(hub, partial) as writer, tqdm(total=len(hub.entries), unit=" tensors", mininterval=1) as bar:
+        for name in mapping.untouched(hub, mtp_num_layers):
+            writer.copy(name)
+            bar.update()
+        for name, tensor in mapping.to_hub(model, architecture, hub):
+            mapping.refuse_non_finite(tensor, f"{weights}: {name}")
+            writer.write(name, tensor)
+            bar.update()
+    finish_folder(partial, arguments.folder)
+    write_manifest(
+        arguments.manifest,
+        "export",
+        arguments.folder,
+        writer.files(),
+        arguments.provenance,
+        source.facts | {"mtp_num_layers": mtp_num_layers},
+    )
+    finalize()
+
+
+def weights_folder(manifest: Manifest) -> Path:
+    """Where the torch_dist weights lie that ``manifest`` vouches for."""
+    if manifest.kind == "convert":
+        return manifest.root
+    if manifest.kind == "train":
+        return manifest.root / manifest.facts["weights"]
+    raise UserError(f"{manifest.path}: of the stage {manifest.kind!r}: give the manifest of a conversion or a training")
+
+
+if __name__ == "__main__":
+    run(main)
