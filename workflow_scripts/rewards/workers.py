@@ -12,8 +12,9 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from common.errors import UserError
+from rewards import sympy_worker
 
-SCRIPT = Path(__file__).with_name("sympy_worker.py")
+SCRIPT = Path(sympy_worker.__file__)  # imported to be found by whatever asks what the reward is made of
 STARTUP_SECONDS = 120  # importing sympy takes 1 to 3 s, more where the machine is busy
 MAX_WORKERS = 4
 

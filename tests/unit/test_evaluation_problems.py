@@ -1,0 +1,95 @@
+"""A problem set is read strictly: nothing unusable is scored or trained on, and the file's line is named."""
+
+import json
+
+import pytest
+
+from checkpoints.manifest import write_manifest
+from common.errors import UserError
+from common.problems import read_problems, require_problems
+from evaluation.problems import load_problems
+
+ASKED = [{"role": "user", "content": "What is 1 + 1?"}]
+
+
+def row(**changes) -> str:
+    return json.dumps({"prompt": ASKED, "label": "2"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ("[" * 100_000, "nested too deep"),
+        ('{"label": ' + "9" * 5000 + "}", "digits"),
+        ('{"label": "2"}', "no 'prompt'"),
+        (json.dumps({"prompt": ASKED}), "no 'label'"),
+        (row(label=""), "empty"),
+        (row(label=["2"]), "neither"),
+        (row(label=True), "neither"),
+        (row(label=None), "neither"),
+        (row(label=2.5), "neither"),
+        (row(prompt="What is 1 + 1?"), "not a list"),
+        (row(prompt=[]), "not a list"),
+        (row(prompt=["What?"]), "role"),
+        (row(prompt=[{"role": "tool", "content": "x"}]), "role"),
+        (row(prompt=[{"role": "user", "content": " "}]), "without text"),
+        (row(prompt=[{"role": "user", "content": [{"text": "x"}]}]), "without text"),
+        (row(prompt=[*ASKED, {"role": "assistant", "content": "2"}]), "does not end"),
+    ],
+)
+def test_bad_row_is_counted_with_its_line_and_reason(tmp_path, line, reason):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{row()}\n\n{line}\n{row(label=3)}")
+    problems, bad = read_problems(file, "prompt", "label")
+    assert [(problem.label, problem.line) for problem in problems] == [("2", 1), ("3", 4)]
+    assert [number for number, _ in bad] == [3] and reason in bad[0][1]
+
+
+def test_bytes_that_are_not_utf8_spoil_their_row_alone(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(
+        b"\xef\xbb\xbf" + row().encode() + b"\n\xff\n" + row(label="\u2028").encode() + b"\n" + row().encode()
+    )
+    problems, bad = read_problems(file, "prompt", "label")
+    assert [problem.line for problem in problems] == [1, 4] and bad[0] == (2, "not UTF-8")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A data set's manifest over given lines and settings."""
+
+    def make(lines, **settings):
+        (tmp_path / "set.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        dataset = {"folder": "x", "file": "set.jsonl", **settings}
+        facts = {"file": "set.jsonl", "rows": len(lines), "prompt_key": "prompt", "label_key": "label"}
+        provenance = {"config": {"dataset": dataset}}
+        return write_manifest(tmp_path / "set.json", "download", tmp_path, ["set.jsonl"], provenance, facts)
+
+    return make
+
+
+def test_evaluation_refuses_any_bad_row(data):
+    with pytest.raises(UserError, match=r"set\.jsonl: 1 of 101 rows are unusable, the first in line 101"):
+        load_problems(data([row()] * 100 + ["{"], max_bad_share=0.5))
+
+
+def test_evaluation_refuses_another_number_of_rows_and_repeated_prompts(data):
+    other = row(prompt=[{"role": "user", "content": "What is 2 + 2?"}])
+    assert len(load_problems(data([row(), other], rows=2, unique_prompts=True))) == 2
+    with pytest.raises(UserError, match="2 usable rows instead of 30"):
+        load_problems(data([row(), other], rows=30))
+    with pytest.raises(UserError, match="line 3 repeats the prompt of line 1"):
+        load_problems(data([row(), other, row()], unique_prompts=True))
+
+
+def test_training_bears_its_share_of_bad_rows_but_never_an_empty_set(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join([row()] * 99 + ["{"]))
+    problems, bad = read_problems(file, "prompt", "label")
+    require_problems(file, problems, bad, max_bad_share=0.01)
+    with pytest.raises(UserError, match="unusable"):
+        require_problems(file, problems, bad, max_bad_share=0.009)
+    with pytest.raises(UserError, match="not one usable row"):
+        require_problems(file, [], [])

@@ -1,0 +1,167 @@
+"""A tiny random Qwen3.5 evaluated from end to end: samples are kept, resumed, told from others', graded again."""
+
+import json
+import sys
+
+import pytest
+
+import evaluate
+from checkpoints.manifest import read_manifest, write_manifest
+from common.errors import UserError
+from configuration.schema import Engine, Evaluation, Reward, TinyModel
+from evaluation.problems import load_problems
+from evaluation.sampling import read_samples, sample_seed
+from evaluation.scores import compare
+from evaluation.scores import evaluate as evaluate_live
+from rewards.math import Grader
+from rollout.engine import start_engine
+from rollout.prompts import load_tokenizer, stop_token_ids
+from tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
+from tiny.tokenizer import train_tokenizer
+
+PROBLEMS = 3
+SETTINGS = {"samples_per_problem": 2, "max_response_tokens": 6, "pass_at": [1, 2], "seed": 5}
+SOURCES = {"folder": "x", "file": "sums.jsonl"}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """The manifests of a random model and of three sums."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    tiny, tokenizer = TinyModel(kind="dense", layers=4, hidden=64), train_tokenizer()
+    config = model_config(tiny, tokenizer)
+    write_checkpoint(folder / "hub", config, hub_tensors(tiny, random_model(tiny, config)), tokenizer)
+    files = [file.name for file in (folder / "hub").iterdir()]
+    write_manifest(folder / "download.json", "download", folder / "hub", files, {})
+    rows = [
+        {"prompt": [{"role": "user", "content": f"What is {n} + {n}?"}], "label": str(2 * n)} for n in range(PROBLEMS)
+    ]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    facts = {"file": "sums.jsonl", "rows": PROBLEMS, "prompt_key": "prompt", "label_key": "label"}
+    write_manifest(folder / "sums.json", "download", folder, ["sums.jsonl"], {"config": {"dataset": SOURCES}}, facts)
+    return folder
+
+
+@pytest.fixture
+def run(inputs, tmp_path, monkeypatch):
+    """Run the entry script on these; returns its manifest. What it writes lies in tmp_path."""
+
+    def call(*options, model="download.json", reward=None, **settings):
+        config = {"evaluation": SETTINGS | settings, "engine": {"kind": "cpu"}, "reward": reward or {}}
+        arguments = {
+            "--provenance": json.dumps({"config": config, "code": "c", "upstream": {}}),
+            "--model": inputs / model,
+            "--data": inputs / "sums.json",
+            "--samples": tmp_path / "eval" / "base.jsonl",
+            "--manifest": tmp_path / "eval" / "base.json",
+        }
+        monkeypatch.setattr(
+            sys, "argv", ["evaluate.py", *options, *(str(x) for pair in arguments.items() for x in pair)]
+        )
+        evaluate.main()
+        return read_manifest(tmp_path / "eval" / "base.json").require(digests=True)
+
+    return call
+
+
+def forbidden(*_):
+    pytest.fail("an engine was started")
+
+
+def content(path):
+    """The file's lines without the timing."""
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in path.open()]
+
+
+def test_every_sample_and_the_scores_are_written(run, tmp_path):
+    facts = run().facts
+    _, samples = read_samples(tmp_path / "eval" / "base.jsonl")
+    assert [(sample.problem, sample.sample) for sample in samples] == [
+        (p, s) for p in range(PROBLEMS) for s in range(2)
+    ]
+    assert all(sample.seed == sample_seed(5, sample.problem, sample.sample) for sample in samples)
+    assert all(1 <= sample.tokens <= 6 and sample.prompt[0]["role"] == "user" for sample in samples)
+    assert len({sample.response for sample in samples}) > 1
+    assert (facts["dataset"], facts["problems"], facts["samples_per_problem"]) == ("sums", PROBLEMS, 2)
+    assert facts["total_tokens"] == sum(sample.tokens for sample in samples)
+    assert facts["truncated_share"] == sum(sample.finish == "length" for sample in samples) / 6
+    assert facts["no_think_end_share"] == 1 and facts["average"] == 0 and facts["pass_at"] == {"1": 0, "2": 0}
+    assert [len(row["correct"]) for row in facts["per_problem"]] == [2] * PROBLEMS
+
+
+def test_run_that_was_cut_in_the_middle_of_a_line_ends_with_the_same_file(run, tmp_path, monkeypatch):
+    run()
+    samples = tmp_path / "eval" / "base.jsonl"
+    whole, lines = content(samples), samples.read_bytes().splitlines(keepends=True)
+    samples.write_bytes(b"".join([lines[0], lines[4], lines[2], lines[6][:50]]))
+    asked, start = [], evaluate.start_engine
+
+    def spy(*arguments):
+        engine = start(*arguments)
+        generate = engine.generate
+        engine.generate = lambda requests, *rest: asked.extend(requests) or generate(requests, *rest)
+        return engine
+
+    monkeypatch.setattr(evaluate, "start_engine", spy)
+    run()
+    assert len(asked) == 4, "only what was missing is sampled"
+    assert content(samples) == whole
+
+
+def test_more_samples_are_added_to_those_that_are_there(run, tmp_path):
+    run(samples_per_problem=1, pass_at=[1])
+    first = content(tmp_path / "eval" / "base.jsonl")
+    assert run().facts["samples_per_problem"] == 2
+    both = content(tmp_path / "eval" / "base.jsonl")
+    assert [line for line in both if line.get("sample") != 1] == first
+
+
+def test_another_reward_grades_again_without_sampling(run, tmp_path, monkeypatch):
+    run()
+    monkeypatch.setattr(evaluate, "start_engine", forbidden)
+    samples = tmp_path / "eval" / "base.jsonl"
+    lines = [json.loads(line) for line in samples.open()]
+    for line, problem in zip(lines[1:], [0, 0, 1, 1, 2, 2], strict=True):
+        line["response"] = f"\\boxed{{{2 * problem}}}"
+    samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run("--regrade").facts["average"] == 0
+    scores = run(reward={"think_block": "optional"}).facts
+    assert (scores["average"], scores["majority"], scores["no_think_end_share"]) == (1, 1, 0)
+
+
+def test_samples_of_other_weights_or_another_protocol_are_never_scored(run, inputs, tmp_path, capsys):
+    run()
+    warm = content(tmp_path / "eval" / "base.jsonl")
+    run(temperature=0.5)
+    assert "sampling anew" in capsys.readouterr().err
+    cold = content(tmp_path / "eval" / "base.jsonl")
+    assert cold[0] != warm[0] and cold[1:] != warm[1:]
+
+    manifest = json.loads((inputs / "download.json").read_text())
+    manifest["files"]["config.json"]["sha256"] = "0" * 64
+    (inputs / "other.json").write_text(json.dumps(manifest))
+    run(temperature=0.5, model="other.json")
+    assert "sampling anew" in capsys.readouterr().err
+
+
+def test_regrade_never_samples(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "start_engine", forbidden)
+    with pytest.raises(UserError, match="holds 0 of 6 samples"):
+        run("--regrade")
+
+
+def test_running_engine_can_be_evaluated_and_compared_with_itself(inputs, tmp_path):
+    hub = inputs / "hub"
+    tokenizer, settings = load_tokenizer(hub), Evaluation(**SETTINGS)
+    problems, engine = load_problems(read_manifest(inputs / "sums.json")), start_engine(hub, Engine(kind="cpu"))
+    with Grader(Reward()) as grader:
+        stops = stop_token_ids(hub, tokenizer)
+        scores = evaluate_live(
+            engine, tokenizer, stops, problems, settings, grader, tmp_path / "20.jsonl", {"run": "a", "rollout": 20}
+        )
+    engine.close()
+    json.dumps(scores, allow_nan=False)
+    assert compare(scores, scores, settings).value == 0
+    other = scores | {"per_problem": scores["per_problem"][::-1]}
+    with pytest.raises(UserError, match="different problems"):
+        compare(scores, other, settings)

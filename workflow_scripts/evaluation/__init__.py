@@ -1,0 +1,1 @@
+"""How well a model solves a problem set: sampling, grading, estimators with their errors."""

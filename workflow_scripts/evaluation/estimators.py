@@ -1,0 +1,115 @@
+"""What can be said of a model's accuracy from n samples of each of P problems, and how surely.
+
+Samples of one problem are not independent of one another, problems are: so every error here is taken over problems
+(Miller 2024, arXiv 2411.00640).
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+BOOTSTRAP_CHUNK = 1000  # resamples held at one time
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems with its uncertainty; the errors are None where there is but one problem.
+
+    Attributes:
+        value: the mean, a share of 1.
+        standard_error: standard deviation of the problems' means over the root of their number.
+        interval: t interval with P - 1 degrees of freedom.
+    """
+
+    value: float
+    standard_error: float | None
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Trained minus base over the same problems, with a bootstrap interval over problems beside the t interval.
+
+    ``p_value`` is the two-sided paired t test's; None where the differences do not vary or there is one problem.
+    """
+
+    value: float
+    standard_error: float | None
+    interval: tuple[float, float] | None
+    bootstrap_interval: tuple[float, float]
+    p_value: float | None
+
+
+def correct_counts(correct: Sequence[Sequence[bool]]) -> tuple[np.ndarray, int]:
+    """Correct samples of each problem, (P,), and the number of samples, which all problems must share."""
+    counts = {len(samples) for samples in correct}
+    if len(counts) != 1 or 0 in counts:
+        raise ValueError(f"every problem needs the same number of samples, not {sorted(counts)}")
+    return np.array([sum(map(bool, samples)) for samples in correct]), counts.pop()
+
+
+def mean_with_error(values: ArrayLike, confidence: float = 0.95) -> Estimate:
+    """The mean of per-problem values (P,) with standard error and t interval."""
+    values = np.asarray(values, dtype=float)
+    mean, problems = float(values.mean()), len(values)
+    if problems < 2:
+        return Estimate(mean, None, None)
+    error = float(values.std(ddof=1)) / math.sqrt(problems)
+    reach = float(stats.t.ppf((1 + confidence) / 2, problems - 1)) * error
+    return Estimate(mean, error, (mean - reach, mean + reach))
+
+
+def pass_at(counts: ArrayLike, samples: int, k: int) -> np.ndarray:
+    """Each problem's unbiased estimate of the chance that one of k samples is correct, (P,).
+
+    1 - C(n - c, k) / C(n, k) for c correct of n samples (Chen et al. 2021, arXiv 2107.03374), in exact integers.
+    """
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} of {samples} samples")
+    draws = math.comb(samples, k)
+    return np.array([1 - math.comb(samples - int(correct), k) / draws for correct in np.asarray(counts)])
+
+
+def majority(answers: Sequence[str | None], correct: Sequence[bool]) -> float:
+    """maj@n of one problem: whether the answer that most of its n samples give is correct.
+
+    Samples without an answer do not vote. Answers that tie share the vote, so the result may be a fraction.
+    """
+    votes = Counter(answer for answer in answers if answer is not None)
+    if not votes:
+        return 0.0
+    right = {answer for answer, is_right in zip(answers, correct, strict=True) if is_right}
+    most = max(votes.values())
+    winners = [answer for answer, count in votes.items() if count == most]
+    return sum(answer in right for answer in winners) / len(winners)
+
+
+def paired_difference(
+    base: ArrayLike, trained: ArrayLike, bootstrap_samples: int, seed: int, confidence: float = 0.95
+) -> PairedDifference:
+    """Trained minus base from both models' means of the same problems, (P,) each.
+
+    The problems' difficulty, most of the spread of either score, cancels in the pairs. With as few problems as AIME has
+    the t interval leans on a normal mean, so a percentile bootstrap over problems stands beside it.
+    """
+    base, trained = np.asarray(base, dtype=float), np.asarray(trained, dtype=float)
+    if base.shape != trained.shape:
+        raise ValueError(f"{len(base)} problems of base, {len(trained)} of trained: pairs need the same ones")
+    differences = trained - base  # (P,)
+    estimate = mean_with_error(differences, confidence)
+    generator, means = np.random.default_rng(seed), []
+    for start in range(0, bootstrap_samples, BOOTSTRAP_CHUNK):
+        shape = (min(BOOTSTRAP_CHUNK, bootstrap_samples - start), len(differences))
+        means.append(differences[generator.integers(len(differences), size=shape)].mean(axis=1))
+    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
+    p_value = None
+    if estimate.standard_error:
+        p_value = float(2 * stats.t.sf(abs(estimate.value) / estimate.standard_error, len(differences) - 1))
+    return PairedDifference(
+        estimate.value, estimate.standard_error, estimate.interval, (float(low), float(high)), p_value
+    )

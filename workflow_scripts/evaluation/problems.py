@@ -1,0 +1,19 @@
+"""The problems that a data set's manifest vouches for."""
+
+from checkpoints.manifest import Manifest
+from common.problems import Problem, read_problems, require_problems
+from configuration.schema import Dataset
+
+
+def load_problems(data: Manifest) -> list[Problem]:
+    """All rows of an evaluation set.
+
+    An unusable row is a `UserError` whatever share of them training would bear: a score over fewer problems is another
+    score. So are another number of rows than the configuration names, and, where it says so, a repeated prompt.
+    """
+    data.require()
+    file = data.root / data.facts["file"]
+    settings = Dataset.model_validate(data.provenance["config"]["dataset"])
+    problems, bad = read_problems(file, settings.prompt_key, settings.label_key)
+    require_problems(file, problems, bad, rows=settings.rows, unique=settings.unique_prompts)
+    return problems

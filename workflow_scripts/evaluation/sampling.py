@@ -1,0 +1,173 @@
+"""n samples of each problem, every one kept: a run that was stopped goes on where it was.
+
+``samples.jsonl`` starts with a line that says where its samples come from (weights, protocol, prompts); samples of
+another origin are never mixed with them. One line a sample follows, appended as each is finished; once the last one is
+there, the lines are put into the problems' order.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from common.files import atomic_write
+from common.problems import Problem
+from configuration.schema import Evaluation
+from rollout.engine import Completion, Request, RolloutEngine, SamplingParams
+from rollout.prompts import decode, encode_prompt
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One line of ``samples.jsonl``.
+
+    Attributes:
+        problem: index of the problem in its file, from 0.
+        sample: index among the problem's samples, from 0.
+        seed: what it was sampled with.
+        prompt: the chat, before the template.
+        response: all that was sampled, the reasoning too.
+        tokens: sampled tokens, the stop token included.
+        finish: ``stop``, or ``length`` where the cap cut it off.
+        seconds: wall time since the sample that was finished before it; their sum is the time that sampling took.
+    """
+
+    problem: int
+    sample: int
+    seed: int
+    prompt: list[dict[str, str]]
+    response: str
+    tokens: int
+    finish: Literal["stop", "length"]
+    seconds: float
+
+
+def origin_of(model: Any, problems: Sequence[Problem], settings: Evaluation) -> dict[str, Any]:
+    """Everything that decides the samples but how many there are: ``model`` is plain JSON that identifies the weights.
+
+    Labels, reward and estimators are not part of it: when they change, the saved samples are graded again.
+    """
+    prompts = json.dumps([problem.messages for problem in problems], sort_keys=True)
+    graded_only = {"datasets", "samples_per_problem", "pass_at", "bootstrap_samples"}
+    origin = {
+        "model": model,
+        "protocol": settings.model_dump(mode="json", exclude=graded_only),
+        "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
+    }
+    return json.loads(json.dumps(origin))  # as a file gives it back
+
+
+def sample_seed(seed: int, problem: int, sample: int) -> int:
+    """The seed of one sample, 31 bits: the same for every model, whatever else is sampled."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{problem}/{sample}".encode()).digest()[:4], "big") >> 1
+
+
+def read_samples(path: Path | str) -> tuple[dict[str, Any] | None, list[Sample]]:
+    """The origin and the samples of a file, as far as it is whole; ``(None, [])`` where there is none.
+
+    Whatever follows the first damaged line is dropped: a killed process leaves part of a line.
+    """
+    path = Path(path)
+    if not path.exists():
+        return None, []
+    lines = path.read_bytes().split(b"\n")[:-1]  # behind the last line break there is nothing, or part of a line
+    try:
+        origin = json.loads(lines[0])["origin"]
+    except (IndexError, ValueError, KeyError, TypeError):
+        return None, []
+    samples = []
+    for line in lines[1:]:
+        try:
+            samples.append(Sample(**json.loads(line)))
+        except (ValueError, TypeError):
+            break
+    return origin, samples
+
+
+def saved_samples(path: Path | str, origin: dict[str, Any], wanted: Iterable[tuple[int, int]]) -> list[Sample]:
+    """Those of the wanted ``(problem, sample)`` that ``path`` holds, in that order; none if their origin is another."""
+    found, samples = read_samples(path)
+    if found != origin:
+        return []
+    at = {(sample.problem, sample.sample): sample for sample in samples}
+    return [at[index] for index in wanted if index in at]
+
+
+def wanted_samples(problems: Sequence[Problem], settings: Evaluation) -> list[tuple[int, int]]:
+    """All ``(problem, sample)`` of an evaluation, in the file's order."""
+    return [(problem, sample) for problem in range(len(problems)) for sample in range(settings.samples_per_problem)]
+
+
+def sample_problems(
+    engine: RolloutEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: tuple[int, ...],
+    problems: Sequence[Problem],
+    settings: Evaluation,
+    path: Path | str,
+    origin: dict[str, Any],
+) -> list[Sample]:
+    """Sample what ``path`` does not hold yet, and return all samples by problem; the file then holds just these."""
+    path, wanted = Path(path), wanted_samples(problems, settings)
+    samples = saved_samples(path, origin, wanted)
+    if read_samples(path)[0] not in (None, origin):
+        print(f"{path}: its samples are of other weights or settings: sampling anew", file=sys.stderr)
+    _rewrite(path, origin, samples)
+    done = {(sample.problem, sample.sample) for sample in samples}
+    missing = [index for index in wanted if index not in done]
+    prompts = [encode_prompt(tokenizer, problem.messages, settings.enable_thinking) for problem in problems]
+    requests = [Request(prompts[index[0]], sample_seed(settings.seed, *index)) for index in missing]
+    params = SamplingParams(
+        max_new_tokens=settings.max_response_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        presence_penalty=settings.presence_penalty,
+        stop_token_ids=stop_token_ids,
+    )
+    last = time.perf_counter()
+    with (
+        path.open("ab") as file,
+        tqdm(total=len(wanted), initial=len(done), desc="samples", unit="sample", mininterval=1) as progress,
+    ):
+
+        def keep(position: int, completion: Completion) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            problem, number = missing[position]
+            sample = Sample(
+                problem=problem,
+                sample=number,
+                seed=requests[position].seed,
+                prompt=problems[problem].messages,
+                response=decode(tokenizer, completion.token_ids),
+                tokens=len(completion.token_ids),
+                finish=completion.finish,
+                seconds=round(now - last, 6),
+            )
+            last = now
+            file.write(_line(asdict(sample)))
+            file.flush()
+            samples.append(sample)
+            progress.update()
+
+        engine.generate(requests, params, keep)
+    samples.sort(key=lambda sample: (sample.problem, sample.sample))
+    _rewrite(path, origin, samples)
+    return samples
+
+
+def _rewrite(path: Path, origin: dict[str, Any], samples: list[Sample]) -> None:
+    atomic_write(path, b"".join([_line({"origin": origin}), *(_line(asdict(sample)) for sample in samples)]))
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    """One line of JSON, readable; a lone surrogate, which UTF-8 cannot hold, as JSON's escape of it."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

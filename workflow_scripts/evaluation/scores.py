@@ -1,0 +1,106 @@
+"""From samples to scores, and an evaluation from beginning to end."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from common.errors import UserError
+from common.problems import Problem
+from configuration.schema import Evaluation
+from evaluation.estimators import (
+    PairedDifference,
+    correct_counts,
+    majority,
+    mean_with_error,
+    paired_difference,
+    pass_at,
+)
+from evaluation.sampling import Sample, origin_of, sample_problems
+from rewards.math import Grader, Verdict
+from rollout.engine import RolloutEngine
+
+
+def evaluate(
+    engine: RolloutEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: tuple[int, ...],
+    problems: Sequence[Problem],
+    settings: Evaluation,
+    grader: Grader,
+    samples_path: Path | str,
+    model: Any,
+) -> dict[str, Any]:
+    """Sample, grade and score: `scores` of what a running engine answers.
+
+    ``model`` is plain JSON that identifies the engine's weights; an evaluation of the same ones that was interrupted
+    goes on from ``samples_path``.
+    """
+    origin = origin_of(model, problems, settings)
+    samples = sample_problems(engine, tokenizer, stop_token_ids, problems, settings, samples_path, origin)
+    return scores(problems, samples, settings, grader)
+
+
+def scores(
+    problems: Sequence[Problem], samples: Sequence[Sample], settings: Evaluation, grader: Grader
+) -> dict[str, Any]:
+    """Grade samples and estimate, as plain JSON.
+
+    Shares are of 1. ``average`` (avg@n) with ``standard_error`` and ``interval`` (95%) over problems; ``pass_at`` by k;
+    ``majority`` (maj@n); ``truncated_share`` (cut off by the cap), ``no_think_end_share``, ``no_box_share``,
+    ``several_answers_share`` and ``grading_error_share`` of all samples; tokens, seconds of sampling and tokens a
+    second; ``per_problem`` with each problem's label and, by sample, ``correct``, ``answers`` (as they vote),
+    ``reasons``, ``tokens`` and ``finish``.
+    """
+    verdicts = grader.grade([(sample.response, problems[sample.problem].label) for sample in samples])
+    rows: list[list[tuple[Sample, Verdict]]] = [[] for _ in problems]
+    for sample, verdict in zip(samples, verdicts, strict=True):
+        rows[sample.problem].append((sample, verdict))
+    counts, number = correct_counts([[verdict.correct for _, verdict in row] for row in rows])
+    estimate = mean_with_error(counts / number)
+    votes = [majority([verdict.answer for _, verdict in row], [verdict.correct for _, verdict in row]) for row in rows]
+    reasons = [verdict.reason for verdict in verdicts]
+    tokens, seconds = sum(sample.tokens for sample in samples), sum(sample.seconds for sample in samples)
+    return {
+        "problems": len(problems),
+        "samples_per_problem": number,
+        "average": estimate.value,
+        "standard_error": estimate.standard_error,
+        "interval": estimate.interval and list(estimate.interval),
+        "pass_at": {str(k): float(pass_at(counts, number, k).mean()) for k in settings.pass_at},
+        "majority": mean(votes),
+        "truncated_share": mean(sample.finish == "length" for sample in samples),
+        "no_think_end_share": mean(reason == "no_think_end" for reason in reasons),
+        "no_box_share": mean(reason == "no_box" for reason in reasons),
+        "several_answers_share": mean(reason == "several_answers" for reason in reasons),
+        "grading_error_share": mean(reason.startswith("grading_") for reason in reasons),
+        "mean_tokens": tokens / len(samples),
+        "total_tokens": tokens,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": tokens / seconds if seconds else None,
+        "per_problem": [_problem_facts(problem, row) for problem, row in zip(problems, rows, strict=True)],
+    }
+
+
+def compare(base: dict[str, Any], trained: dict[str, Any], settings: Evaluation) -> PairedDifference:
+    """The paired difference of two models' `scores` on one problem set, bootstrapped with the evaluation's seed."""
+    means = []
+    for score in (base, trained):
+        counts, number = correct_counts([row["correct"] for row in score["per_problem"]])
+        means.append(counts / number)
+    if [row["label"] for row in base["per_problem"]] != [row["label"] for row in trained["per_problem"]]:
+        raise UserError("the scores of base and trained are of different problems: evaluate both on one data set")
+    return paired_difference(*means, settings.bootstrap_samples, settings.seed)
+
+
+def _problem_facts(problem: Problem, row: list[tuple[Sample, Verdict]]) -> dict[str, Any]:
+    return {
+        "label": problem.label,
+        "correct": [verdict.correct for _, verdict in row],
+        "answers": [verdict.answer for _, verdict in row],
+        "reasons": [verdict.reason for _, verdict in row],
+        "tokens": [sample.tokens for sample, _ in row],
+        "finish": [sample.finish for sample, _ in row],
+    }
