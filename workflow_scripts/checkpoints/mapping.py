@@ -29,6 +29,7 @@ from qwen3_5.model import bare
 TEXT = "model.language_model."
 VISION = "model.visual."
 MTP = "mtp."
+BLOCK_BYTES = 32 * 2**20
 TRAINABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -225,9 +226,11 @@ def from_hub(
         tensor, expert = _places(binding)
         with torch.no_grad():
             for piece in binding.pieces(tensor, expert):
-                values = hub.read(piece.hub)[piece.source]
-                refuse_non_finite(values, f"{hub.folder}: {piece.hub}")
-                parameter[piece.target].copy_(values)
+                target, at = parameter[piece.target], 0
+                for values in _blocks(hub, piece):
+                    refuse_non_finite(values, f"{hub.folder}: {piece.hub}")
+                    target[at : at + len(values)].copy_(values)
+                    at += len(values)
         if progress is not None:
             progress(parameter.nbytes)
 
@@ -406,6 +409,15 @@ def _grouped_pieces(names: list[str], dimensions: dict[str, int], place: Place) 
         for name, block in [*blocks, (key, group), (value, group)]:
             yield Piece(name, row(block * head), row(target))
             target += head
+
+
+def _blocks(hub: HubCheckpoint, piece: Piece) -> Iterator[Tensor]:
+    """The Hub's values of ``piece``, some rows at a time, so that no large tensor is in memory twice."""
+    entry = hub.entries[piece.hub]
+    rows = range(entry.shape[0])[piece.source[0]]
+    step = max(BLOCK_BYTES * entry.shape[0] // max(entry.end - entry.begin, 1), 1)
+    for first in range(0, len(rows), step):
+        yield hub.read(piece.hub, rows[first : first + step])[(slice(None), *piece.source[1:])]
 
 
 def _assemble(binding: Binding, shards: dict[tuple[Place, Place], Tensor], hub: HubCheckpoint) -> dict[str, Tensor]:

@@ -84,22 +84,29 @@ class HubCheckpoint:
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor ``name`` on the CPU, backed by its part of the file: only what is touched is read."""
+    def read(self, name: str, rows: range | None = None) -> torch.Tensor:
+        """The tensor ``name``, or those rows of its first axis, on the CPU; backed by its part of the file.
+
+        Only what is touched is read, and memory is given back with the tensor.
+        """
         if name not in self.entries:
             raise UserError(f"{self.folder}: has no tensor {name}: download the model again")
         entry = self.entries[name]
-        if entry.begin == entry.end:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        start = entry.begin - entry.begin % mmap.ALLOCATIONGRANULARITY
+        begin, end, shape = entry.begin, entry.end, entry.shape
+        if rows is not None:
+            row = (end - begin) // max(shape[0], 1)
+            begin, end, shape = begin + rows.start * row, begin + rows.stop * row, (len(rows), *shape[1:])
+        if begin == end:
+            return torch.empty(shape, dtype=entry.dtype)
+        start = begin - begin % mmap.ALLOCATIONGRANULARITY
         with (self.folder / entry.file).open("rb") as file:
             # A private, copy-on-write mapping: torch wants writable memory, and the file must never change.
-            mapped = mmap.mmap(file.fileno(), entry.end - start, access=mmap.ACCESS_COPY, offset=start)
+            mapped = mmap.mmap(file.fileno(), end - start, access=mmap.ACCESS_COPY, offset=start)
         mapped.madvise(mmap.MADV_SEQUENTIAL)
-        values = torch.frombuffer(mapped, dtype=torch.uint8)[entry.begin - start :]
-        if entry.begin % entry.dtype.itemsize:  # allowed by the format, though no known writer does it
+        values = torch.frombuffer(mapped, dtype=torch.uint8)[begin - start :]
+        if begin % entry.dtype.itemsize:  # allowed by the format, though no known writer does it
             values = values.clone()
-        return values.view(entry.dtype).view(entry.shape)
+        return values.view(entry.dtype).view(shape)
 
     def side_files(self) -> list[str]:
         """Relative names of what is not weights: configuration, tokenizer, index and the like."""

@@ -8,8 +8,11 @@ of every tensor that is stored in components).
 Every function here is collective: all processes of the job call it.
 """
 
+import math
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,9 @@ from checkpoints.folders import finish_folder, partial_folder, start_folder
 from common.errors import UserError
 from qwen3_5.model import bare
 
+MAX_FILES = 8  # of one rank
+FILE_BYTES = 2**29
+
 # Called with the number of bytes after each tensor.
 Progress = Callable[[int], object]
 
@@ -47,8 +53,10 @@ def save(model: nn.Module, folder: Path | str, progress: Progress | None = None)
     if dist.get_rank() == 0:
         start_folder(partial)
     dist.barrier()
-    dist_checkpointing.save(_sharded_state_dict(model), str(partial), _OneTensorAtATime(progress))
-    dist.barrier()
+    try:
+        dist_checkpointing.save(_sharded_state_dict(model), str(partial), _OneTensorAtATime(progress))
+    except CheckpointException as error:  # raised on every rank, with what any rank met: a full disk, say
+        raise next((cause for cause, _ in error.failures.values() if isinstance(cause, OSError)), error) from error
     if dist.get_rank() == 0:
         finish_folder(partial, folder)
     dist.barrier()
@@ -100,26 +108,52 @@ class _OneTensorAtATime(TorchDistSaveShardedStrategy):
 
 
 class _StreamingWriter(FileSystemWriter):
-    """One file a rank, one tensor at a time on the host: torch's writer keeps every tensor until its file is done."""
+    """Some files a rank, written side by side, each one tensor at a time.
+
+    torch's own writer keeps what it copied to the host until its file is done.
+    """
 
     def __init__(self, folder: Path, progress: Progress | None) -> None:
         super().__init__(folder)
         self.progress = progress or (lambda written: None)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
-        results = []
-        if plan.items:
-            with (self.path / name).open("wb") as stream:
-                for item in plan.items:
-                    data = _host_data(planner, item)
-                    results.append(_write_item(self.transforms, stream, data, item, name, self.serialization_format))
-                    self.progress(getattr(data, "nbytes", 0))
-                stream.flush()
-                os.fsync(stream.fileno())
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
+        buckets = _buckets(plan.items)
+        names = [f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}" for number in range(len(buckets))]
+        with ThreadPoolExecutor(max(len(buckets), 1)) as pool:
+            results = pool.map(self._write_file, names, buckets, repeat(planner))
+            done: Future[list[WriteResult]] = Future()
+            done.set_result([result for of_file in results for result in of_file])
         return done
+
+    def _write_file(self, name: str, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+        results = []
+        with (self.path / name).open("wb") as stream:
+            for item in items:
+                data = _host_data(planner, item)
+                results.append(_write_item(self.transforms, stream, data, item, name, self.serialization_format))
+                self.progress(getattr(data, "nbytes", 0))
+            stream.flush()
+            os.fsync(stream.fileno())
+        return results
+
+
+def _buckets(items: list[WriteItem]) -> list[list[WriteItem]]:
+    """Share ``items`` out over up to `MAX_FILES` files of about `FILE_BYTES` or more."""
+    sizes = {item.index: _bytes(item) for item in items}
+    count = min(max(sum(sizes.values()) // FILE_BYTES, 1), MAX_FILES, len(items))
+    buckets, filled = [[] for _ in range(count)], [0] * count
+    for item in sorted(items, key=lambda item: -sizes[item.index]):
+        emptiest = filled.index(min(filled))
+        buckets[emptiest].append(item)
+        filled[emptiest] += sizes[item.index]
+    return buckets
+
+
+def _bytes(item: WriteItem) -> int:
+    if item.type == WriteItemType.BYTE_IO:
+        return 0
+    return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 
 
 def _host_data(planner: SavePlanner, item: WriteItem) -> Any:
