@@ -179,19 +179,20 @@ def test_integers_start_no_process_and_workers_end_with_the_grader():
     assert process.returncode is not None
 
 
-def test_worker_knows_neither_torch_nor_secrets(tmp_path):
+def test_worker_has_bounded_memory_and_knows_neither_torch_nor_secrets():
     """What reads a model's text imports nothing heavy and holds no token that the text could carry off."""
     code = (
         "import sys, os, subprocess, json; from rewards.workers import SympyWorkers, Question\n"
         "workers = SympyWorkers(30); print(workers.ask([Question('x', 'x+1', False)]))\n"
         "pid = next(w.process.pid for w in workers.workers if w.process)\n"
+        "print('1073741824' in open(f'/proc/{pid}/limits').read())\n"
         "print('torch' in open(f'/proc/{pid}/maps').read(), 'HF_TOKEN' in open(f'/proc/{pid}/environ').read())\n"
         "workers.close()"
     )
     scripts = Path(__file__).parents[2] / "workflow_scripts"
     environment = os.environ | {"PYTHONPATH": str(scripts), "HF_TOKEN": "secret"}
     shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert shown.stdout.splitlines() == ["['different']", "False False"]
+    assert shown.stdout.splitlines() == ["['different']", "True", "False False"]
 
 
 def test_every_aime_label_is_its_own_correct_answer(grader):

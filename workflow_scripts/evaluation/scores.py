@@ -1,6 +1,6 @@
 """From samples to scores, and an evaluation from beginning to end."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -71,11 +71,11 @@ def scores(
         "interval": estimate.interval and list(estimate.interval),
         "pass_at": {str(k): float(pass_at(counts, number, k).mean()) for k in settings.pass_at},
         "majority": mean(votes),
-        "truncated_share": mean(sample.finish == "length" for sample in samples),
-        "no_think_end_share": mean(reason == "no_think_end" for reason in reasons),
-        "no_box_share": mean(reason == "no_box" for reason in reasons),
-        "several_answers_share": mean(reason == "several_answers" for reason in reasons),
-        "grading_error_share": mean(reason.startswith("grading_") for reason in reasons),
+        "truncated_share": _share(sample.finish == "length" for sample in samples),
+        "no_think_end_share": _share(reason == "no_think_end" for reason in reasons),
+        "no_box_share": _share(reason == "no_box" for reason in reasons),
+        "several_answers_share": _share(reason == "several_answers" for reason in reasons),
+        "grading_error_share": _share(reason.startswith("grading_") for reason in reasons),
         "mean_tokens": tokens / len(samples),
         "total_tokens": tokens,
         "seconds": round(seconds, 3),
@@ -93,6 +93,11 @@ def compare(base: dict[str, Any], trained: dict[str, Any], settings: Evaluation)
     if [row["label"] for row in base["per_problem"]] != [row["label"] for row in trained["per_problem"]]:
         raise UserError("the scores of base and trained are of different problems: evaluate both on one data set")
     return paired_difference(*means, settings.bootstrap_samples, settings.seed)
+
+
+def _share(hits: Iterable[bool]) -> float:
+    hits = list(hits)
+    return sum(hits) / len(hits)
 
 
 def _problem_facts(problem: Problem, row: list[tuple[Sample, Verdict]]) -> dict[str, Any]:
