@@ -1,0 +1,33 @@
+"""Write the tables of scores and of paired differences: as CSV, Markdown and HTML."""
+
+import argparse
+import json
+from pathlib import Path
+
+from common.errors import run
+from common.files import atomic_write
+from configuration.schema import Plots
+from reporting.report import tables_page
+from reporting.results import pairs, read_scores
+from reporting.tables import difference_table, markdown, score_table, titled
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
+    parser.add_argument("--scores", type=Path, nargs="+", required=True, help="manifests of evaluations")
+    parser.add_argument("--csv", type=Path, required=True, help="table of scores to write")
+    parser.add_argument("--differences", type=Path, required=True, help="table of paired differences to write, as CSV")
+    parser.add_argument("--markdown", type=Path, required=True, help="both tables to write, as Markdown")
+    parser.add_argument("--html", type=Path, required=True, help="both tables to write, as a page")
+    arguments = parser.parse_args()
+    scores = read_scores(arguments.scores)
+    readable = titled(scores, pairs(scores))
+    atomic_write(arguments.csv, score_table(scores).to_csv(index=False))
+    atomic_write(arguments.differences, difference_table(pairs(scores)).to_csv(index=False))
+    atomic_write(arguments.markdown, markdown(readable))
+    atomic_write(arguments.html, tables_page(readable, Plots()))
+
+
+if __name__ == "__main__":
+    run(main)
