@@ -1,20 +1,98 @@
-# What a person reads: tables, plots and one self-contained page.
+# What a person reads: tables, plots and one self-contained page, over the models that config.yaml lists.
 
 
-def all_scores(wildcards):
-    return [path for model in settings.listed for path in scores(model)]
-
-
-def all_trainings(wildcards):
-    return [
-        f"{RESULTS}/{model}/grpo/{settings.run}/train.json" for model in settings.listed
-    ]
-
-
-def scores(model, weights=("base", settings.run)):
-    """The score files of a model, on every problem set that it is evaluated on."""
+def scores(model):
+    """The score files of a model: base and trained, on every problem set that it is evaluated on."""
     return expand(
         f"{RESULTS}/{model}/eval/{{dataset}}/{{weights}}.json",
         dataset=settings.models[model].evaluation.datasets,
-        weights=weights,
+        weights=["base", settings.run],
     )
+
+
+ALL_SCORES = [path for model in settings.listed for path in scores(model)]
+ALL_TRAININGS = [
+    f"{RESULTS}/{model}/grpo/{settings.run}/train.json" for model in settings.listed
+]
+ALL_SOURCES = [
+    *(f"{RESULTS}/{model}/download.json" for model in settings.listed),
+    *(
+        f"{RESULTS}/data/{name}.json"
+        for name in sorted({Path(path).parent.name for path in ALL_SCORES})
+    ),
+]
+
+
+rule tables:
+    input:
+        scores=ALL_SCORES,
+    output:
+        csv=f"{RESULTS}/tables/scores.csv",
+        differences=f"{RESULTS}/tables/differences.csv",
+        markdown=f"{RESULTS}/tables/scores.md",
+        html=f"{RESULTS}/tables/scores.html",
+    log:
+        f"{RESULTS}/logs/tables.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/tables.tsv"
+    threads: 1
+    resources:
+        mem_mb=4096,
+        runtime=30,
+    params:
+        provenance=proves("tables"),
+    message:
+        "write the tables"
+    shell:
+        "python -m make_tables --provenance {params.provenance:q} --scores {input.scores} --csv {output.csv}"
+        " --differences {output.differences} --markdown {output.markdown} --html {output.html} |& logged {log}"
+
+
+rule plots:
+    input:
+        scores=ALL_SCORES,
+        trainings=ALL_TRAININGS,
+    output:
+        f"{RESULTS}/plots.json",
+    log:
+        f"{RESULTS}/logs/plots.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/plots.tsv"
+    threads: 1
+    resources:
+        mem_mb=4096,
+        runtime=30,
+    params:
+        provenance=proves("plots"),
+        folder=subpath(output[0], strip_suffix=".json"),
+    message:
+        "draw the plots"
+    shell:
+        "python -m make_plots --provenance {params.provenance:q} --scores {input.scores}"
+        " --trainings {input.trainings} --folder {params.folder} --manifest {output} |& logged {log}"
+
+
+rule page:
+    input:
+        scores=ALL_SCORES,
+        trainings=ALL_TRAININGS,
+        sources=ALL_SOURCES,
+        plots=f"{RESULTS}/plots.json",
+        tables=f"{RESULTS}/tables/scores.csv",
+    output:
+        f"{RESULTS}/report.html",
+    log:
+        f"{RESULTS}/logs/report.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/report.tsv"
+    threads: 1
+    resources:
+        mem_mb=4096,
+        runtime=30,
+    params:
+        provenance=proves("report"),
+    message:
+        "write the report"
+    shell:
+        "python -m make_report --provenance {params.provenance:q} --scores {input.scores}"
+        " --trainings {input.trainings} --plots {input.plots} --sources {input.sources} --html {output} |& logged {log}"

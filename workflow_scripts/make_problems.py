@@ -14,10 +14,12 @@ from tiny.problems import draw
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
-    parser.add_argument("--manifest", type=Path, required=True, help="what to write; the file goes to a folder beside")
+    parser.add_argument("--name", required=True, help="what the problem set is called here")
+    parser.add_argument("--folder", type=Path, required=True, help="where to write the file, in a folder of its own")
+    parser.add_argument("--manifest", type=Path, required=True, help="what to write, last")
     arguments = parser.parse_args()
     dataset = Dataset.model_validate(arguments.provenance["config"]["dataset"])
-    folder = arguments.manifest.with_suffix("")
+    folder = arguments.folder / arguments.name
 
     rows = [addition.row(dataset.prompt_key, dataset.label_key) for addition in draw(dataset.problems)]
     atomic_write(folder / dataset.file, "".join(json.dumps(row) + "\n" for row in rows))

@@ -19,11 +19,11 @@ from tiny.warm_up import warm_up
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
-    parser.add_argument("--manifest", type=Path, required=True, help="what to write; files go to ../hub beside it")
+    parser.add_argument("--name", required=True, help="what the model is called here")
+    parser.add_argument("--folder", type=Path, required=True, help="where to write the files, in a folder of their own")
+    parser.add_argument("--manifest", type=Path, required=True, help="what to write, last")
     arguments = parser.parse_args()
     tiny = ModelSource.model_validate(arguments.provenance["config"]["source"]).tiny
-    model_name = arguments.manifest.parent.name
-    hub = arguments.manifest.parent.parent / "hub"
     transformers.logging.set_verbosity_error()  # it recommends GPU kernels
 
     tokenizer = train_tokenizer()
@@ -31,12 +31,12 @@ def main() -> None:
     model = random_model(tiny, config)
     warm_up(model, tokenizer, tiny)
 
-    partial = partial_folder(hub / model_name)
+    partial = partial_folder(arguments.folder / arguments.name)
     start_folder(partial)
     write_checkpoint(partial, config, hub_tensors(tiny, model), tokenizer)
     files = {file.name: describe(file) for file in sorted(partial.iterdir())}
     commit = hashlib.sha256(json.dumps([tiny.model_dump(mode="json"), files]).encode()).hexdigest()[:12]
-    folder = hub / f"{model_name}@{commit}"
+    folder = arguments.folder / f"{arguments.name}@{commit}"
     finish_folder(partial, folder)
     write_manifest(
         arguments.manifest,

@@ -131,7 +131,7 @@ class Provenance:
             f"evaluate {model} {dataset} {weights}": self.key("evaluate", model=model, dataset=dataset, weights=weights)
             for model in self._configuration.listed
             for dataset in self._configuration.models[model].evaluation.datasets
-            for weights in ("base", "trained")
+            for weights in ("base", self._configuration.run)
         }
 
 
@@ -151,19 +151,20 @@ def code_digest(root: Path, *scripts: str) -> str:
         file = waiting.pop()
         if file in trees or file.relative_to(root).parts[0] == "configuration":
             continue
-        tree = ast.parse(file.read_bytes(), filename=str(file))
-        waiting += _imported(root, tree)
-        trees[file] = ast.dump(_without_docstrings(tree))
+        trees[file], imported = _read(root, file)
+        waiting += imported
     return _digest(sorted((file.relative_to(root).as_posix(), tree) for file, tree in trees.items()))
 
 
-def _imported(root: Path, tree: ast.Module) -> list[Path]:
-    """The files below ``root`` that a module imports, packages included; relative imports are not used here."""
+@functools.cache
+def _read(root: Path, file: Path) -> tuple[str, list[Path]]:
+    """Digest of one module's syntax tree, and the files below ``root`` that it imports, their packages included."""
+    tree = _without_docstrings(ast.parse(file.read_bytes(), filename=str(file)))
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:  # relative imports are not used here
             names.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
     files = []
     for name in names:
@@ -171,7 +172,7 @@ def _imported(root: Path, tree: ast.Module) -> list[Path]:
         for depth in range(1, len(parts) + 1):
             path = root.joinpath(*parts[:depth])
             files += [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()]
-    return files
+    return _digest(ast.dump(tree)), files
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:

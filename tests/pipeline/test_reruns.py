@@ -1,0 +1,152 @@
+"""Only stale steps rerun: after one edit at a time, exactly the jobs that depend on it would run.
+
+The results are stood in for by empty files that Snakemake is told to take as made (``--touch`` records today's params
+for them), so the table shows what Snakemake itself decides, for a model on GPUs and one on CPU, without running either.
+"""
+
+import re
+import shutil
+
+import pytest
+
+MODELS = "models=[tiny, 9B]"
+PARTS = ("Snakefile", "rules", "config", "profiles", "workflow_scripts")
+SUMMARY = {"tables", "plots", "page"}
+
+
+def trained(model):
+    """Every job downstream of a model's training."""
+    dataset = "sums-evaluation" if model == "tiny" else "aime-2024"
+    return {f"train {model}", f"export {model}", f"evaluate {model} {dataset} grpo"} | SUMMARY
+
+
+def evaluated(model, dataset):
+    return {f"evaluate {model} {dataset} base", f"evaluate {model} {dataset} grpo"} | SUMMARY
+
+
+EVALUATED = evaluated("tiny", "sums-evaluation") | evaluated("9B", "aime-2024")
+
+
+@pytest.fixture(scope="module")
+def finished(root, snakemake, tmp_path_factory):
+    """A copy of the workflow in which everything is made, as Snakemake sees it."""
+    folder = tmp_path_factory.mktemp("workflow")
+    for part in PARTS:
+        (shutil.copytree if (root / part).is_dir() else shutil.copy)(root / part, folder / part)
+    summary = snakemake("--summary", "--config", MODELS, "--", "all", cwd=folder, check=True).stdout
+    for line in summary.splitlines():
+        if line.startswith("results/") and "/logs/" not in line:
+            output = folder / line.split("\t")[0]
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text("{}\n")
+    snakemake("--touch", "--config", MODELS, "--", "all", cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture
+def workflow(finished, tmp_path):
+    """A fresh copy of the finished workflow to edit; times of files are kept."""
+    return shutil.copytree(finished, tmp_path / "workflow", symlinks=True)
+
+
+def would_run(snakemake, folder, *config):
+    """The jobs of a dry run: ``rule``, or ``rule`` and its wildcards in the order of the rule's output."""
+    done = snakemake("-n", "--config", MODELS, *config, "--", "all", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobs = set()
+    for block in re.split(r"\n(?=(?:local)?rule )", done.stdout + done.stderr):
+        if rule := re.match(r"(?:local)?rule (\w+):", block):
+            wildcards = re.search(r"wildcards: (.*)", block)
+            values = [pair.split("=")[1] for pair in wildcards[1].split(", ")] if wildcards else []
+            jobs.add(" ".join([rule[1], *values]))
+    return jobs - {"all"}
+
+
+def edit(path, old, new):
+    content = path.read_text()
+    assert old in content, f"{path} no longer holds {old!r}"
+    path.write_text(content.replace(old, new, 1))
+
+
+def test_a_second_run_starts_nothing(snakemake, finished):
+    done = snakemake("-n", "--config", MODELS, "--", "all", cwd=finished)
+    assert "Nothing to be done" in done.stdout + done.stderr
+
+
+OVERRIDES = {
+    "a model's learning rate": ("per_model={9B: {optimizer: {learning_rate: 2.0e-6}}}", trained("9B")),
+    "everyone's learning rate": ("optimizer={learning_rate: 2.0e-6}", trained("9B") | trained("tiny")),
+    "more rollouts": ("per_model={9B: {training: {rollouts: 4000}}}", trained("9B")),
+    "the evaluation's temperature": ("evaluation={temperature: 0.6}", EVALUATED),
+    "the evaluation's samples": ("evaluation={samples_per_problem: 32}", EVALUATED),
+    "the conversion's MTP layers": (
+        "per_model={9B: {conversion: {mtp_num_layers: 1}}}",
+        {"convert 9B"} | trained("9B"),
+    ),
+    "a plot's colour": ("plots={color_trained: '#c92a2a'}", {"plots", "page"}),
+    "the training set's revision": (
+        "datasets={dapo-math-17k: {revision: v2}}",
+        {"dataset dapo-math-17k"} | trained("9B"),
+    ),
+    "the model's revision": (
+        "per_model={9B: {source: {revision: v2}}}",
+        {"download 9B", "convert 9B"} | trained("9B") | evaluated("9B", "aime-2024"),
+    ),
+    "memory that only preflight reads": ("per_model={9B: {hardware: {host_memory_gib: 300}}}", set()),
+    "the same value written otherwise": ("per_model={9B: {optimizer: {learning_rate: 0.000001}}}", set()),
+}
+
+
+@pytest.mark.parametrize("what", OVERRIDES)
+def test_a_setting_reruns_what_reads_it_and_nothing_else(snakemake, finished, what):
+    override, jobs = OVERRIDES[what]
+    assert would_run(snakemake, finished, override) == jobs
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "jobs"),
+    [
+        ("config/config.yaml", "learning_rate: 1.0e-6", "learning_rate: 1.0e-6 # the recipe's", set()),
+        ("workflow_scripts/grpo/losses.py", '"""', '"""Said otherwise. ', set()),
+        ("workflow_scripts/grpo/losses.py", "\nimport torch", "\n# why not\nimport  torch", set()),
+        (
+            "workflow_scripts/grpo/losses.py",
+            "\nimport torch",
+            "\nimport torch\nEDITED = 1",
+            trained("9B") | trained("tiny"),
+        ),
+        (
+            "workflow_scripts/rollout/cpu_engine.py",
+            "\nimport torch",
+            "\nimport torch\nEDITED = 1",
+            trained("tiny") | evaluated("tiny", "sums-evaluation"),
+        ),
+        ("workflow_scripts/evaluation/estimators.py", "\nimport", "\nEDITED = 1\nimport", None),
+        ("workflow_scripts/reporting/report.py", "\nimport", "\nEDITED = 1\nimport", {"page"}),
+        ("workflow_scripts/configuration/schema.py", '"""', '"""Said otherwise. ', set()),
+    ],
+    ids=lambda value: value.rsplit("/")[-1] if isinstance(value, str) and value.endswith((".py", ".yaml")) else None,
+)
+def test_an_edited_file_reruns_what_uses_it(snakemake, workflow, file, old, new, jobs):
+    edit(workflow / file, old, new)
+    found = would_run(snakemake, workflow)
+    if jobs is None:  # the estimators serve every evaluation and all that is made of it
+        assert found >= EVALUATED and not any(job.startswith(("convert", "download", "dataset")) for job in found)
+    else:
+        assert found == jobs
+
+
+def test_a_touched_but_unchanged_input_reruns_nothing(snakemake, workflow):
+    (workflow / "results/9B/download.json").touch()
+    assert would_run(snakemake, workflow) == set()
+
+
+def test_a_lost_result_is_made_again_with_what_hangs_on_it(snakemake, workflow):
+    (workflow / "results/9B/convert.json").unlink()
+    assert "convert 9B" in would_run(snakemake, workflow)
+
+
+def test_another_run_name_keeps_the_old_results(snakemake, finished):
+    jobs = would_run(snakemake, finished, "run=again")
+    assert {"train 9B", "evaluate 9B aime-2024 again"} <= jobs
+    assert "evaluate 9B aime-2024 base" not in jobs and "convert 9B" not in jobs

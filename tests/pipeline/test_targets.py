@@ -1,0 +1,68 @@
+"""What a user calls, and what Snakemake answers, for the four recipes on a machine without GPUs."""
+
+import re
+
+import pytest
+
+MODELS = ("4B", "9B", "27B", "35B_A3B", "tiny", "tiny_moe")
+STAGES = ("download", "convert", "train", "export", "eval")
+
+
+def said(done):
+    return done.stdout + done.stderr
+
+
+def test_every_model_has_every_target_and_each_says_what_it_does(snakemake):
+    listed = snakemake("--list-target-rules", check=True).stdout
+    targets = dict(re.findall(r"^(\S+) \((.+)\)$", listed, flags=re.MULTILINE))
+    wanted = {f"{stage}_{model}" for stage in STAGES for model in (*MODELS, "all")} | {"report", "all", "preflight"}
+    assert wanted == set(targets)
+    assert targets["train_9B"] == "9B: train with GRPO."
+
+
+@pytest.mark.parametrize("target", ["eval_all", "all", "train_35B_A3B", "eval_tiny_moe"])
+def test_the_dag_resolves_completely(snakemake, tmp_path, target, root):
+    done = snakemake("-n", "--directory", str(tmp_path), "--", target, snakefile=root / "Snakefile")
+    assert done.returncode == 0, said(done)
+    models = MODELS[:4] if target in ("all", "eval_all") else [target.split("_", 1)[1]]
+    for model in models:
+        for rule in ("download", "convert", "train"):
+            assert re.search(rf"rule {rule}:(?:\n    .*)*?wildcards: model={model}\n", said(done)), (rule, model)
+
+
+def test_conversion_of_the_mixture_of_experts_is_launched_by_torchrun_with_its_mtp_layer(snakemake, tmp_path, root):
+    done = snakemake("-n", "-p", "--directory", str(tmp_path), "--", "convert_35B_A3B", snakefile=root / "Snakefile")
+    command = next(line for line in said(done).splitlines() if " convert --provenance" in line)
+    assert "torch.distributed.run --standalone --nproc-per-node=8" in command and "--mtp-num-layers 1" in command
+
+
+def test_training_without_the_gpus_it_needs_ends_before_any_download(snakemake, tmp_path, root):
+    done = snakemake(
+        "--cores", "all", "--directory", str(tmp_path), "--", "train_9B",
+        snakefile=root / "Snakefile", CUDA_VISIBLE_DEVICES="",
+    )  # fmt: skip
+    assert done.returncode == 1
+    lines = [line for line in said(done).splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "9B needs 8 GPUs and this machine has none" in lines[0]
+    assert "Traceback" not in said(done)
+    assert not (tmp_path / "results/hub").exists() and not list(tmp_path.glob("results/**/download.*"))
+
+
+def test_preflight_can_be_asked_by_itself(snakemake):
+    done = snakemake("--cores", "1", "--", "preflight")
+    assert done.returncode == 0, said(done)
+    assert "35B_A3B" in said(done) and "GiB" in said(done)
+
+
+def test_a_mistake_in_the_configuration_ends_in_one_line(snakemake):
+    done = snakemake("-n", "--config", "optimizer={lr: 1}", "--", "train_9B")
+    assert done.returncode == 1
+    assert "error: --config/--configfile: optimizer.lr: unknown key, did you mean 'learning_rate'?" in said(done)
+    assert "Traceback" not in said(done)
+
+
+def test_two_jobs_of_eight_gpus_never_run_at_once(root):
+    import yaml
+
+    profile = yaml.safe_load((root / "profiles/default/config.yaml").read_text())
+    assert profile["resources"]["gpu"] == 8

@@ -1,0 +1,139 @@
+"""The whole DAG for real, small: tiny Qwen3.5, warm-up, conversion, GRPO, export, evaluation, tables, report."""
+
+import json
+import re
+import shutil
+
+import pandas
+import pytest
+import yaml
+
+SETTINGS = {
+    "models": ["tiny"],
+    "datasets": {
+        "sums-train": {"problems": {"split": "train", "seed": 0, "rows": 64}},
+        "sums-evaluation": {"problems": {"split": "evaluation", "seed": 0, "rows": 8}},
+    },
+    "per_model": {
+        "tiny": {
+            "source": {"tiny": {"warm_up": {"steps": 20, "batch_size": 16}}},
+            "training": {
+                "prompts_per_rollout": 4,
+                "samples_per_prompt": 4,
+                "global_batch": 16,
+                "rollouts": 2,
+                "save_interval": 1,
+            },
+            "validation": {"interval": 1, "samples_per_problem": 1},
+            "evaluation": {"samples_per_problem": 2, "pass_at": [1, 2]},
+        }
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, root, snakemake):
+    """A folder of results, made once; `run` runs targets there under settings that a test may change."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    class Work:
+        def __init__(self):
+            self.folder = folder
+            self.results = folder / "results"
+
+        def run(self, *targets, **changes):
+            settings = json.loads(json.dumps(SETTINGS))
+            for key, value in changes.items():
+                node = settings
+                *path, last = key.split("__")
+                for part in path:
+                    node = node.setdefault(part, {})
+                node[last] = value
+            file = folder / "settings.yaml"
+            file.write_text(yaml.safe_dump(settings))
+            done = snakemake(
+                "--cores", "2", "--directory", str(folder), "--configfile", str(file), "--", *targets,
+                snakefile=root / "Snakefile",
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout + done.stderr
+            return done.stdout + done.stderr
+
+        def manifest(self, name):
+            return json.loads((self.results / name).read_text())
+
+    made = Work()
+    made.first = made.run("all")
+    return made
+
+
+def ran(output):
+    return sorted(set(re.findall(r"^(?:local)?rule (\w+):", output, flags=re.MULTILINE)) - {"all"})
+
+
+@pytest.mark.slow
+def test_everything_is_made(work):
+    for name in ("tables/scores.csv", "tables/scores.md", "tables/scores.html", "report.html"):
+        assert (work.results / name).stat().st_size > 100, name
+    assert list((work.results / "plots").glob("*.png"))
+    scores = pandas.read_csv(work.results / "tables/scores.csv")
+    assert set(scores["weights"]) == {"base", "grpo"}
+    metrics = [json.loads(line) for line in next(work.results.glob("tiny/grpo/grpo/*/metrics.jsonl")).open()]
+    assert [row["rollout"] for row in metrics if "loss" in row] == [1, 2]
+    samples = [json.loads(line) for line in (work.results / "tiny/eval/sums-evaluation/base.jsonl").open()]
+    assert len(samples) == 16
+
+
+@pytest.mark.slow
+def test_a_second_run_starts_nothing(work):
+    assert "Nothing to be done" in work.run("all")
+
+
+@pytest.mark.slow
+def test_the_export_loads_in_transformers_and_keeps_what_was_not_trained(work):
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForImageTextToText
+
+    before = work.manifest("tiny/download.json")
+    base, trained = work.results / "tiny" / before["root"], work.results / "tiny/hf/grpo"
+    assert sorted(path.name for path in base.iterdir()) == sorted(path.name for path in trained.iterdir())
+    old = {name: tensor for file in base.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    new = {name: tensor for file in trained.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert {name: (t.shape, t.dtype) for name, t in old.items()} == {
+        name: (t.shape, t.dtype) for name, t in new.items()
+    }
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed and not any("visual" in name for name in changed)
+    AutoModelForImageTextToText.from_pretrained(trained)
+
+
+@pytest.mark.slow
+def test_more_rollouts_continue_the_run_and_a_new_learning_rate_starts_another(work):
+    longer = work.run(
+        "train_tiny", per_model__tiny__training=SETTINGS["per_model"]["tiny"]["training"] | {"rollouts": 3}
+    )
+    assert ran(longer) == ["train", "train_tiny"]
+    (folder,) = work.results.glob("tiny/grpo/grpo/*/")
+    assert [json.loads(line)["rollout"] for line in (folder / "metrics.jsonl").open() if "loss" in line] == [1, 2, 3]
+    work.run("train_tiny", per_model__tiny__optimizer={"learning_rate": 1.0e-4})
+    assert len(list(work.results.glob("tiny/grpo/grpo/*/"))) == 2
+    assert folder.exists()
+
+
+@pytest.mark.slow
+def test_the_real_aime_file_runs_through_eval_tiny_by_configuration_alone(work, root):
+    data = work.folder / "aime"
+    data.mkdir()
+    shutil.copy(root / "tests/data/aime-2024.jsonl", data)
+    work.run(
+        "eval_tiny",
+        datasets__aime={"folder": str(data), "file": "aime-2024.jsonl", "rows": 30, "unique_prompts": True},
+        per_model__tiny__evaluation={
+            "datasets": ["aime"],
+            "samples_per_problem": 2,
+            "pass_at": [1, 2],
+            "max_response_tokens": 8,
+        },
+    )
+    rows = [json.loads(line) for line in (work.results / "tiny/eval/aime/grpo.jsonl").open()]
+    assert len(rows) == 60 and {row["label"] for row in rows} >= {"025", "073"}
