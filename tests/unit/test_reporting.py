@@ -38,9 +38,8 @@ def evaluate(results: Path, model: str, weights: str, chance: float, seed: int, 
     """An evaluation whose samples are right with about ``chance``; some are cut off, one is hostile."""
     random = np.random.default_rng(seed)
     difficulty = np.linspace(0.3, -0.3, problems)
-    rows = [
-        Problem([{"role": "user", "content": f"What is {n} + {n}? {HOSTILE}"}], str(2 * n), n) for n in range(problems)
-    ]
+    questions = [f"What is {n} + {n}? {HOSTILE}{LONE_SURROGATE}" for n in range(problems)]
+    rows = [Problem([{"role": "user", "content": text}], str(2 * n), n) for n, text in enumerate(questions)]
     samples = []
     for problem in range(problems):
         for sample in range(settings.samples_per_problem):

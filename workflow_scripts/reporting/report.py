@@ -54,7 +54,7 @@ def report_page(
     names = list(dict.fromkeys([*(score.model for score in scores), *(training.model for training in trainings)]))
     models = [_model(name, scores, trainings) for name in names]
     results = [score.manifest for score in scores] + [training.manifest for training in trainings]
-    return templates.get_template("report.html").render(
+    page = templates.get_template("report.html").render(
         colors=_colors(settings),
         models=models,
         protocol=_protocol(scores),
@@ -65,6 +65,8 @@ def report_page(
         versions=_versions(results),
         origins=[_origin(manifest) for manifest in [*sources, *results]],
     )
+    # A model may write a lone surrogate, which UTF-8 can't hold: a question mark takes its place.
+    return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def _model(name: str, scores: Sequence[Score], trainings: Sequence[Training]) -> dict[str, Any]:
@@ -141,14 +143,7 @@ def _spread[Item](items: list[Item]) -> list[Item]:
 def shortened(text: str) -> str:
     """The text, or its beginning and its end where it is long."""
     left_out = len(text) - HEAD - TAIL
-    if left_out <= 0:
-        return _printable(text)
-    return _printable(f"{text[:HEAD]}\n\n[… {left_out:,} characters left out …]\n\n{text[-TAIL:]}")
-
-
-def _printable(text: str) -> str:
-    """Text that UTF-8 can hold: a lone surrogate, which a model may write, becomes a question mark."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return text if left_out <= 0 else f"{text[:HEAD]}\n\n[… {left_out:,} characters left out …]\n\n{text[-TAIL:]}"
 
 
 def _training_facts(training: Training) -> list[tuple[str, str]]:
