@@ -28,7 +28,7 @@ def main() -> None:
     settings = Conversion.model_validate(arguments.provenance["config"]["conversion"])
     mtp_num_layers = settings.mtp_num_layers if arguments.mtp_num_layers is None else arguments.mtp_num_layers
 
-    source = read_manifest(arguments.hub).require()
+    source = read_manifest(arguments.hub).require(digests=int(os.environ.get("RANK", 0)) == 0)
     architecture, hub = Architecture.from_folder(source.root), HubCheckpoint(source.root)
     parallel = layout(architecture, processes=int(os.environ.get("WORLD_SIZE", 1)))
     initialize(parallel)

@@ -23,8 +23,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where to write the checkpoint")
     parser.add_argument("--manifest", type=Path, required=True, help="its manifest, written last")
     arguments = parser.parse_args()
-    source = read_manifest(arguments.hub).require()
-    weights = weights_folder(read_manifest(arguments.weights).require())
+    source = read_manifest(arguments.hub).require(digests=True)
+    weights = weights_folder(read_manifest(arguments.weights).require(digests=True))
 
     architecture, hub = Architecture.from_folder(source.root), HubCheckpoint(source.root)
     initialize()

@@ -1,0 +1,52 @@
+"""Run the entry scripts that move weights, in this process or in their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from checkpoints.manifest import write_manifest
+
+CONVERSION = {"config": {"conversion": {}}, "code": "c", "upstream": {}}
+
+
+def vouch(hub: Path, manifest: Path) -> Path:
+    """The manifest of a download, for a folder made by a test."""
+    files = [str(path.relative_to(hub)) for path in hub.rglob("*") if path.is_file()]
+    return write_manifest(manifest, "download", hub, files, {}, {"repo": "owner/name"}).path
+
+
+def convert_arguments(download: Path, folder: Path, mtp_num_layers: int = 1) -> list[str]:
+    return [
+        *("--provenance", json.dumps(CONVERSION), "--hub", str(download), "--mtp-num-layers", str(mtp_num_layers)),
+        *("--folder", str(folder), "--manifest", f"{folder}.json"),
+    ]
+
+
+def export_arguments(download: Path, weights: Path, folder: Path) -> list[str]:
+    return [
+        *("--provenance", json.dumps({"config": {}, "code": "c", "upstream": {}}), "--hub", str(download)),
+        *("--weights", str(weights), "--folder", str(folder), "--manifest", f"{folder}.json"),
+    ]
+
+
+def call(monkeypatch, main, arguments: list[str]) -> None:
+    """Run an entry script's ``main`` here."""
+    monkeypatch.setattr(sys, "argv", [main.__module__, *arguments])
+    main()
+
+
+def torchrun(processes: int, *arguments: str, **options) -> subprocess.CompletedProcess:
+    """Run a module or a script in several processes of this machine; its output is shown if it fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run([*command, *arguments], text=True, capture_output=True, timeout=500, **options)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    """Both folders hold the same files, byte for byte."""
+    names = {path.relative_to(one) for path in one.rglob("*") if path.is_file()}
+    assert names == {path.relative_to(other) for path in other.rglob("*") if path.is_file()}
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name

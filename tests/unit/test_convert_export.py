@@ -1,0 +1,237 @@
+"""The Hub's format to torch_dist and back: every byte returns, little memory is taken, and mistakes end in one line."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import convert
+import export
+from checkpoints import mapping, torch_dist
+from checkpoints.manifest import read_manifest, write_manifest
+from checkpoints.safetensors_io import HubCheckpoint
+from common.errors import UserError
+from qwen3_5.architecture import Architecture
+from qwen3_5.build import build_model, finalize, initialize
+from qwen3_5.packed import pack
+from stages import assert_same_files, call, convert_arguments, export_arguments, vouch
+from tiny_hub import DENSE, MOE, make_tiny_hub, write_weights
+
+VARIANTS = {
+    "dense": dict(kind=DENSE),
+    "moe": dict(kind=MOE, shards=3),
+    "moe-separate": dict(kind=MOE, fused_experts=False, fused_mtp_experts=True, shards=2),
+}
+
+
+@pytest.fixture
+def model_in_one_process():
+    """`initialize` and `finalize` around a test that builds a model itself."""
+    initialize()
+    yield build_model
+    finalize()
+
+
+def converted(monkeypatch, tmp_path, mtp_num_layers=1, **variant):
+    """(download manifest, convert manifest) of a tiny model."""
+    hub = tmp_path / "hub"
+    make_tiny_hub(hub, **variant)
+    download = vouch(hub, tmp_path / "download.json")
+    call(monkeypatch, convert.main, convert_arguments(download, tmp_path / "torch_dist", mtp_num_layers))
+    return download, tmp_path / "torch_dist.json"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("mtp_num_layers", [1, 0])
+def test_a_round_trip_gives_back_every_file_byte_for_byte(monkeypatch, tmp_path, variant, mtp_num_layers):
+    download, weights = converted(monkeypatch, tmp_path, mtp_num_layers, **VARIANTS[variant])
+    call(monkeypatch, export.main, export_arguments(download, weights, tmp_path / "hf" / "run.1"))
+    assert_same_files(tmp_path / "hub", tmp_path / "hf" / "run.1")
+
+    conversion = read_manifest(weights).require(digests=True)
+    assert conversion.kind == "convert" and conversion.facts["mtp_num_layers"] == mtp_num_layers
+    assert conversion.facts["dtype"] == "bfloat16" and conversion.provenance["code"] == "c"
+    exported = read_manifest(tmp_path / "hf" / "run.1.json").require(digests=True)
+    assert exported.kind == "export" and exported.facts["repo"] == "owner/name"
+    assert set(exported.files) == set(read_manifest(download).files)
+
+
+@pytest.mark.parametrize("kind", [DENSE, MOE])
+def test_the_converted_model_computes_what_transformers_computes(monkeypatch, tmp_path, kind):
+    from transformers import AutoModelForImageTextToText
+
+    _, weights = converted(monkeypatch, tmp_path, kind=kind)
+    ids = torch.randint(0, 280, (70,), generator=torch.Generator().manual_seed(0))
+    reference = AutoModelForImageTextToText.from_pretrained(tmp_path / "hub", dtype=torch.float32).eval()
+    initialize()
+    model = build_model(Architecture.from_folder(tmp_path / "hub"), dtype=torch.float32).eval()
+    torch_dist.load(model, read_manifest(weights).root)
+    input_ids, position_ids, packed = pack([ids])
+    with torch.no_grad():
+        ours = model(input_ids, position_ids, None, packed_seq_params=packed)[0]
+        theirs = reference(input_ids=ids[None]).logits[0]
+    finalize()
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+def test_trained_weights_are_exported_in_the_hubs_types(monkeypatch, tmp_path):
+    download, weights = converted(monkeypatch, tmp_path, kind=DENSE, shards=2)
+    hub, work = HubCheckpoint(tmp_path / "hub"), tmp_path / "grpo" / "fingerprint"
+    architecture = Architecture.from_folder(tmp_path / "hub")
+    initialize()
+    model = build_model(architecture, dtype=torch.float32)  # without the MTP layer, which thus passes through
+    torch_dist.load(model, read_manifest(weights).root)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.001)
+    torch_dist.save(model, work / "checkpoint-000003" / "weights")
+    finalize()
+    files = [str(path.relative_to(work)) for path in work.rglob("*") if path.is_file()]
+    facts = {"weights": "checkpoint-000003/weights"}
+    write_manifest(tmp_path / "grpo" / "train.json", "train", work, files, {}, facts)
+
+    call(monkeypatch, export.main, export_arguments(download, tmp_path / "grpo" / "train.json", tmp_path / "hf"))
+    exported = HubCheckpoint(tmp_path / "hf")
+    untouched = mapping.untouched(hub, 0)
+    for name, entry in hub.entries.items():
+        before, after = hub.read(name), exported.read(name)
+        assert exported.entries[name] == entry
+        assert after.equal(before if name in untouched else (before.float() * 1.001).to(before.dtype)), name
+    assert exported.read("model.language_model.layers.0.linear_attn.A_log").dtype == torch.float32
+
+
+def test_a_checkpoint_in_other_types_comes_back_exactly(monkeypatch, tmp_path):
+    hub = tmp_path / "hub"
+    tensors = make_tiny_hub(hub, DENSE)
+    # Norms kept in FP32 beside bf16 matrices, and values that bf16 could not hold.
+    tensors = {
+        name: value.float() * 1.0001 if "norm" in name and "visual" not in name else value
+        for name, value in tensors.items()
+    }
+    write_weights(hub, tensors)
+    download = vouch(hub, tmp_path / "download.json")
+    call(monkeypatch, convert.main, convert_arguments(download, tmp_path / "torch_dist"))
+    call(monkeypatch, export.main, export_arguments(download, tmp_path / "torch_dist.json", tmp_path / "hf"))
+    assert_same_files(hub, tmp_path / "hf")
+
+
+def test_a_weight_that_became_nan_is_not_exported(monkeypatch, tmp_path):
+    download, _ = converted(monkeypatch, tmp_path, kind=DENSE)
+    initialize()
+    model = build_model(Architecture.from_folder(tmp_path / "hub"))
+    mapping.from_hub(model, Architecture.from_folder(tmp_path / "hub"), HubCheckpoint(tmp_path / "hub"))
+    with torch.no_grad():
+        model.decoder.layers[1].mlp.linear_fc2.weight[5, 5] = float("nan")
+    torch_dist.save(model, tmp_path / "broken")
+    finalize()
+    write_manifest(tmp_path / "broken.json", "convert", tmp_path / "broken", [], {})
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj\.weight holds NaN"):
+        call(monkeypatch, export.main, export_arguments(download, tmp_path / "broken.json", tmp_path / "hf"))
+    finalize()
+    assert not (tmp_path / "hf").exists() and not (tmp_path / "hf.json").exists()
+
+
+def test_a_download_with_a_flipped_bit_is_not_converted(monkeypatch, tmp_path):
+    make_tiny_hub(tmp_path / "hub")
+    download = vouch(tmp_path / "hub", tmp_path / "download.json")
+    weights = tmp_path / "hub" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors: its sha256 is not"):
+        call(monkeypatch, convert.main, convert_arguments(download, tmp_path / "torch_dist"))
+    assert not (tmp_path / "torch_dist").exists() and not (tmp_path / "torch_dist.json").exists()
+
+
+def test_an_evaluation_is_not_taken_for_weights(monkeypatch, tmp_path):
+    make_tiny_hub(tmp_path / "hub")
+    download = vouch(tmp_path / "hub", tmp_path / "download.json")
+    with pytest.raises(UserError, match="'download': give the manifest of a conversion or a training"):
+        call(monkeypatch, export.main, export_arguments(download, download, tmp_path / "hf"))
+
+
+@pytest.mark.parametrize(("kind", "processes", "allowed"), [(DENSE, 2, True), (DENSE, 4, False), (MOE, 3, False)])
+def test_a_number_of_processes_that_does_not_divide_the_model_is_named(tmp_path, kind, processes, allowed):
+    make_tiny_hub(tmp_path, kind)
+    architecture = Architecture.from_folder(tmp_path)
+    if allowed:
+        assert convert.layout(architecture, processes).tensor == processes
+    else:
+        with pytest.raises(UserError, match=f"^{processes} processes: the number does not divide"):
+            convert.layout(architecture, processes)
+
+
+def test_a_checkpoint_of_another_model_is_named(tmp_path, model_in_one_process):
+    make_tiny_hub(tmp_path / "small")
+    make_tiny_hub(tmp_path / "large", layers=8)
+    small, large = (model_in_one_process(Architecture.from_folder(tmp_path / name)) for name in ("small", "large"))
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.zero_()
+    torch_dist.save(small, tmp_path / "weights")
+    with pytest.raises(UserError, match=r"weights: has no tensor decoder\.layers\.4\."):
+        torch_dist.load(large, tmp_path / "weights")
+    with pytest.raises(UserError, match="no torch_dist checkpoint is there"):
+        torch_dist.load(small, tmp_path / "absent")
+
+
+def test_a_cut_torch_dist_file_is_named(tmp_path, model_in_one_process):
+    make_tiny_hub(tmp_path / "hub")
+    model = model_in_one_process(Architecture.from_folder(tmp_path / "hub"))
+    torch_dist.save(model, tmp_path / "weights")
+    file = tmp_path / "weights" / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="weights: damaged"):
+        torch_dist.load(model, tmp_path / "weights")
+
+
+def test_a_second_save_replaces_the_first_and_leaves_nothing_beside_it(tmp_path, model_in_one_process):
+    make_tiny_hub(tmp_path / "hub")
+    model = model_in_one_process(Architecture.from_folder(tmp_path / "hub"))
+    (tmp_path / ".weights.partial").mkdir()
+    (tmp_path / ".weights.partial" / "left-over").touch()
+    for value in (1.0, 2.0):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(value)
+        torch_dist.save(model, tmp_path / "weights")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    torch_dist.load(model, tmp_path / "weights")
+    assert all(parameter.eq(2).all() for parameter in model.parameters())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hub", "weights"]
+    assert not (tmp_path / "weights" / "left-over").exists()
+
+
+# The kernel's own high-water mark of resident memory; getrusage's is handed down by the process that starts this one.
+MEASURE = """
+import re, sys
+import convert
+
+def resident(key):
+    return 1024 * int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
+before = resident("VmRSS")
+convert.main()
+print(resident("VmHWM") - before)
+"""
+
+
+def test_conversion_takes_little_more_memory_than_the_weights(root, tmp_path):
+    make_tiny_hub(tmp_path / "hub", MOE, hidden=2048, layers=8, vocabulary=32768)
+    download = vouch(tmp_path / "hub", tmp_path / "download.json")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *convert_arguments(download, tmp_path / "torch_dist")],
+        env=os.environ | {"PYTHONPATH": str(root / "workflow_scripts"), "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    taken = int(done.stdout.splitlines()[-1])
+    weights = sum(entry["bytes"] for entry in read_manifest(tmp_path / "torch_dist.json").files.values())
+    assert weights > 250 * 2**20
+    assert taken < 1.3 * weights
