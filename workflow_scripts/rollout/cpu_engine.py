@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from configuration.schema import Engine
 from torch import Tensor
 
+from configuration.schema import Engine
 from rollout.cpu_model import CpuModel, ModelCache
 from rollout.engine import Completion, Request, SamplingParams
 from rollout.sampling import sample, seed_words, uniforms

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from qwen3_5.architecture import Architecture
 from torch import Tensor
+
+from qwen3_5.architecture import Architecture
 
 _CHUNK = 64  # tokens of a prompt that Gated DeltaNet takes at a time
 _CACHE_BLOCK = 128  # tokens by which the key-value cache grows
@@ -219,35 +220,44 @@ def chunked_delta_rule(
         Outputs (P, T, V, Dv) and final states (P, V, Dk, Dv).
     """
     tokens = query.shape[1]
+    size = min(tokens, _CHUNK)
     query, key, value, log_decay, beta = (
-        _in_chunks(tensor) for tensor in (query, key, value, log_decay[..., None], beta[..., None])
+        _in_chunks(tensor, size) for tensor in (query, key, value, log_decay[..., None], beta[..., None])
     )  # (P, V, chunks, C, ...)
-    decayed = log_decay.cumsum(-2)  # (P, V, chunks, C, 1) logarithm of the decay since the chunk's start
-    causal = torch.ones(_CHUNK, _CHUNK, dtype=torch.bool).tril()
-    # Masked before exp: above the diagonal the difference is positive and could overflow.
-    between = (decayed - decayed.mT).masked_fill_(~causal, -torch.inf).exp_()  # (..., C, C)
-    system = (beta * (key @ key.mT) * between).tril_(-1)
-    right = torch.cat([beta * value, beta * decayed.exp() * key], -1)
-    writes = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    writes, reads = writes.split((value.shape[-1], key.shape[-1]), -1)
+    since_start = log_decay.cumsum(-2)  # (P, V, chunks, C, 1)
+    to_end = since_start[..., -1:, :] - since_start
+    past = torch.ones(size, size, dtype=torch.bool).tril()
+    between = _decay((since_start - since_start.mT).masked_fill_(~past, -torch.inf))  # (P, V, chunks, C, C)
+    query_from_start, key_from_start = query * _decay(since_start), key * _decay(since_start)
+    key_to_end = key * _decay(to_end)
+    whole = _decay(since_start[..., -1:, :])
+
+    system = (key @ key.mT).mul_(between).mul_(beta)
+    right = torch.cat([value, key_from_start], -1).mul_(beta)
+    # Only what is below the diagonal is read; the diagonal counts as ones.
+    writes, reads = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split(
+        (value.shape[-1], key.shape[-1]), -1
+    )
     scores = (query @ key.mT).mul_(between)
-    query = query * decayed.exp()
-    key = key * (decayed[..., -1:, :] - decayed).exp()
-    chunk_decay = decayed[..., -1:, :].exp()
 
     state = query.new_zeros(*query.shape[:2], key.shape[-1], value.shape[-1])
     outputs = torch.empty_like(value)
     for chunk in range(query.shape[2]):
         written = writes[:, :, chunk] - reads[:, :, chunk] @ state
-        outputs[:, :, chunk] = query[:, :, chunk] @ state + scores[:, :, chunk] @ written
-        state = state * chunk_decay[:, :, chunk] + key[:, :, chunk].mT @ written
+        outputs[:, :, chunk] = query_from_start[:, :, chunk] @ state + scores[:, :, chunk] @ written
+        state = state * whole[:, :, chunk] + key_to_end[:, :, chunk].mT @ written
     return outputs.flatten(2, 3)[:, :, :tokens].transpose(1, 2), state
 
 
-def _in_chunks(tensor: Tensor) -> Tensor:
+def _in_chunks(tensor: Tensor, size: int) -> Tensor:
     """(P, T, V, ...) -> (P, V, chunks, C, ...), zeros after the last token."""
-    tensor = F.pad(tensor.transpose(1, 2), (0, 0, 0, -tensor.shape[1] % _CHUNK))
-    return tensor.unflatten(2, (-1, _CHUNK))
+    tensor = F.pad(tensor.transpose(1, 2), (0, 0, 0, -tensor.shape[1] % size))
+    return tensor.unflatten(2, (-1, size))
+
+
+def _decay(logarithm: Tensor) -> Tensor:
+    """Its exponential, and 0 where that is below 1e-26: on the way to 0 lie denormal numbers, 100 times as slow."""
+    return torch.where(logarithm > -60, logarithm, -torch.inf).exp_()
 
 
 class GatedAttention:

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common.errors import UserError
-from qwen3_5.architecture import Architecture
 from safetensors import safe_open
 from torch import Tensor
 
+from common.errors import UserError
+from qwen3_5.architecture import Architecture
 from rollout.cpu_layers import (
     AttentionCache,
     DeltaNetCache,

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from configuration.schema import Engine
 from torch import Tensor
+
+from configuration.schema import Engine
 
 
 @dataclass(frozen=True)

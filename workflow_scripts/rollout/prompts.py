@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
 from common.errors import UserError
 from common.files import read_json
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
@@ -15,7 +16,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # for a broken file the tokenizers package raises no narrower class
         raise UserError(f"{folder}: no usable tokenizer ({_first_line(error)}): download the model again") from None
     if not tokenizer.chat_template:
         raise UserError(f"{folder}: the tokenizer has no chat template: use a chat model's checkpoint")
@@ -33,22 +34,25 @@ def encode_prompt(
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of sampled tokens, complete but for the end-of-text tokens at its end.
+    """The text of sampled tokens, without the end-of-turn and end-of-text tokens that close it.
 
-    Other special tokens stay, ``<think>`` among them on tokenizers where it is one: the reward looks for them.
+    All else stays, special tokens too: what a model said in the wrong place must be seen, and not be graded away.
     """
     end = len(ids)
-    ending = {tokenizer.eos_token_id, tokenizer.pad_token_id}
-    while end and ids[end - 1] in ending:
+    while end and ids[end - 1] in (tokenizer.eos_token_id, tokenizer.pad_token_id):
         end -= 1
     return tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def stop_token_ids(folder: Path | str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end an answer: the tokenizer's end of text, and those that ``generation_config.json`` names."""
+    """The tokens that end an answer, ascending.
+
+    They are the tokenizer's end of turn (``<|im_end|>``) and padding (``<|endoftext|>``), and whatever else
+    ``generation_config.json`` names.
+    """
     path = Path(folder) / "generation_config.json"
     named = read_json(path).get("eos_token_id") if path.exists() else None
-    ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    ids = {tokenizer.eos_token_id, tokenizer.pad_token_id, *(named if isinstance(named, list) else [named])}
     return tuple(sorted(ids - {None}))
 
 

@@ -75,7 +75,7 @@ def _draw(probs: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _draw_from_top(log_probs: Tensor, uniform: Tensor, params: SamplingParams) -> Tensor:
-    ranked, order = log_probs.sort(-1, descending=True, stable=True)
+    ranked, order = log_probs.sort(dim=-1, descending=True, stable=True)
     probs = ranked.double().exp_()  # (n, V), most likely first
     if params.top_p < 1:
         before = probs.cumsum(-1) - probs

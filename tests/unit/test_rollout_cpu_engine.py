@@ -1,0 +1,225 @@
+"""The CPU engine against transformers: the same distribution, sampled as asked, whatever shares the batch."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+from transformers.utils import logging as transformers_logging
+
+from common.errors import UserError
+from configuration.schema import Engine
+from rollout.engine import Completion, Request, SamplingParams, start_engine
+from tiny_hub import DENSE, MOE, make_tiny_hub, write_weights
+
+VOCABULARY = 288
+LENGTHS = (1, 2, 3, 5, 64, 65, 300)  # shorter than the convolution, at a chunk's borders, several chunks
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Checkpoints: dense in two files, experts packed as on the Hub, experts one by one as transformers saves them."""
+    root = tmp_path_factory.mktemp("rollout")
+    make_tiny_hub(root / "dense", DENSE, shards=2)
+    make_tiny_hub(root / "packed experts", MOE)
+    make_tiny_hub(root / "single experts", MOE, fused_experts=False)
+    return root
+
+
+@pytest.fixture(scope="module")
+def engine(folders):
+    return start_engine(folders / "dense", Engine(kind="cpu"))
+
+
+@pytest.fixture(params=["dense", "packed experts", "single experts"])
+def folder(folders, request):
+    return folders / request.param
+
+
+def transformers_model(folder):
+    transformers_logging.disable_progress_bar()
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def random_prompts(*lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def teacher_forced(model, prompt, tokens):
+    """Logits (tokens, vocabulary) before each of ``tokens``."""
+    return model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+
+
+def test_greedy_answers_are_those_of_transformers(folder):
+    model, engine = transformers_model(folder), start_engine(folder, Engine(kind="cpu", max_running_requests=3))
+    prompts = random_prompts(*LENGTHS)
+    completions = engine.generate(
+        [Request(prompt, seed=0) for prompt in prompts], SamplingParams(max_new_tokens=12, temperature=0)
+    )
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids = torch.tensor([prompt])
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+        assert completion.token_ids == expected[0, len(prompt) :].tolist()
+        logits = teacher_forced(model, prompt, completion.token_ids)
+        torch.testing.assert_close(
+            torch.tensor(completion.log_probs), logits.log_softmax(-1).amax(-1), atol=1e-5, rtol=0
+        )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probs_are_those_of_the_whole_distribution_at_the_temperature(folder, temperature):
+    model, engine = transformers_model(folder), start_engine(folder, Engine(kind="cpu"))
+    prompts = random_prompts(*LENGTHS)
+    params = SamplingParams(max_new_tokens=20, temperature=temperature, top_p=0.9, top_k=50)
+    completions = engine.generate([Request(prompt, seed) for seed, prompt in enumerate(prompts)], params)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        logits = teacher_forced(model, prompt, completion.token_ids) / temperature
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(completion.log_probs), expected, atol=1e-5, rtol=0)
+
+
+def test_response_longer_than_a_cache_block_keeps_its_log_probs(folders, engine):
+    model, [prompt] = transformers_model(folders / "dense"), random_prompts(100)
+    [completion] = engine.generate([Request(prompt, seed=1)], SamplingParams(max_new_tokens=200))
+    logits = teacher_forced(model, prompt, completion.token_ids)
+    expected = logits.log_softmax(-1).gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(completion.log_probs), expected, atol=1e-5, rtol=0)
+
+
+def test_samples_follow_the_distribution(folders, engine):
+    [prompt], temperature, samples = random_prompts(9), 0.3, 20000
+    logits = teacher_forced(transformers_model(folders / "dense"), prompt, [0])[0]
+    probs = (logits / temperature).double().softmax(-1)
+    completions = engine.generate(
+        [Request(prompt, seed) for seed in range(samples)], SamplingParams(max_new_tokens=1, temperature=temperature)
+    )
+    counts = torch.bincount(torch.tensor([completion.token_ids[0] for completion in completions]), minlength=VOCABULARY)
+    often = probs * samples >= 5
+    expected = torch.cat([probs[often], probs[~often].sum()[None]]) * samples
+    observed = torch.cat([counts[often], counts[~often].sum()[None]])
+    chi_square = ((observed - expected) ** 2 / expected).sum()
+    freedom = len(expected) - 1
+    assert freedom > 20
+    assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5
+
+
+def a_mixed_batch():
+    """Groups of one prompt, prompts of one sample, stops that empty rows at different times."""
+    prompts = random_prompts(7, 7, 20, 66, 3)
+    requests = [Request(prompts[index % 5], seed) for seed, index in enumerate([0] * 8 + [1, 2, 3, 4] * 2 + [2] * 5)]
+    return requests, SamplingParams(max_new_tokens=30, stop_token_ids=tuple(range(0, VOCABULARY, 12)))
+
+
+def assert_same(left: list[Completion], right: list[Completion]):
+    assert [(c.token_ids, c.finish) for c in left] == [(c.token_ids, c.finish) for c in right]
+    for one, other in zip(left, right, strict=True):
+        assert one.log_probs == pytest.approx(other.log_probs, abs=1e-5)
+
+
+@pytest.mark.parametrize(("name", "running"), [("dense", 1), ("dense", 5), ("packed experts", 9)])
+def test_answers_do_not_depend_on_what_else_is_in_the_batch(folders, name, running):
+    requests, params = a_mixed_batch()
+    together = start_engine(folders / name, Engine(kind="cpu")).generate(requests, params)
+    assert len({len(completion.token_ids) for completion in together}) > 5
+    few = start_engine(folders / name, Engine(kind="cpu", max_running_requests=running))
+    assert_same(few.generate(requests, params), together)
+    assert_same(few.generate(requests[::-1], params)[::-1], together)
+
+
+def test_the_same_call_gives_the_same_bits(engine):
+    requests, params = a_mixed_batch()
+    first = engine.generate(requests, params)
+    engine.generate(requests[:3], params)
+    assert engine.generate(requests, params) == first
+
+
+def test_seeds_of_one_prompt_give_different_answers(engine):
+    [prompt] = random_prompts(10)
+    completions = engine.generate([Request(prompt, seed) for seed in range(50)], SamplingParams(max_new_tokens=8))
+    assert len({tuple(completion.token_ids) for completion in completions}) == 50
+
+
+def test_answers_end_with_the_first_stop_token_or_at_the_limit(engine):
+    requests, params = a_mixed_batch()
+    completions = engine.generate(requests, params)
+    assert {completion.finish for completion in completions} == {"stop", "length"}
+    for completion in completions:
+        stops = [token in params.stop_token_ids for token in completion.token_ids]
+        assert not any(stops[:-1])
+        assert stops[-1] == (completion.finish == "stop")
+        assert completion.finish == "stop" or len(completion.token_ids) == params.max_new_tokens
+        assert len(completion.log_probs) == len(completion.token_ids)
+
+
+def test_presence_penalty_counts_the_response_alone(folders, engine):
+    model, [prompt] = transformers_model(folders / "dense"), random_prompts(40)
+    params = SamplingParams(max_new_tokens=30, temperature=0.5, presence_penalty=1.5)
+    [completion, _] = engine.generate([Request(prompt, seed=3), Request(prompt[:5], seed=4)], params)
+    logits = teacher_forced(model, prompt, completion.token_ids)
+    for position in range(len(completion.token_ids)):
+        logits[position, list(set(completion.token_ids[:position]))] -= 1.5
+    expected = (logits / 0.5).log_softmax(-1).gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(completion.log_probs), expected, atol=1e-5, rtol=0)
+
+    forbidding = dataclasses.replace(params, presence_penalty=1e4, max_new_tokens=200)
+    for completion in engine.generate([Request(prompt, seed) for seed in range(3)], forbidding):
+        assert len(set(completion.token_ids)) == 200
+
+
+def test_on_done_reports_each_completion_once_as_it_finishes(engine):
+    requests, params = a_mixed_batch()
+    reported = []
+    completions = engine.generate(requests, params, lambda *done: reported.append(done))
+    assert sorted(index for index, _ in reported) == list(range(len(requests)))
+    assert all(completions[index] is completion for index, completion in reported)
+    lengths = [len(completion.token_ids) for _, completion in reported]
+    assert lengths == sorted(lengths)
+
+
+def test_new_weights_answer_as_an_engine_started_with_them(folder, tmp_path):
+    new = make_tiny_hub(tmp_path, DENSE if folder.name == "dense" else MOE, seed=1)
+    engine = start_engine(folder, Engine(kind="cpu"))
+    requests, params = a_mixed_batch()
+    old = engine.generate(requests, params)
+    engine.load_weights((name, tensor) for name, tensor in new.items())
+    assert engine.generate(requests, params) == start_engine(tmp_path, Engine(kind="cpu")).generate(requests, params)
+    assert engine.generate(requests, params) != old
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("model.language_model.layers.9.input_layernorm.weight", (64,), "no such tensor"),
+        ("model.language_model.norm.weight", (65,), "shape"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(engine, name, shape, message):
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        engine.load_weights([(name, torch.zeros(shape))])
+
+
+def test_incomplete_checkpoint_is_refused_by_name(tmp_path):
+    tensors = make_tiny_hub(tmp_path)
+    del tensors["model.language_model.layers.3.self_attn.k_norm.weight"]
+    write_weights(tmp_path, tensors)
+    with pytest.raises(UserError, match=r"layers\.3\.self_attn\.k_norm\.weight"):
+        start_engine(tmp_path, Engine(kind="cpu"))
+
+
+def test_a_sleeping_engine_wakes_as_it_was(folders):
+    engine = start_engine(folders / "dense", Engine(kind="cpu"))
+    requests, params = a_mixed_batch()
+    before = engine.generate(requests, params)
+    engine.sleep()
+    with pytest.raises(RuntimeError, match="wake"):
+        engine.generate(requests, params)
+    engine.wake()
+    assert engine.generate(requests, params) == before
+
+
+def test_empty_prompt_is_refused_and_no_requests_give_none(engine):
+    with pytest.raises(ValueError, match="request 1"):
+        engine.generate([Request([1], 0), Request([], 0)], SamplingParams(max_new_tokens=1))
+    assert engine.generate([], SamplingParams(max_new_tokens=1)) == []
