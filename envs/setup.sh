@@ -52,6 +52,6 @@ fi
 uv=.venv-uv/bin/uv
 "$venv/bin/python" -c '' 2>/dev/null ||
     run "no Python 3.12 here and none could be fetched: install it and run again" "$uv" venv --quiet --clear --python "$python" "$venv"
-run "the packages of $lock could not be installed" "$uv" pip sync --quiet --require-hashes --python "$venv/bin/python" "$lock"
+run "the packages of $lock could not be installed" "$uv" pip sync --quiet --compile-bytecode --require-hashes --python "$venv/bin/python" "$lock"
 rm -f "$log"
 echo "$wanted" >"$venv/.ready"
