@@ -118,7 +118,8 @@ def results(tmp_path_factory) -> Path:
         hub = folder / "hub" / f"Qwen--{model}@{'1' * 40}"
         hub.mkdir(parents=True)
         (hub / "config.json").write_text("{}")
-        facts = {"repo": f"Qwen/{model}", "revision": "main", "commit": "1" * 40}
+        made_here = model == "tiny_moe"
+        facts = {"repo": None if made_here else "Qwen/4B", "revision": "main", "commit": "1" * 40}
         write_manifest(folder / model / "download.json", "download", hub, ["config.json"], {"code": "d"}, facts)
     return folder
 
@@ -326,6 +327,7 @@ def test_the_report_holds_what_a_reader_asks_for(written):
         "cut off by the cap",
     ):
         assert expected in text, expected
+    assert "None" not in text
 
 
 def test_samples_are_of_both_kinds_and_say_what_the_grader_said(written):

@@ -222,7 +222,7 @@ def _versions(manifests: Iterable[Manifest]) -> str:
 def _origin(manifest: Manifest) -> dict[str, str]:
     """A line of the origins: what a manifest vouches for and where it is from."""
     facts = manifest.facts
-    if "commit" in facts:
+    if facts.get("repo"):
         source = f"{facts['repo']} at {facts['commit']}"
     else:
         source = facts.get("folder") or facts.get("checkpoint") or "made here"
