@@ -1,0 +1,360 @@
+"""The rollout engine that runs on GPUs: SGLang servers, each on its share of them, that divide the requests.
+
+Seeds: SGLang draws from one generator a server, so a request's seed decides its answer only under
+``server_arguments: {enable_deterministic_inference: true}``, which also makes kernels independent of the batch, and
+slower. Otherwise two samples of a prompt are independent, and another run gives others.
+
+A server that ends or hangs is started anew while the others go on, and what it was answering is asked for again.
+Weights that came through `load_weights` are asked for by calling ``weights_wanted``.
+"""
+
+import contextlib
+import queue
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from checkpoints.safetensors_io import HubCheckpoint
+from common.errors import UserError
+from configuration.schema import Engine
+from rollout import sglang_weights
+from rollout.engine import Completion, Request, SamplingParams
+from rollout.sglang_server import KINDS_OF_MEMORY, Server, ServerDown
+
+PATIENCE = 300.0  # seconds that a scheduler may be silent before its server counts as hung
+CHECK_INTERVAL = 15.0  # seconds between two looks at each server while it answers
+MAX_RESTARTS = 3  # of one server within one call
+UPDATE_SECONDS = 600.0  # for one bucket of weights
+
+
+def start(folder: Path, settings: Engine) -> "SglangEngine":
+    """Start the servers, all at once; `UserError` with the reason if one does not start.
+
+    They take the GPUs of the training's processes, or without such all that are visible.
+    """
+    gpus = dist.get_world_size() if dist.is_initialized() else torch.cuda.device_count()
+    count = gpus // settings.gpus_per_engine
+    if not count:
+        raise UserError(f"engine.gpus_per_engine: {settings.gpus_per_engine}, but only {gpus} GPUs are here: lower it")
+    engine = SglangEngine(folder, settings, [Server(folder, settings, index) for index in range(count)])
+    try:
+        engine.start()
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def share_weights(folder: Path, settings: Engine, named: Iterable[tuple[str, Tensor]]) -> None:
+    """The part of `SglangEngine.load_weights` of every training process but the one that drives the engine."""
+    sglang_weights.send(_whole(folder, settings, named), None)
+
+
+class SglangEngine:
+    """`rollout.engine.RolloutEngine` over SGLang servers.
+
+    Attributes:
+        weights_wanted: called by `generate`, in its thread, when servers that were started anew need the weights that
+            the others have; it must lead to `load_weights` on all training processes.
+    """
+
+    def __init__(self, folder: Path, settings: Engine, servers: list[Server]):
+        self.folder, self.settings, self.servers = folder, settings, servers
+        self.weights_wanted: Callable[[], None] | None = None
+        self._state: Literal["awake", "weights", "asleep"] = "awake"  # "weights": their memory is there, caches are not
+        self._folder_is_current = True  # until weights were loaded
+        self._in_need: Server | None = None  # the only one to be sent weights
+
+    def start(self) -> None:
+        """Start every server."""
+        self._on(self.servers, self._start)
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        on_done: Callable[[int, Completion], None] | None = None,
+    ) -> list[Completion]:
+        """See `rollout.engine.RolloutEngine.generate`; requests are shared out in runs, so equal prompts meet."""
+        self._awaken()
+        completions: list[Completion | None] = [None] * len(requests)
+        left = len(requests)
+        with _Answering(self, requests, params) as answering:
+            while left:
+                event = answering.events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                if isinstance(event, _Down):
+                    answering.restart(event)
+                elif isinstance(event, _Up):
+                    self._supply(event.server)
+                    answering.employ(event.server)
+                else:
+                    index, completions[index] = event
+                    left -= 1
+                    if on_done is not None:
+                        on_done(*event)
+        return completions
+
+    def load_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Take new weights by their Hub names; the other training processes call `share_weights` at the same time.
+
+        A server that fails while taking them is left for `generate` to restart.
+        """
+        if self._state == "asleep":
+            raise RuntimeError("the engine is asleep: call wake() before load_weights()")
+        self._folder_is_current = False
+        servers = [self._in_need] if self._in_need else self.servers
+        for server in servers:
+            server.holds_weights = False
+        gpus = self.settings.gpus_per_engine
+
+        def deliver(handles: list[str]) -> None:
+            def update(server: Server) -> None:
+                own = handles[server.index * gpus : (server.index + 1) * gpus] if len(handles) > 1 else handles * gpus
+                body = {"serialized_named_tensors": own, "load_format": "flattened_bucket", "flush_cache": False}
+                server.call("/update_weights_from_tensor", body, timeout=UPDATE_SECONDS)
+
+            self._on(servers, update)
+
+        sglang_weights.send(_whole(self.folder, self.settings, named), deliver)
+        if self._state == "awake":
+            self._on(servers, Server.flush)  # prefixes that the old weights read
+        for server in servers:
+            server.holds_weights = server.alive
+
+    def sleep(self) -> None:
+        """Give all GPU memory back but the processes' own; weights must be loaded anew after `wake`."""
+        if self._state == "awake":
+            self._on(self.servers, Server.flush)
+            self._on(self.servers, lambda server: server.release(*KINDS_OF_MEMORY))
+        elif self._state == "weights":
+            self._on(self.servers, lambda server: server.release("weights"))
+        self._state = "asleep"
+
+    def wake(self) -> None:
+        """Take the memory of the weights again; that of the caches follows when answers are asked for."""
+        if self._state == "asleep":
+            self._on(self.servers, lambda server: server.resume("weights"))
+            self._state = "weights"
+
+    def check_weights(self, send: Callable[[], None]) -> None:
+        """Make sure that the servers hold what ``send`` sends, all of it and nothing else.
+
+        Their weights are kept aside in host memory, overwritten at random, sent again and compared bit for bit: a
+        tensor that is not sent, or that arrives differently twice, is a RuntimeError that names it.
+        """
+        for action in ("snapshot", "reset_tensors"):
+            self._on(self.servers, lambda server, action=action: server.call("/weights_checker", {"action": action}))
+        send()
+        self._on(self.servers, lambda server: server.call("/weights_checker", {"action": "compare"}))
+
+    def close(self) -> None:
+        """End all servers."""
+        for server in self.servers:
+            server.kill()
+
+    def _start(self, server: Server) -> None:
+        server.start()
+        server.holds_weights = self._folder_is_current
+
+    def _awaken(self) -> None:
+        if self._state == "asleep":
+            raise RuntimeError("the engine is asleep: call wake() first")
+        if self._state == "weights":
+            if not self._folder_is_current and not any(server.holds_weights for server in self.servers):
+                raise RuntimeError("the engine has slept and knows no weights: call load_weights() first")
+            self._on(self.servers, lambda server: server.resume("kv_cache", "cuda_graph"))
+            self._state = "awake"
+
+    def _supply(self, server: Server) -> None:
+        """Give a server that was started anew the weights that the others have."""
+        if server.holds_weights:
+            return
+        if self.weights_wanted is None:
+            raise UserError(f"{server.name} was restarted, and nobody is there to send it the current weights")
+        self._in_need = server
+        try:
+            self.weights_wanted()
+        finally:
+            self._in_need = None
+
+    def _on(self, servers: Sequence[Server], action: Callable[[Server], object]) -> None:
+        """Do ``action`` on the servers that are alive, at once; one that fails is ended, for `generate` to restart."""
+
+        def attempt(server: Server) -> None:
+            try:
+                action(server)
+            except ServerDown as error:
+                _warn(str(error))
+                server.kill()
+
+        with ThreadPoolExecutor(len(servers)) as pool:
+            list(pool.map(attempt, [server for server in servers if server.alive]))
+
+
+@dataclass(frozen=True)
+class _Down:
+    """A server failed, in the process of its ``starts``-th start."""
+
+    server: Server
+    starts: int
+    why: str
+
+
+@dataclass(frozen=True)
+class _Up:
+    """A server that failed answers again."""
+
+    server: Server
+
+
+class _Answering:
+    """The threads of one `SglangEngine.generate`, one a request under way, and what they have to tell (``events``).
+
+    Every server begins with a run of requests of its own, and takes from the others' when that is done.
+    """
+
+    def __init__(self, engine: SglangEngine, requests: Sequence[Request], params: SamplingParams):
+        self.engine, self.requests, self.params = engine, requests, params
+        self.events: queue.SimpleQueue = queue.SimpleQueue()
+        count, total = len(engine.servers), len(requests)
+        bounds = [total * number // count for number in range(count + 1)]
+        self._shares = [deque(range(first, last)) for first, last in pairwise(bounds)]
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._workers: list[threading.Thread] = []
+        self._busy = [0] * count
+        self._restarts = [0] * count
+        self._restarting: set[int] = set()
+
+    def __enter__(self) -> "_Answering":
+        for server in self.engine.servers:
+            if server.alive:
+                self.employ(server, len(self._shares[server.index]))
+            else:
+                self.restart(_Down(server, server.starts, f"{server.name}: not running"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        with self._lock:
+            for share in self._shares:
+                share.clear()
+        for server in self.engine.servers:
+            if server.index in self._restarting:
+                server.kill()
+            elif self._busy[server.index] and server.alive:
+                with contextlib.suppress(ServerDown):
+                    server.abort()
+        for worker in self._workers:
+            worker.join()
+
+    def employ(self, server: Server, limit: int | None = None) -> None:
+        """Let ``server`` answer as many requests as it can, or up to ``limit``; a few wait in it for their turn."""
+        self._restarting.discard(server.index)
+        try:
+            capacity = server.capacity()
+        except ServerDown as error:
+            self.events.put(_Down(server, server.starts, str(error)))
+            return
+        with self._lock:
+            waiting = sum(len(share) for share in self._shares) if limit is None else limit
+            count = min(waiting, capacity + capacity // 8 + 1 - self._busy[server.index])
+            self._busy[server.index] += max(count, 0)
+        for _ in range(count):
+            self._run(self._answer, server, server.starts)
+        self._run(self._watch, server, server.starts)
+
+    def restart(self, down: _Down) -> None:
+        """Start a failed server anew, in a thread, and let the others take what it leaves."""
+        server = down.server
+        if server.index in self._restarting or server.starts != down.starts:
+            return  # old news
+        server.kill()
+        self._restarts[server.index] += 1
+        if self._restarts[server.index] > MAX_RESTARTS:
+            raise UserError(
+                f"{server.name} failed {self._restarts[server.index]} times in a row; its log is {server.log}"
+            )
+        _warn(f"{down.why}: starting it anew")
+        self._restarting.add(server.index)
+        self._run(self._restart, server)
+        for other in self.engine.servers:
+            if other.alive and other.index not in self._restarting:
+                self.employ(other)
+
+    def _run(self, work: Callable[..., None], *arguments: object) -> None:
+        def guarded() -> None:
+            try:
+                work(*arguments)
+            except BaseException as error:
+                self.events.put(error)
+
+        worker = threading.Thread(target=guarded, daemon=True)
+        self._workers.append(worker)
+        worker.start()
+
+    def _answer(self, server: Server, starts: int) -> None:
+        try:
+            while (index := self._take(server)) is not None:
+                try:
+                    completion = server.answer(self.requests[index], self.params)
+                except ServerDown as error:
+                    self._give_back(server, index)
+                    self.events.put(_Down(server, starts, str(error)))
+                    return
+                if completion is None:
+                    if self._over.is_set():
+                        return
+                    raise RuntimeError(f"{server.name} gave up request {index}; its log is {server.log}")
+                self.events.put((index, completion))
+        finally:
+            with self._lock:
+                self._busy[server.index] -= 1
+
+    def _take(self, server: Server) -> int | None:
+        with self._lock:
+            own = self._shares[server.index]
+            if own:
+                return own.popleft()
+            longest = max(self._shares, key=len)
+            return longest.pop() if longest else None
+
+    def _give_back(self, server: Server, index: int) -> None:
+        with self._lock:
+            if not self._over.is_set():
+                self._shares[server.index].appendleft(index)
+
+    def _watch(self, server: Server, starts: int) -> None:
+        """Report a server whose scheduler hangs, though its process lives."""
+        while not self._over.wait(CHECK_INTERVAL) and server.starts == starts and server.alive:
+            try:
+                server.state(timeout=PATIENCE)
+            except ServerDown as error:
+                self.events.put(_Down(server, starts, str(error)))
+                return
+
+    def _restart(self, server: Server) -> None:
+        self.engine._start(server)
+        self.events.put(_Up(server))
+
+
+def _whole(folder: Path, settings: Engine, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """All that a server must be sent after it has slept: the vision tower too, and a draft model that does not train."""
+    constants = ("model.visual.", "mtp.") if settings.speculation else ("model.visual.",)
+    return sglang_weights.with_constants(named, HubCheckpoint(folder), constants)
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,245 @@
+"""One SGLang server: a process of its own on the loopback interface, and the calls that the engine makes of it.
+
+Run as a module, this file is that process: it reads SGLang's arguments as JSON from its standard input, so that they
+need no command line and an argument that the installed version does not know is named.
+"""
+
+import ctypes
+import dataclasses
+import http.client
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from configuration.schema import Engine
+from rollout.engine import Completion, Request, SamplingParams
+
+HOST = "127.0.0.1"
+START_SECONDS = 1800  # a cold start compiles kernels
+KINDS_OF_MEMORY = ("kv_cache", "weights", "cuda_graph")
+SCRIPTS = Path(__file__).parents[1]
+
+# What a launcher such as torchrun sets for its processes is not meant for theirs.
+NOT_INHERITED = re.compile(r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*)")
+# Names that SGLang gave to one and the same argument, the newest first.
+CUDA_GRAPH_BATCH_SIZES = ("cuda_graph_bs_decode", "cuda_graph_bs")
+
+
+class ServerDown(Exception):
+    """The server's process ended, or no longer answers."""
+
+
+class Server:
+    """A server that can be started, asked, killed and started anew.
+
+    Attributes:
+        name: for messages.
+        starts: how often it was started, so that late news of an earlier process can be told apart.
+        holds_weights: its weights are the ones it should answer with.
+    """
+
+    def __init__(self, folder: Path, settings: Engine, index: int):
+        self.index, self.name = index, f"SGLang server {index}"
+        self.starts, self.holds_weights = 0, False
+        self._arguments = server_arguments(folder, settings, index)
+        self._key = secrets.token_hex()
+        self._process: subprocess.Popen | None = None
+        self._port = 0
+        self.log = Path(tempfile.mkdtemp(prefix="milepost-sglang-")) / f"server-{index}.log"
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process runs; it may still not answer."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start the process and wait until it answers; `UserError` with the reason if it does not."""
+        self.starts += 1
+        self._port = _free_port()
+        arguments = self._arguments | {"port": self._port, "api_key": self._key}
+        environment = {name: value for name, value in os.environ.items() if not NOT_INHERITED.fullmatch(name)}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SCRIPTS), environment.get("PYTHONPATH")]))
+        environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"  # a check of health must not be a request
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "rollout.sglang_server"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # an interrupt from the keyboard is the trainer's to handle
+            )
+        self._process.stdin.write(json.dumps(arguments).encode())
+        self._process.stdin.close()
+        deadline = time.monotonic() + START_SECONDS
+        while not self._answers():
+            if not self.alive or time.monotonic() > deadline:
+                why = _reason(self.log) if not self.alive else f"no answer within {START_SECONDS} s"
+                self.kill()
+                raise UserError(f"{self.name} did not start: {why}; its log is {self.log}")
+            time.sleep(0.5)
+
+    def kill(self) -> None:
+        """End the process and all that it started, at once."""
+        self.holds_weights = False
+        if self._process is not None:
+            try:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            self._process.wait()
+
+    def call(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
+        """POST ``body`` (GET where there is none) and return the JSON of the answer.
+
+        Raises:
+            ServerDown: no answer, or not within ``timeout`` seconds.
+            RuntimeError: the server refuses.
+        """
+        connection = http.client.HTTPConnection(HOST, self._port, timeout=timeout)
+        headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
+        try:
+            connection.request("GET" if body is None else "POST", path, body and json.dumps(body), headers)
+            response = connection.getresponse()
+            content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerDown(f"{self.name}: {path}: {error!r}") from None
+        finally:
+            connection.close()
+        if response.status >= 500:
+            raise ServerDown(f"{self.name}: {path}: {response.status} {content[:500].decode(errors='replace')}")
+        if response.status >= 400:
+            raise RuntimeError(f"{self.name}: {path}: {content[:2000].decode(errors='replace')}; log: {self.log}")
+        return json.loads(content) if "json" in response.headers.get("Content-Type", "") else None
+
+    def capacity(self) -> int:
+        """How many requests it answers at once."""
+        return self.state()["effective_max_running_requests_per_dp"]
+
+    def state(self, timeout: float | None = None) -> dict[str, Any]:
+        """What its scheduler says of itself; a scheduler that hangs does not answer."""
+        return self.call("/server_info", timeout=timeout)["internal_states"][0]
+
+    def answer(self, request: Request, params: SamplingParams) -> Completion | None:
+        """Sample one response; None if it was aborted."""
+        sampling = {
+            "max_new_tokens": params.max_new_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "presence_penalty": params.presence_penalty,
+            "stop_token_ids": list(params.stop_token_ids),
+            "ignore_eos": not params.stop_token_ids,  # true makes SGLang ignore stop_token_ids, too
+            "sampling_seed": request.seed % 2**31,  # heeded under enable_deterministic_inference
+        }
+        body = {"input_ids": request.prompt_ids, "sampling_params": sampling, "return_logprob": True}
+        answer = self.call("/generate", body)
+        information = answer["meta_info"]
+        reason = information["finish_reason"]["type"]
+        if reason == "abort":
+            return None
+        tokens = answer["output_ids"]
+        scored = information["output_token_logprobs"][: len(tokens)]  # (log-prob, token, text) each
+        if [token for _, token, _ in scored] != tokens:
+            raise RuntimeError(f"{self.name}: the log-probs of an answer are of other tokens than the answer's")
+        return Completion(token_ids=tokens, log_probs=[log_prob for log_prob, _, _ in scored], finish=reason)
+
+    def abort(self) -> None:
+        """End all requests as they are."""
+        self.call("/abort_request", {"rid": "", "abort_all": True}, timeout=60)
+
+    def flush(self) -> None:
+        """Forget cached prefixes, once nothing runs any more."""
+        self.call("/flush_cache?timeout=60", {}, timeout=120)
+
+    def release(self, *kinds: str) -> None:
+        """Give memory back; weights and caches are lost."""
+        if "weights" in kinds:
+            self.holds_weights = False
+        self.call("/release_memory_occupation", {"tags": list(kinds)}, timeout=600)
+
+    def resume(self, *kinds: str) -> None:
+        """Take memory again, its content undefined."""
+        self.call("/resume_memory_occupation", {"tags": list(kinds)}, timeout=600)
+
+    def _answers(self) -> bool:
+        try:
+            self.call("/health", timeout=60)
+        except ServerDown:
+            return False
+        return True
+
+
+def server_arguments(folder: Path, settings: Engine, index: int) -> dict[str, Any]:
+    """SGLang's arguments for the ``index``-th server, by the names of its ``ServerArgs``; None where it may choose."""
+    speculation = settings.speculation
+    arguments: dict[str, Any] = {
+        "model_path": str(folder),
+        "host": HOST,
+        "tp_size": settings.gpus_per_engine,
+        "ep_size": settings.expert_parallel,
+        "base_gpu_id": index * settings.gpus_per_engine,
+        "mem_fraction_static": settings.mem_fraction_static,
+        CUDA_GRAPH_BATCH_SIZES[0]: settings.cuda_graph_batch_sizes,
+        "max_running_requests": settings.max_running_requests,
+        "enable_memory_saver": True,
+        "skip_tokenizer_init": True,
+        "enable_multimodal": False,
+        "mm_attention_backend": "sdpa",  # of the vision tower, which never runs
+        "grammar_backend": "none",
+        "log_level_http": "warning",
+    }
+    if speculation:
+        arguments |= {
+            "speculative_algorithm": speculation.algorithm,
+            "speculative_num_steps": speculation.steps,
+            "speculative_eagle_topk": speculation.top_k,
+            "speculative_num_draft_tokens": speculation.draft_tokens,
+        }
+    arguments |= settings.server_arguments
+    if arguments.get("random_seed") is not None:
+        arguments["random_seed"] += index  # or all servers would draw alike
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def _reason(log: Path) -> str:
+    """The line of the log that says best why the process ended: the last error, else the last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()[-400:] if line.strip()]
+    errors = [line for line in lines if re.match(r"(\[[^]]*\] *)?[\w.]*(Error|Exception)\b|error: ", line)]
+    return (errors or lines or ["it ended without a word"])[-1][:400]
+
+
+def _serve() -> None:
+    """Become the server that the standard input describes."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no server outlives its trainer
+    arguments = json.load(sys.stdin)
+    from sglang.srt.entrypoints.http_server import launch_server
+    from sglang.srt.server_args import ServerArgs
+
+    known = {field.name for field in dataclasses.fields(ServerArgs)}
+    newest, *older = CUDA_GRAPH_BATCH_SIZES
+    if newest not in known and newest in arguments:
+        arguments[next(name for name in older if name in known)] = arguments.pop(newest)
+    if unknown := sorted(set(arguments) - known):
+        sys.exit(f"error: engine.server_arguments: this version of SGLang has no {', '.join(unknown)}")
+    launch_server(ServerArgs(**arguments))
+
+
+if __name__ == "__main__":
+    _serve()
