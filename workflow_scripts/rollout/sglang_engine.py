@@ -73,11 +73,13 @@ class SglangEngine:
         self.weights_wanted: Callable[[], None] | None = None
         self._state: Literal["awake", "weights", "asleep"] = "awake"  # "weights": their memory is there, caches are not
         self._folder_is_current = True  # until weights were loaded
+        self._sent = False  # since `wake`
         self._in_need: Server | None = None  # the only one to be sent weights
 
     def start(self) -> None:
         """Start every server."""
-        self._on(self.servers, self._start)
+        with ThreadPoolExecutor(len(self.servers)) as pool:
+            list(pool.map(self._start, self.servers))
 
     def generate(
         self,
@@ -132,6 +134,7 @@ class SglangEngine:
             self._on(servers, Server.flush)  # prefixes that the old weights read
         for server in servers:
             server.holds_weights = server.alive
+        self._sent = True
 
     def sleep(self) -> None:
         """Give all GPU memory back but the processes' own; weights must be loaded anew after `wake`."""
@@ -140,7 +143,7 @@ class SglangEngine:
             self._on(self.servers, lambda server: server.release(*KINDS_OF_MEMORY))
         elif self._state == "weights":
             self._on(self.servers, lambda server: server.release("weights"))
-        self._state = "asleep"
+        self._state, self._sent = "asleep", False
 
     def wake(self) -> None:
         """Take the memory of the weights again; that of the caches follows when answers are asked for."""
@@ -172,7 +175,7 @@ class SglangEngine:
         if self._state == "asleep":
             raise RuntimeError("the engine is asleep: call wake() first")
         if self._state == "weights":
-            if not self._folder_is_current and not any(server.holds_weights for server in self.servers):
+            if not self._sent:
                 raise RuntimeError("the engine has slept and knows no weights: call load_weights() first")
             self._on(self.servers, lambda server: server.resume("kv_cache", "cuda_graph"))
             self._state = "awake"
@@ -246,7 +249,7 @@ class _Answering:
                 self.restart(_Down(server, server.starts, f"{server.name}: not running"))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._over.set()
         with self._lock:
             for share in self._shares:
@@ -254,7 +257,7 @@ class _Answering:
         for server in self.engine.servers:
             if server.index in self._restarting:
                 server.kill()
-            elif self._busy[server.index] and server.alive:
+            elif kind is not None and self._busy[server.index]:
                 with contextlib.suppress(ServerDown):
                     server.abort()
         for worker in self._workers:
@@ -273,7 +276,7 @@ class _Answering:
             count = min(waiting, capacity + capacity // 8 + 1 - self._busy[server.index])
             self._busy[server.index] += max(count, 0)
         for _ in range(count):
-            self._run(self._answer, server, server.starts)
+            self._workers.append(self._run(self._answer, server, server.starts))
         self._run(self._watch, server, server.starts)
 
     def restart(self, down: _Down) -> None:
@@ -284,26 +287,24 @@ class _Answering:
         server.kill()
         self._restarts[server.index] += 1
         if self._restarts[server.index] > MAX_RESTARTS:
-            raise UserError(
-                f"{server.name} failed {self._restarts[server.index]} times in a row; its log is {server.log}"
-            )
+            raise UserError(f"{server.name} failed again after {MAX_RESTARTS} restarts; its log is {server.log}")
         _warn(f"{down.why}: starting it anew")
         self._restarting.add(server.index)
-        self._run(self._restart, server)
+        self._workers.append(self._run(self._restart, server))
         for other in self.engine.servers:
             if other.alive and other.index not in self._restarting:
                 self.employ(other)
 
-    def _run(self, work: Callable[..., None], *arguments: object) -> None:
+    def _run(self, work: Callable[..., None], *arguments: object) -> threading.Thread:
         def guarded() -> None:
             try:
                 work(*arguments)
             except BaseException as error:
                 self.events.put(error)
 
-        worker = threading.Thread(target=guarded, daemon=True)
-        self._workers.append(worker)
-        worker.start()
+        thread = threading.Thread(target=guarded, daemon=True)
+        thread.start()
+        return thread
 
     def _answer(self, server: Server, starts: int) -> None:
         try:
@@ -351,7 +352,7 @@ class _Answering:
 
 
 def _whole(folder: Path, settings: Engine, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """All that a server must be sent after it has slept: the vision tower too, and a draft model that does not train."""
+    """All that a server needs after it has slept: the vision tower too, and a draft model that does not train."""
     constants = ("model.visual.", "mtp.") if settings.speculation else ("model.visual.",)
     return sglang_weights.with_constants(named, HubCheckpoint(folder), constants)
 

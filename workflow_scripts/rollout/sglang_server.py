@@ -4,7 +4,7 @@ Run as a module, this file is that process: it reads SGLang's arguments as JSON 
 need no command line and an argument that the installed version does not know is named.
 """
 
-import ctypes
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -73,14 +74,15 @@ class Server:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "rollout.sglang_server"],
-                stdin=subprocess.PIPE,
+                stdin=subprocess.PIPE,  # stays open: its end is the end of the server
+                bufsize=0,
                 stdout=log,
                 stderr=log,
                 env=environment,
                 start_new_session=True,  # an interrupt from the keyboard is the trainer's to handle
             )
-        self._process.stdin.write(json.dumps(arguments).encode())
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # its log says why
+            self._process.stdin.write(json.dumps(arguments).encode() + b"\n")
         deadline = time.monotonic() + START_SECONDS
         while not self._answers():
             if not self.alive or time.monotonic() > deadline:
@@ -93,11 +95,10 @@ class Server:
         """End the process and all that it started, at once."""
         self.holds_weights = False
         if self._process is not None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             self._process.wait()
+            self._process.stdin.close()
 
     def call(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
         """POST ``body`` (GET where there is none) and return the JSON of the answer.
@@ -227,8 +228,8 @@ def _reason(log: Path) -> str:
 
 def _serve() -> None:
     """Become the server that the standard input describes."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no server outlives its trainer
-    arguments = json.load(sys.stdin)
+    arguments = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
     from sglang.srt.entrypoints.http_server import launch_server
     from sglang.srt.server_args import ServerArgs
 
@@ -239,6 +240,12 @@ def _serve() -> None:
     if unknown := sorted(set(arguments) - known):
         sys.exit(f"error: engine.server_arguments: this version of SGLang has no {', '.join(unknown)}")
     launch_server(ServerArgs(**arguments))
+
+
+def _end_with_the_trainer() -> None:
+    """Wait for the end of the standard input, which comes when the process that started this one is gone."""
+    sys.stdin.read()
+    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":
