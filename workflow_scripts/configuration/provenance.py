@@ -115,13 +115,17 @@ class Provenance:
         return config, ["evaluate.py", engine_file(settings.engine.kind)], upstream
 
     def _tables(self):
-        return {}, ["make_tables.py"], self._evaluations()
+        return {}, ["make_tables.py", *self._templates()], self._evaluations()
 
     def _plots(self):
         return {"plots": self._configuration.plots}, ["make_plots.py"], self._evaluations() | self._trainings()
 
     def _report(self):
-        return {}, ["make_report.py"], {"tables": self.key("tables"), "plots": self.key("plots")}
+        return {}, ["make_report.py", *self._templates()], {"tables": self.key("tables"), "plots": self.key("plots")}
+
+    def _templates(self) -> list[str]:
+        folder = self._scripts / "reporting/templates"
+        return sorted(file.relative_to(self._scripts).as_posix() for file in folder.iterdir())
 
     def _trainings(self) -> dict[str, str]:
         return {f"train {model}": self.key("train", model=model) for model in self._configuration.listed}
@@ -158,7 +162,12 @@ def code_digest(root: Path, *scripts: str) -> str:
 
 @functools.cache
 def _read(root: Path, file: Path) -> tuple[str, list[Path]]:
-    """Digest of one module's syntax tree, and the files below ``root`` that it imports, their packages included."""
+    """Digest of one module's syntax tree, and the files below ``root`` that it imports, their packages included.
+
+    Of a file in another language every byte counts.
+    """
+    if file.suffix != ".py":
+        return hashlib.sha256(file.read_bytes()).hexdigest(), []
     tree = _without_docstrings(ast.parse(file.read_bytes(), filename=str(file)))
     names = set()
     for node in ast.walk(tree):
