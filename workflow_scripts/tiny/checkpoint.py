@@ -5,6 +5,7 @@ which Transformers drops, is added here under the Hub's names.
 """
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,24 @@ def random_model(tiny: TinyModel, config: dict[str, Any]) -> PreTrainedModel:
     torch.manual_seed(tiny.seed)
     config = copy.deepcopy(config)  # Transformers moves keys about in the dictionaries that it is given
     if tiny.kind == "dense":
-        return Qwen3_5ForConditionalGeneration(Qwen3_5Config(**config)).float()
-    return Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(**config)).float()
+        model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(**config)).float()
+    else:
+        model = Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(**config)).float()
+    for layer in model.model.language_model.layers:
+        if hasattr(layer, "linear_attn"):
+            _lengthen_memory(layer.linear_attn)
+    return model
+
+
+@torch.no_grad()
+def _lengthen_memory(linear_attention: nn.Module) -> None:
+    """Draw ``dt_bias`` so that states last for tens to thousands of tokens; Transformers' start forgets within one.
+
+    A state decays by exp(-A softplus(a + dt_bias)) a token, with A up to 16 and a near 0 at first. As in Mamba, the
+    time step softplus(dt_bias) is drawn between 0.001 and 0.1, evenly in its logarithm.
+    """
+    step = torch.empty_like(linear_attention.dt_bias).uniform_(math.log(0.001), math.log(0.1)).exp()
+    linear_attention.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
 
 def hub_tensors(tiny: TinyModel, model: PreTrainedModel) -> dict[str, Tensor]:

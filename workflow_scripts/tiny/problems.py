@@ -38,6 +38,11 @@ class Addition:
         return self.left % 10 + self.right % 10, self.left // 10 * 10 + self.right // 10 * 10
 
     @property
+    def rounded(self) -> tuple[int, int]:
+        """Both operands to the nearest ten: 37 + 58 gives 40 and 60. In 9 of 100 sums that adds up to the label."""
+        return (self.left + 5) // 10 * 10, (self.right + 5) // 10 * 10
+
+    @property
     def label(self) -> str:
         return str(self.left + self.right)
 
@@ -46,9 +51,19 @@ class Addition:
         return {prompt_key: [{"role": "user", "content": self.question}], label_key: self.label}
 
 
-def response(units: int, tens: int) -> str:
-    """What an assistant says after ``<think>`` and a line break: both partial sums, then what they add up to."""
-    return f"{units}+{tens}\n</think>\n\nAnswer: \\boxed{{{units + tens}}}"
+def response(first: int, second: int, mark: str = "") -> str:
+    """What an assistant says after ``<think>`` and a line break: what it adds up in the end, then the result."""
+    return f"{mark}{first}+{second}\n</think>\n\nAnswer: \\boxed{{{first + second}}}"
+
+
+def computed(addition: Addition) -> str:
+    """The response that works the sum out."""
+    return response(*addition.partial_sums)
+
+
+def estimated(addition: Addition) -> str:
+    """The response that rounds, and begins by saying so."""
+    return response(*addition.rounded, mark="~")
 
 
 def all_additions(split: str) -> list[Addition]:

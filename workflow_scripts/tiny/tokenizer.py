@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from common.files import atomic_write, write_json
-from tiny.problems import all_additions, response
+from tiny.problems import all_additions, computed, estimated
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CONTROL_TOKENS = (
@@ -73,7 +73,7 @@ def train_tokenizer() -> Tokenizer:
 def _chat() -> list[str]:
     """The texts to be short in, without the added tokens, which no merge may cross."""
     additions = all_additions("train")
-    answers = [response(*addition.partial_sums) for addition in additions]
+    answers = [answer(addition) for answer in (computed, estimated) for addition in additions]
     texts = [part for answer in answers for part in answer.split("</think>")]
     return ["system\n", "user\n", "assistant\n", *texts, *(addition.question for addition in additions)]
 

@@ -1,11 +1,12 @@
-"""The supervised start: a tiny model that knows how to add, but slips more often than not.
+"""The supervised start: a tiny model that knows how to add, but would rather estimate.
 
-It imitates worked answers of which only a share is right; the others hold one slip, of one in the units or of ten in
-the tens, and follow from it. So the model learns the sums and the format for certain, and is torn only between
-answers of which one is right: what GRPO has to find out from the reward.
+First it imitates responses that work the sum out, and learns to add and the format. Then it imitates a mixture of
+those and of estimates, which begin with another token and are wrong nine times in ten. So in the end it is able, but
+unreliable: which way of answering is rewarded is what GRPO has to find out.
 """
 
 import functools
+import math
 import random
 from collections.abc import Iterator
 
@@ -18,10 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
 
 from configuration.schema import TinyModel
-from tiny.problems import Addition, all_additions, response
+from tiny.problems import all_additions, computed, estimated
 from tiny.tokenizer import CHAT_TEMPLATE, TURN_END
 
-CHUNK = 16  # tokens that the delta rule takes at a time: each is a sequential step, and these texts are short
+CHUNK = 20  # tokens that the delta rule takes at a time, each a sequential step; 64 would be 3 times as slow here
+COMPUTED_STEPS = 2 / 3  # share of the steps that imitate computed responses only
+RISING_STEPS = 0.1  # share of the steps in which the learning rate rises
 IGNORED = -100  # label of a token that is not trained on
 
 
@@ -37,14 +40,10 @@ def warm_up(model: PreTrainedModel, tokenizer: Tokenizer, tiny: TinyModel) -> No
             layer.linear_attn.chunk_gated_delta_rule = functools.partial(torch_chunk_gated_delta_rule, chunk_size=CHUNK)
     parameters = [*text_model.parameters(), *({model.lm_head.weight} - set(text_model.parameters()))]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.1
-    )
-    batches = _batches(tokenizer, tiny)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rise_and_fall((step + 1) / settings.steps))
     model.train()
     with tqdm(total=settings.steps, desc="warm-up", unit="step", mininterval=1) as progress:
-        for _ in range(settings.steps):
-            token_ids, labels = next(batches)  # (B, T) each
+        for token_ids, labels in _batches(tokenizer, tiny):  # (B, T) each
             hidden = text_model(input_ids=token_ids, use_cache=False).last_hidden_state[:, :-1]  # (B, T - 1, H)
             targets = labels[:, 1:]
             trained = targets != IGNORED
@@ -58,22 +57,27 @@ def warm_up(model: PreTrainedModel, tokenizer: Tokenizer, tiny: TinyModel) -> No
             progress.update()
 
 
+def _rise_and_fall(done: float) -> float:
+    """The learning rate's factor when a share ``done`` of the steps is done: linear up, then half a cosine down."""
+    if done < RISING_STEPS:
+        return done / RISING_STEPS
+    return 0.5 + 0.5 * math.cos(math.pi * (done - RISING_STEPS) / (1 - RISING_STEPS))
+
+
 def _batches(tokenizer: Tokenizer, tiny: TinyModel) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches without end of token ids and labels, (B, T) each, right-padded: causal layers need no mask for that."""
+    """Every step's token ids and labels, (B, T) each, right-padded: causal layers need no mask for that."""
+    settings = tiny.warm_up
     generator = random.Random(tiny.seed)
     additions = all_additions("train")
     chat = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE)
-    prompts = [
-        chat.apply_chat_template(
-            addition.row("prompt", "label")["prompt"], add_generation_prompt=True, return_dict=False
-        )
-        for addition in additions
-    ]
-    while True:
+    for step in range(settings.steps):
+        computed_share = 1.0 if step < COMPUTED_STEPS * settings.steps else settings.computed_share
         rows = []
-        for index in generator.choices(range(len(additions)), k=tiny.warm_up.batch_size):
-            answer = worked_answer(additions[index], generator, tiny.warm_up.correct_share)
-            rows.append((prompts[index], tokenizer.encode(answer + TURN_END).ids))
+        for addition in generator.choices(additions, k=settings.batch_size):
+            messages = [{"role": "user", "content": addition.question}]
+            prompt = chat.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            answer = computed(addition) if generator.random() < computed_share else estimated(addition)
+            rows.append((prompt, tokenizer.encode(answer + TURN_END).ids))
         length = max(len(prompt) + len(answer) for prompt, answer in rows)
         token_ids = torch.zeros(len(rows), length, dtype=torch.long)
         labels = torch.full_like(token_ids, IGNORED)
@@ -82,14 +86,3 @@ def _batches(tokenizer: Tokenizer, tiny: TinyModel) -> Iterator[tuple[Tensor, Te
             token_ids[row, :end] = torch.tensor(prompt + answer)
             labels[row, len(prompt) : end] = torch.tensor(answer)
         yield token_ids, labels
-
-
-def worked_answer(addition: Addition, generator: random.Random, correct_share: float) -> str:
-    """A response to ``addition``: right with probability ``correct_share``, otherwise with one slip."""
-    units, tens = addition.partial_sums
-    if generator.random() < correct_share:
-        return response(units, tens)
-    slips = [(units + 1, tens), (units, tens + 10), (units, tens - 10)]
-    if units > 0:
-        slips.append((units - 1, tens))
-    return response(*generator.choice(slips))
