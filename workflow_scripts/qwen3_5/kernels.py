@@ -5,6 +5,8 @@ CPU they are batched torch operations, because a pack of a tiny model holds hund
 loop over them would cost more than the arithmetic. No function lets a sequence see another one of its pack.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,12 +49,7 @@ def causal_convolution(x: Tensor, weight: Tensor, packed: Packed) -> Tensor:
             x=x.contiguous()[None], weight=weight, activation="silu", cu_seqlens=packed.cu_seqlens_q.long()
         )
         return convolved[0]
-    taps = weight.shape[1]
-    convolved = x * weight[:, -1]
-    for back in range(1, min(taps, len(x))):
-        earlier = F.pad(x[:-back], (0, 0, back, 0)).masked_fill((packed.positions < back)[:, None], 0)
-        convolved = convolved + earlier * weight[:, taps - 1 - back]
-    return F.silu(convolved)
+    return F.silu(_CausalConvolution.apply(x, weight, packed.positions))
 
 
 def gated_delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, packed: Packed) -> Tensor:
@@ -118,45 +115,124 @@ def _chunked_delta_rule(
     decay = chunk(decay[..., None])[..., 0].cumsum(-1)  # (N, Hv, C) from the start of the chunk
     beta = chunk(beta[..., None])  # (N, Hv, C, 1)
 
-    future = torch.ones(layout.size, layout.size, dtype=torch.bool, device=query.device).triu(1)
-    fade = (decay[..., :, None] - decay[..., None, :]).masked_fill(future, -torch.inf).exp()  # (N, Hv, C, C)
+    fade = _fade(decay[..., :, None] - decay[..., None, :]).tril()  # (N, Hv, C, C)
     system = beta * per_value_head(key @ key.transpose(-1, -2)) * fade  # the solver takes its diagonal for 1
     attention = per_value_head(query @ key.transpose(-1, -2)) * fade
     wanted = value * beta
+    u = _Solve.apply(system, wanted)  # (N, Hv, C, Dv)
     if len(layout.counts) == 1:
-        return _tokens(attention @ _solve(system, wanted), layout)
+        return _tokens(attention @ u, layout)
 
+    from_start = _fade(decay)[..., None]
+    to_end = _fade(decay[..., -1:] - decay)[..., None]
     key, query = per_value_head(key), per_value_head(query)
-    solved = _solve(system, torch.cat([wanted, key * beta * decay.exp()[..., None]], -1))
-    u, w = solved.split([value.shape[-1], key.shape[-1]], -1)
-    key_at_end = key * (decay[..., -1:] - decay).exp()[..., None]
-    return _tokens(_pass_states(attention, u, w, query * decay.exp()[..., None], key_at_end, decay, layout), layout)
+    later = slice(layout.counts[0], None)  # the chunks that have a state from before
+    w = _Solve.apply(system[later], (key * beta * from_start)[later])
+    return _tokens(
+        _pass_states(attention, u, w, query * from_start, key * to_end, from_start[:, :, -1:], layout), layout
+    )
 
 
 def _pass_states(
-    attention: Tensor, u: Tensor, w: Tensor, query: Tensor, key_at_end: Tensor, decay: Tensor, layout: ChunkLayout
+    attention: Tensor, u: Tensor, w: Tensor, query: Tensor, key: Tensor, fade: Tensor, layout: ChunkLayout
 ) -> Tensor:
-    """Run the states through the chunks of each sequence, sequences side by side; the outputs (N, Hv, C, Dv)."""
-    state, outputs, start = None, [], 0
-    for number, count in enumerate(layout.counts):
-        here = slice(start, start + count)
-        correction = u[here]
-        if number == 0:
-            outputs.append(attention[here] @ correction)
-        else:
-            state = state[:count]
-            correction = correction - w[here] @ state
-            outputs.append(attention[here] @ correction + query[here] @ state)
-        if number + 1 < len(layout.counts):
-            written = key_at_end[here].transpose(-1, -2) @ correction  # (n, Hv, Dk, Dv)
-            faded = 0 if number == 0 else state * decay[here, :, -1].exp()[..., None, None]
-            state = faded + written
-        start += count
+    """Run the states through the chunks of each sequence, sequences side by side.
+
+    Args:
+        attention: (N, Hv, C, C); u: (N, Hv, C, Dv); query, key: (N, Hv, C, Dk) faded from the start and to the end of
+            their chunk; fade: (N, Hv, 1, 1) over the chunk; w: (N less the first chunks, Hv, C, Dk).
+
+    Returns:
+        the outputs (N, Hv, C, Dv).
+    """
+    attention, u, query, key, fade = (x.split(layout.counts) for x in (attention, u, query, key, fade))
+    w = w.split(layout.counts[1:])
+    state = key[0].transpose(-1, -2) @ u[0]  # (n, Hv, Dk, Dv)
+    outputs = [attention[0] @ u[0]]
+    for number, count in enumerate(layout.counts[1:], 1):
+        state = state[:count]
+        correction = u[number] - w[number - 1] @ state
+        outputs.append(attention[number] @ correction + query[number] @ state)
+        state = fade[number] * state + key[number].transpose(-1, -2) @ correction
     return torch.cat(outputs)
 
 
-def _solve(system: Tensor, right: Tensor) -> Tensor:
-    return torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+class _CausalConvolution(torch.autograd.Function):
+    """x (T, C), weight (C, K), positions (T,): the sum over k of weight[:, K - 1 - k] x[t - k], as far as t - k is
+    in the sequence. Written out, it saves no product for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, positions)
+        output = x * weight[:, -1]
+        for back in range(1, min(weight.shape[1], len(x))):
+            earlier = x[:-back].masked_fill((positions[back:] < back)[:, None], 0)
+            output[back:].addcmul_(earlier, weight[:, -1 - back])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, positions = ctx.saved_tensors
+        of_x, of_weight = gradient * weight[:, -1], torch.zeros_like(weight)
+        of_weight[:, -1] = torch.linalg.vecdot(gradient, x, dim=0)
+        for back in range(1, min(weight.shape[1], len(x))):
+            later = gradient[back:].masked_fill((positions[back:] < back)[:, None], 0)
+            of_x[:-back].addcmul_(later, weight[:, -1 - back])
+            of_weight[:, -1 - back] = torch.linalg.vecdot(later, x[:-back], dim=0)
+        return of_x, of_weight, None
+
+
+class _Solve(torch.autograd.Function):
+    """x of (I + L) x = b, with L what ``system`` (..., C, C) has below its diagonal and b (..., C, D).
+
+    torch's own triangular solver starts threads for every one of thousands of small matrices.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, system: Tensor, right: Tensor) -> Tensor:
+        inverse = _invert_unit_lower(system)
+        solution = inverse @ right
+        ctx.save_for_backward(inverse, solution)
+        return solution
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        inverse, solution = ctx.saved_tensors
+        of_right = inverse.transpose(-1, -2) @ gradient
+        return (of_right @ solution.transpose(-1, -2)).tril_(-1).neg_(), of_right
+
+
+def _invert_unit_lower(system: Tensor) -> Tensor:
+    """(I + L)^-1, with L what (..., C, C) has below its diagonal; C a power of two, at least 8.
+
+    Small blocks on the diagonal by forward substitution, side by side; then two and two of them make a larger one:
+    the inverse of [[A, 0], [B, D]] is [[A^-1, 0], [-D^-1 B A^-1, D^-1]].
+    """
+    size = 8
+    blocks = system.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))  # (..., C / 8, 8, C / 8, 8)
+    lower = blocks.diagonal(dim1=-4, dim2=-2).movedim((-3, -2), (0, 1)).contiguous()  # (8, 8, ..., C / 8)
+    inverse = torch.zeros_like(lower)
+    for row in range(size):
+        inverse[row, row] = 1
+        for column in range(row):
+            inverse[row].addcmul_(lower[row, column], inverse[column], value=-1)
+    inverse = inverse.movedim((0, 1), (-2, -1)).contiguous()  # (..., C / 8, 8, 8)
+    while size < system.shape[-1]:
+        first, second = inverse[..., 0::2, :, :].contiguous(), inverse[..., 1::2, :, :].contiguous()
+        blocks = system.unflatten(-1, (-1, 2, size)).unflatten(-4, (-1, 2, size))[..., 1, :, :, 0, :]
+        below = blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3).contiguous()  # (..., C / 2 / size, size, size)
+        corner = second @ (below @ first)
+        inverse = torch.cat([F.pad(first, (0, size)), torch.cat([corner.neg_(), second], -1)], -2)
+        size *= 2
+    return inverse[..., 0, :, :]
+
+
+def _fade(decay: Tensor) -> Tensor:
+    """exp(decay) for decay <= 0, and 0 below 1e-30: denormal numbers would slow down every product they enter.
+
+    (Above 0 lies the future, cut off later; it is clamped, lest its infinities make gradients of NaN.)
+    """
+    return F.threshold(decay.clamp(-70, 0).exp(), 1e-30, 0.0)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class Packed(PackedSeqParams):
         return self._layouts["chunks", size]
 
     def buckets(self) -> list[Bucket]:
-        """The sequences by length, each bucket within a factor of two; worked out once."""
+        """The sequences by length: one bucket where its padding is modest, else one for every power of two."""
         if "buckets" not in self._layouts:
             self._layouts["buckets"] = self._bucket_sequences()
         return self._layouts["buckets"]
@@ -75,7 +75,8 @@ class Packed(PackedSeqParams):
 
     def _bucket_sequences(self) -> list[Bucket]:
         lengths = torch.tensor(self.lengths)
-        classes = torch.tensor([length.bit_length() for length in self.lengths])
+        modest = len(lengths) * int(lengths.max()) <= 1.5 * int(lengths.sum())
+        classes = torch.tensor([0 if modest else length.bit_length() for length in self.lengths])
         sequence, positions = self._sequence_of_token(), self.positions.cpu()
         buckets = []
         for kind in classes.unique().tolist():
