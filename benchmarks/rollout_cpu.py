@@ -52,12 +52,10 @@ def main() -> None:
     for _ in range(turns):
         ours.append(seconds(lambda: engine.generate(requests, params)))
         theirs.append(seconds(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options)))
-    parameters = engine.model.architecture.parameters() / 1e6
-    print(
-        f"{kind}, {parameters:.1f} M parameters, {len(requests)} x {NEW_TOKENS} tokens, {torch.get_num_threads()} threads"
-    )
-    print(f"engine       {min(ours):6.2f} s   {len(requests) * NEW_TOKENS / min(ours):8.0f} tokens/s")
-    print(f"transformers {min(theirs):6.2f} s   {len(requests) * NEW_TOKENS / min(theirs):8.0f} tokens/s")
+    tokens, parameters = len(requests) * NEW_TOKENS, engine.model.architecture.parameters() / 1e6
+    print(f"{kind}, {parameters:.1f} M parameters, {tokens} tokens, {torch.get_num_threads()} threads")
+    print(f"engine       {min(ours):6.2f} s   {tokens / min(ours):8.0f} tokens/s")
+    print(f"transformers {min(theirs):6.2f} s   {tokens / min(theirs):8.0f} tokens/s")
     print(f"ratio        {min(theirs) / min(ours):6.2f}")
 
 
