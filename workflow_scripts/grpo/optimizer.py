@@ -1,7 +1,7 @@
 """The optimizer's door: gradients in fp32, summed over the ranks that share weights, clipped, and Adam's step.
 
-The training loop knows four calls: `zero_grad`, `reduce`, `step` and the state for a checkpoint. On CPU they are the
-class below. Megatron-Core's own gradient buffers and DistributedOptimizer insist on CUDA tensors.
+The training loop knows `Optimizer` alone. On CPU it is the class below; on GPUs Megatron-Core's own gradient buffers
+and DistributedOptimizer, which insist on CUDA tensors (`grpo.gpu_optimizer`).
 """
 
 import math
@@ -32,6 +32,24 @@ class Optimizer(Protocol):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from `state_dict` of the same model under the same parallel layout."""
+
+    def sleep(self, weights: bool = True) -> None:
+        """Give back GPU memory: of gradients, which are lost, of states, and of the model's weights if ``weights``.
+
+        Every rank calls it; it returns when all have. What is asleep already stays so. Nothing to do on CPU.
+        """
+
+    def wake(self, weights_only: bool = False) -> None:
+        """Take the memory again, contents as before; of ``weights_only`` the weights can be read, not trained."""
+
+
+def build_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
+    """The optimizer for the device that ``model``, its weights loaded, is on."""
+    if next(model.parameters()).is_cuda:
+        from grpo.gpu_optimizer import GpuAdam
+
+        return GpuAdam(model, settings)
+    return CpuAdam(model, settings)
 
 
 def learning_rate_at(step: int, settings: Settings) -> float:
@@ -85,7 +103,7 @@ class CpuAdam:
     def reduce(self) -> None:
         if not dist.is_initialized():
             return
-        _sum_partial_gradients(self.parameters, self.gradients)
+        sum_partial_gradients(self.parameters, self.gradients)
         data_parallel = parallel_state.get_data_parallel_group(with_context_parallel=True)
         for is_expert, group in ((False, data_parallel), (True, parallel_state.get_expert_data_parallel_group())):
             if group.size() > 1 and self.buffers[is_expert].numel():
@@ -136,6 +154,12 @@ class CpuAdam:
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state]
             self.adam.state[master] = {key: state[f"{key}.{name}"].clone() for key in keys}
 
+    def sleep(self, weights: bool = True) -> None:
+        pass
+
+    def wake(self, weights_only: bool = False) -> None:
+        pass
+
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
     """The fp32 weight that Adam updates; it shares the memory of a weight that is fp32."""
@@ -176,7 +200,7 @@ def _counts_here(parameter: nn.Parameter) -> bool:
     return rank == 0
 
 
-def _sum_partial_gradients(parameters: dict[str, nn.Parameter], gradients: dict[str, Tensor]) -> None:
+def sum_partial_gradients(parameters: dict[str, nn.Parameter], gradients: dict[str, Tensor]) -> None:
     """Complete the replicated weights whose gradient a tensor-parallel rank knows only in part.
 
     Those are the weights that see a part of the sequence (``sequence_parallel``) or a part of the heads (the norms of

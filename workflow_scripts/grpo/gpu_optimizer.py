@@ -1,0 +1,157 @@
+"""The optimizer on GPUs: Megatron-Core's DistributedDataParallel and DistributedOptimizer.
+
+Gradients are accumulated and reduce-scattered in fp32; master weights and Adam's moments are shared out over the
+data-parallel ranks. With ``cpu_offload`` both live on the CPU and Adam runs there, while copies go both ways
+(Megatron-Core's HybridDeviceOptimizer). Its precision-aware mode reads the fp32 gradients of bf16 weights as they are,
+so that no master copy stays on the GPU; moments are fp32 there too: narrower ones need Transformer Engine's Adam.
+"""
+
+import copy
+import logging
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from configuration.schema import Optimizer as Settings
+from grpo.optimizer import sum_partial_gradients
+from grpo.parked_memory import ParkedMemory
+from qwen3_5.model import Qwen3_5
+
+STATE = ("step", "exp_avg", "exp_avg_sq")
+
+
+class GpuAdam:
+    """Adam with decoupled weight decay; `grpo.optimizer.Optimizer` says what each call does.
+
+    The weights of ``model`` move into one buffer a type, of which they stay views.
+    """
+
+    def __init__(self, model: Qwen3_5, settings: Settings) -> None:
+        logging.getLogger("megatron.core").setLevel(logging.ERROR)
+        self.settings = settings
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        reduction = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+        config = copy.copy(model.config)
+        config.calculate_per_token_loss = True  # sum gradients, never average: losses are normalised already
+        layout = DistributedOptimizer.compute_full_param_layout(
+            list(self.parameters.values()),
+            None,
+            parallel_state.get_data_parallel_group(with_context_parallel=True).size(),
+            reduction,
+            expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_group().size(),
+        )
+        self.buffered = DistributedDataParallel(config, reduction, model, full_param_layout=layout)
+        self.optimizer = get_megatron_optimizer(
+            _config(settings, model.config.params_dtype), [self.buffered], use_gloo_process_groups=False
+        )
+        if not settings.cpu_offload:
+            for group in self.optimizer.param_groups:  # torch's default needs temporaries as large as the weights
+                group["fused"], group["foreach"] = True, False
+        self._memory = ParkedMemory()
+        torch.cuda.empty_cache()  # where the weights were
+
+    def zero_grad(self) -> None:
+        self.buffered.zero_grad_buffer()
+
+    def reduce(self) -> None:
+        sum_partial_gradients(self.parameters, {name: p.main_grad for name, p in self.parameters.items()})
+        self.buffered.finish_grad_sync()
+
+    def step(self, learning_rate: float) -> float:
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(norm):
+            return norm
+        limit = self.settings.clip_gradient_norm
+        if limit and norm > limit:
+            self.buffered.scale_gradients(limit / (norm + 1e-6))
+        for group in self.optimizer.param_groups:
+            group["lr"], group["weight_decay"] = learning_rate, self.settings.weight_decay * group["wd_mult"]
+        self.optimizer.step_with_ready_grads()
+        return norm
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: self._memory.on_host(tensor) for name, tensor in self._state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for key, master, states in self._slots():
+            master.data.copy_(state[f"master.{key}"])
+            states[master] = {
+                name: state[f"{name}.{key}"].to(master.device, copy=True) for name in STATE if f"{name}.{key}" in state
+            }
+
+    def sleep(self, weights: bool = True) -> None:
+        buffers = self._weight_buffers()
+        self.buffered.offload_grad_buffers(empty_cache=False)
+        self._memory.park(self._movable_state())
+        if weights:
+            self._memory.park(buffers)
+        torch.cuda.empty_cache()
+        dist.barrier()
+
+    def wake(self, weights_only: bool = False) -> None:
+        self._memory.unpark(self._weight_buffers())
+        if not weights_only:
+            self._memory.unpark(self._movable_state())
+            self.buffered.restore_grad_buffers()
+
+    def _weight_buffers(self) -> list[Tensor]:
+        return [buffer.param_data for buffer in self.buffered.buffers + self.buffered.expert_parallel_buffers]
+
+    def _movable_state(self) -> list[Tensor]:
+        """What of the state is on the GPU in memory of its own; an fp32 weight is its own master."""
+        weights = {buffer.untyped_storage()._cdata for buffer in self._weight_buffers()}
+        return [t for _, t in self._state() if t.is_cuda and t.dim() and t.untyped_storage()._cdata not in weights]
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's share of the state by name."""
+        for key, master, states in self._slots():
+            yield f"master.{key}", master
+            for name in STATE:
+                if name in states.get(master, {}):
+                    yield f"{name}.{key}", states[master][name]
+
+    def _slots(self) -> Iterator[tuple[str, Tensor, dict]]:
+        """(key, master weight, the torch optimizer's states by master weight), always in the same order."""
+        for number, part in enumerate(self.optimizer.chained_optimizers):
+            inner = part.optimizer
+            hybrid = isinstance(inner, HybridDeviceOptimizer)
+            holders = [inner, *(inner.sub_optimizers if hybrid else [])]
+            states = {
+                parameter: holder.state
+                for holder in holders
+                for group in holder.param_groups
+                for parameter in group["params"]
+            }
+            for group_number, group in enumerate(inner.param_groups):
+                for index, parameter in enumerate(group["params"]):
+                    master = inner.param_to_inner_param[parameter] if hybrid else parameter
+                    yield f"{number}.{group_number}.{index}", master, states[master]
+
+
+def _config(settings: Settings, dtype: torch.dtype) -> OptimizerConfig:
+    """The settings in Megatron-Core's words; clipping is done here, learning rate and decay are set at each step."""
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_eps=settings.epsilon,
+        clip_grad=0.0,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+        optimizer_cpu_offload=settings.cpu_offload,
+        optimizer_offload_fraction=1.0,
+        overlap_cpu_optimizer_d2h_h2d=settings.cpu_offload,
+        use_precision_aware_optimizer=settings.cpu_offload,
+    )

@@ -1,0 +1,77 @@
+"""GPU memory that is given back for a while: its content waits on the host, and every tensor in it stays valid."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class _Away(NamedTuple):
+    """A storage without memory: a tensor that keeps it alive, and its bytes."""
+
+    tensor: Tensor
+    host: Tensor
+
+
+class ParkedMemory:
+    """Storages that `park` shrinks to nothing and `unpark` fills again; what is a view of them need not know.
+
+    The host memory is kept and locked in place, so that copies run at the bus's full speed: it is as large as all that
+    was ever away at a time, and taking it for the first time costs about a second for 4 GiB.
+    """
+
+    def __init__(self) -> None:
+        self._away: dict[int, _Away] = {}
+        self._host: dict[int, Tensor] = {}
+
+    def park(self, tensors: Iterable[Tensor]) -> None:
+        """Send the storages of CUDA ``tensors`` away; those that are away already stay so."""
+        leaving = {key: t for t in tensors if (key := _key(t)) not in self._away}
+        for key, tensor in leaving.items():
+            content = _bytes(tensor)
+            if key not in self._host or len(self._host[key]) != len(content):
+                self._host[key] = _locked(len(content))
+            self._host[key].copy_(content, non_blocking=True)
+        torch.cuda.synchronize()
+        for key, tensor in leaving.items():
+            self._away[key] = _Away(tensor, self._host[key])
+            tensor.untyped_storage().resize_(0)
+
+    def unpark(self, tensors: Iterable[Tensor]) -> None:
+        """Bring the storages of ``tensors`` back, those that are away."""
+        for key in {_key(tensor) for tensor in tensors} & set(self._away):
+            tensor, host = self._away.pop(key)
+            tensor.untyped_storage().resize_(len(host))
+            _bytes(tensor).copy_(host, non_blocking=True)
+        torch.cuda.synchronize()
+
+    def on_host(self, tensor: Tensor) -> Tensor:
+        """The values of a contiguous tensor, wherever they are now, on the CPU."""
+        away = self._away.get(_key(tensor))
+        if away is None:
+            return tensor.detach().cpu()
+        start = tensor.storage_offset() * tensor.itemsize
+        values = away.host[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        return values if len(away.host) == tensor.nbytes else values.clone()
+
+
+def _key(tensor: Tensor) -> int:
+    """Which storage a tensor lies in; unlike its address it stays the same without memory."""
+    return tensor.untyped_storage()._cdata
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """All of a tensor's storage."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def _locked(size: int) -> Tensor:
+    """Host memory of ``size`` bytes that the GPU can copy to and from on its own.
+
+    (torch's pinned memory is rounded up to a power of two.)
+    """
+    memory = torch.empty(size, dtype=torch.uint8)
+    if size:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
+    return memory
