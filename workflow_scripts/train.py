@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from checkpoints import torch_dist
 from checkpoints.manifest import Manifest, describe, read_manifest, write_manifest
@@ -17,11 +19,13 @@ from checkpoints.safetensors_io import HubCheckpoint
 from common.errors import UserError, run
 from common.files import hold
 from configuration import schema
+from evaluation.problems import load_problems
+from evaluation.scores import evaluate
 from grpo import metrics, run_state
 from grpo.data import PromptCursor, load_prompts
 from grpo.interrupts import Interrupts
 from grpo.learner import Learner
-from grpo.loop import Driver, Loop, Validation, from_rank_0
+from grpo.loop import Driver, Loop, from_rank_0
 from grpo.optimizer import CpuAdam
 from grpo.policy import Policy
 from grpo.run_state import Progress
@@ -29,7 +33,7 @@ from grpo.weight_sync import push_weights
 from qwen3_5.architecture import Architecture
 from qwen3_5.build import build_model, finalize, initialize
 from rewards.math import Grader
-from rollout.engine import start_engine
+from rollout.engine import RolloutEngine, start_engine
 from rollout.prompts import load_tokenizer, stop_token_ids
 
 
@@ -142,6 +146,7 @@ def start_driver(
 ) -> Driver:
     """What rank 0 needs besides: prompts, engine, grader, logs."""
     tokenizer = load_tokenizer(hub.root)
+    stops = stop_token_ids(hub.root, tokenizer)
     prompts, intake = load_prompts(read_manifest(arguments.data).require(), tokenizer, settings.sampling)
     print(f"{settings.training.dataset}: {intake}", file=sys.stderr)
     cursor = PromptCursor(prompts, settings.training.seed)
@@ -158,16 +163,52 @@ def start_driver(
         training=settings.training,
         algorithm=settings.algorithm,
         sampling=settings.sampling,
-        stop_token_ids=stop_token_ids(hub.root, tokenizer),
+        stop_token_ids=stops,
         engine=engine,
         tokenizer=tokenizer,
         grader=grader,
         cursor=cursor,
         log=log,
-        validation=Validation(run=None, interval=0),
+        validate=validator(arguments, settings, tokenizer, stops, grader),
+        validation_interval=settings.validation.interval,
         interrupts=interrupts,
         bar=bar,
     )
+
+
+def validator(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: tuple[int, ...],
+    grader: Grader,
+) -> Callable[[RolloutEngine, int], dict[str, float]]:
+    """The evaluation during training: of the weights that an engine holds, after so many rollouts, to metrics."""
+    wanted = settings.validation
+    if not wanted.interval:
+        return lambda engine, rollout: {}
+    if arguments.validation is None:
+        raise UserError("validation.interval is set, but no --validation set is given: give one, or set interval: 0")
+    problems = load_problems(read_manifest(arguments.validation))
+    protocol = schema.Evaluation(
+        datasets=[wanted.dataset],
+        samples_per_problem=wanted.samples_per_problem,
+        max_response_tokens=wanted.max_response_tokens,
+        temperature=wanted.temperature,
+        top_p=wanted.top_p,
+        enable_thinking=settings.sampling.enable_thinking,
+        pass_at=[1],
+    )
+
+    def validate(engine: RolloutEngine, rollout: int) -> dict[str, float]:
+        samples = arguments.work / "validation" / f"{rollout:06d}.jsonl"
+        samples.parent.mkdir(exist_ok=True)
+        samples.unlink(missing_ok=True)  # of a run that ended before it saved these weights: perhaps not quite the same
+        scores = evaluate(engine, tokenizer, stops, problems, protocol, grader, samples, {"rollout": rollout})
+        names = ("average", "truncated_share", "mean_tokens")
+        return {f"validation_{name}": scores[name] for name in names}
+
+    return validate
 
 
 def write_result(arguments: argparse.Namespace, checkpoint: Path) -> None:

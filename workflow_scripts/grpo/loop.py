@@ -4,6 +4,7 @@ Rank 0 drives the engine and the grader and keeps the logs (`Driver`); what it d
 ranks, which learn from it together.
 """
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,14 +34,6 @@ ALARMING_LOG_PROB_DIFF = 0.1  # mean |trainer - engine|; rounding to bf16 explai
 PATIENCE = timedelta(days=7)  # of the ranks that wait while rank 0 samples
 
 
-@dataclass(frozen=True)
-class Validation:
-    """The evaluation during training: what it runs (score, metrics), and after how many rollouts; 0 for never."""
-
-    run: Callable[[RolloutEngine], tuple[float, dict[str, float]]]
-    interval: int
-
-
 @dataclass
 class Driver:
     """What rank 0 alone does: prompts, sampling, rewards, validation, logs."""
@@ -54,23 +47,25 @@ class Driver:
     grader: Grader
     cursor: PromptCursor
     log: RunLog
-    validation: Validation
+    validate: Callable[[RolloutEngine, int], dict[str, float]]
+    validation_interval: int  # rollouts; 0 for never
     interrupts: Interrupts
     bar: tqdm
     seconds: dict[str, float] = field(default_factory=dict)
 
     def validate_if_due(self, progress: Progress) -> bool:
         """Evaluate the weights as they are, unless that was done or it is not their turn; whether it was done now."""
-        interval = self.validation.interval
+        interval = self.validation_interval
         if not interval or progress.rollout % interval or progress.score is not None:
             return False
-        self.bar.set_postfix_str("validating")
+        began = time.perf_counter()
         try:
             with self.interrupts.abandonable():
-                progress.score, metrics = self.validation.run(self.engine)
+                metrics = self.validate(self.engine, progress.rollout)
         except Interrupted:
             return False
-        self.log.metrics(progress.rollout, metrics)
+        progress.score = metrics["validation_average"]
+        self.log.metrics(progress.rollout, metrics | {"seconds_validation": time.perf_counter() - began})
         return True
 
     def rollout(self, number: int) -> list[TrainingSequence] | None:
@@ -78,8 +73,8 @@ class Driver:
         began = time.perf_counter()
         group = self.training.samples_per_prompt
         requests = [
-            (prompt, request_seed(self.training.seed, number, prompt.line, sample))
-            for prompt in self.cursor.take(self.training.prompts_per_rollout)
+            (prompt, request_seed(self.training.seed, number, place, sample))
+            for place, prompt in enumerate(self.cursor.take(self.training.prompts_per_rollout))
             for sample in range(group)
         ]
         params = SamplingParams(
@@ -160,6 +155,8 @@ class Loop:
                 self._save()
                 unsaved = False
             if stop:
+                if driver:
+                    print(f"stopped after {progress.rollout} rollouts: run again to go on from there", file=sys.stderr)
                 raise SystemExit(self.interrupts.exit_status)
             if progress.rollout >= self.training.rollouts:
                 return self.saved

@@ -68,9 +68,12 @@ class TrainingSequence:
         return len(self.log_probs)
 
 
-def request_seed(seed: int, rollout: int, line: int, sample: int) -> int:
-    """The seed of one request, 31 bits that depend on all four numbers and on nothing else."""
-    digest = hashlib.sha256(f"{seed}/{rollout}/{line}/{sample}".encode()).digest()
+def request_seed(seed: int, rollout: int, prompt: int, sample: int) -> int:
+    """The seed of one request, 31 bits that depend on all four numbers and on nothing else.
+
+    ``prompt`` is the prompt's place in its rollout: a small data set may hold the same prompt at several places.
+    """
+    digest = hashlib.sha256(f"{seed}/{rollout}/{prompt}/{sample}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
 

@@ -1,0 +1,111 @@
+"""A whole training on a random tiny model, here or in a process of its own, with rewards that random answers differ in.
+
+The true reward is 0 for whatever a random model says, so the grader is replaced by a fixed function of the text.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import convert
+import train
+from checkpoints.manifest import write_manifest
+from configuration.schema import TinyModel
+from rewards.math import Verdict
+from stages import convert_arguments, vouch
+from tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
+from tiny.problems import all_additions
+from tiny.tokenizer import train_tokenizer
+
+SETTINGS = {
+    "training": {
+        "dataset": "sums",
+        "prompts_per_rollout": 3,
+        "samples_per_prompt": 4,
+        "global_batch": 12,
+        "rollouts": 4,
+        "max_tokens_per_gpu": 200,
+        "recompute": "none",
+        "dtype": "float32",
+        "save_interval": 2,
+    },
+    "validation": {"interval": 2, "dataset": "other-sums", "samples_per_problem": 2, "max_response_tokens": 6},
+    "parallel": {},
+    "algorithm": {},
+    "optimizer": {"learning_rate": 1e-3},
+    "mtp": {},
+    "sampling": {"max_response_tokens": 8},
+    "engine": {"kind": "cpu"},
+    "experts": {},
+    "reward": {},
+    "hardware": {"gpus": 0},
+}
+
+
+class FixedReward:
+    """Right or wrong by the text alone; ``hook`` is called before each grading with the number of gradings so far."""
+
+    hook = staticmethod(lambda gradings: None)
+
+    def __init__(self, settings):
+        self.gradings = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def grade(self, pairs):
+        self.hook(self.gradings)
+        self.gradings += 1
+        return [Verdict(sum(map(ord, text)) % 2 == 0, None, "fixed") for text, _ in pairs]
+
+
+def prepare(folder: Path, kind: str = "dense", **tiny) -> Path:
+    """Everything that a training reads, below ``folder``; call `convert_model` for the weights."""
+    tiny = TinyModel(kind=kind, **{"layers": 4, "hidden": 64, **tiny})
+    tokenizer = train_tokenizer()
+    config = model_config(tiny, tokenizer)
+    write_checkpoint(folder / "hub", config, hub_tensors(tiny, random_model(tiny, config)), tokenizer)
+    vouch(folder / "hub", folder / "download.json")
+    for split, rows in (("train", 7), ("evaluation", 2)):
+        (folder / split).mkdir()
+        lines = [json.dumps(addition.row("prompt", "label")) for addition in all_additions(split)[:rows]]
+        (folder / split / "rows.jsonl").write_text("\n".join(lines))
+        facts = {"file": "rows.jsonl", "rows": rows, "prompt_key": "prompt", "label_key": "label"}
+        provenance = {"config": {"dataset": {"folder": "here", "file": "rows.jsonl"}}}
+        write_manifest(folder / f"{split}.json", "download", folder / split, ["rows.jsonl"], provenance, facts)
+    return folder
+
+
+def convert_model(folder: Path) -> None:
+    sys.argv = ["convert", *convert_arguments(folder / "download.json", folder / "torch_dist")]
+    convert.main()
+
+
+def arguments(folder: Path, work: Path, **changes) -> list[str]:
+    """Command line of a training in ``work``; ``changes`` are settings as section={key: value}."""
+    config = {section: values | changes.get(section, {}) for section, values in SETTINGS.items()}
+    return [
+        *("--provenance", json.dumps({"config": config, "code": "c", "upstream": {}})),
+        *("--hub", str(folder / "download.json"), "--weights", str(folder / "torch_dist.json")),
+        *("--data", str(folder / "train.json"), "--validation", str(folder / "evaluation.json")),
+        *("--work", str(work), "--manifest", f"{work}.json"),
+    ]
+
+
+def run(command_line: list[str], hook=None) -> None:
+    """Train here; ``hook`` as in `FixedReward`."""
+    FixedReward.hook = staticmethod(hook or (lambda gradings: None))
+    train.Grader = FixedReward
+    sys.argv = ["train", *command_line]
+    train.run(train.main)
+
+
+if __name__ == "__main__":
+    # KILL_AT: the grading before which this process is killed as nothing can prevent.
+    fatal = int(os.environ.get("KILL_AT", -1))
+    run(sys.argv[1:], lambda gradings: os.kill(os.getpid(), signal.SIGKILL) if gradings == fatal else None)

@@ -1,0 +1,194 @@
+"""GRPO's gradient through a real tiny model, packed, against transformers' model, one sequence at a time."""
+
+import pytest
+import torch
+
+from configuration.schema import Algorithm, Mtp, Optimizer, Sampling, Training
+from grpo.learner import Learner
+from grpo.optimizer import CpuAdam
+from grpo.policy import Policy
+from grpo.run_state import Progress
+from grpo.samples import TrainingSequence
+from qwen3_5.build import build_model, finalize, initialize
+from qwen3_5_reference import megatron_names, reference
+
+TEMPERATURE = 0.8
+SMALL = {"hidden_size": 64, "head_dim": 32, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "vocab_size": 96}
+KINDS = {
+    "dense": {"intermediate_size": 96},
+    "moe": {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    initialize()
+    yield
+    finalize()
+
+
+def models(kind, mtp_num_layers=0):
+    """Our model with the weights of a transformers model, which computes in float64."""
+    architecture, theirs = reference(kind, **SMALL, **KINDS[kind])
+    ours = build_model(architecture, dtype=torch.float32, mtp_num_layers=mtp_num_layers)
+    generator = torch.Generator().manual_seed(1)
+    weights = megatron_names(architecture, theirs.state_dict())
+    for name, parameter in ours.named_parameters():
+        parameter.data = weights.get(name, torch.randn(parameter.shape, generator=generator) * 0.05).float().clone()
+    if kind == "moe":
+        theirs.set_experts_implementation("eager")  # its fast one knows no float64
+    return architecture, ours, theirs.double()
+
+
+def sequences(shapes, seed=0):
+    """Random prompts and responses; advantages of both signs, one of them 0."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        TrainingSequence(
+            ids=torch.randint(SMALL["vocab_size"], (prompt + response,), generator=generator),
+            log_probs=-4 + torch.randn(response, generator=generator),
+            advantage=[0.9, -1.3, 0.0, 0.4][index % 4],
+        )
+        for index, (prompt, response) in enumerate(shapes)
+    ]
+
+
+SHAPES = [(5, 9), (1, 70), (12, 3), (30, 1), (7, 20), (3, 33)]
+
+
+def policy(model, budget=10_000, mtp=None, batch=None, **algorithm):
+    training = Training(
+        dataset="d",
+        prompts_per_rollout=1,
+        samples_per_prompt=len(SHAPES),
+        global_batch=batch or len(SHAPES),
+        max_tokens_per_gpu=budget,
+        log_prob_chunk=16,
+        dtype="float32",
+    )
+    return Policy(model, training, Algorithm(**algorithm), Sampling(temperature=TEMPERATURE), mtp or Mtp())
+
+
+def learner(of, rate=0.0):
+    return Learner(
+        of, CpuAdam(of.model, Optimizer(learning_rate=rate, weight_decay=0.0)), Optimizer(learning_rate=rate)
+    )
+
+
+def plain_gradients(architecture, model, batch, algorithm):
+    """The loss as the papers write it: sequence by sequence, full logits, float64; at the old policy itself."""
+    total = 0.0
+    for sequence in batch:
+        logits = model(input_ids=sequence.ids[None]).logits[0, sequence.prompt_length - 1 : -1] / TEMPERATURE
+        full = torch.log_softmax(logits.double(), -1)
+        log_probs = full.gather(1, sequence.ids[sequence.prompt_length :, None])[:, 0]
+        entropy = -(full.exp() * full).sum(-1)
+        ratio = torch.exp(log_probs - log_probs.detach())
+        token_loss = -ratio * sequence.advantage - algorithm.entropy_coefficient * entropy
+        if algorithm.loss_aggregation == "mean_of_response_means":
+            total = total + token_loss.mean() / len(batch)
+        else:
+            total = total + token_loss.sum() / sum(s.response_length for s in batch)
+    gradients = dict(zip(dict(model.named_parameters()), torch.autograd.grad(total, model.parameters()), strict=True))
+    return total.item(), megatron_names(architecture, gradients)
+
+
+@pytest.mark.parametrize(
+    ("kind", "budget", "aggregation"),
+    [
+        ("dense", 10_000, "mean_of_response_means"),
+        ("dense", 90, "mean_of_response_means"),
+        ("dense", 90, "token_mean"),
+        ("dense", 1, "token_mean"),
+        ("moe", 90, "mean_of_response_means"),
+    ],
+)
+def test_gradients_equal_those_of_transformers_sequence_by_sequence(kind, budget, aggregation):
+    architecture, ours, theirs = models(kind)
+    batch = sequences(SHAPES)
+    algorithm = {"entropy_coefficient": 0.1, "loss_aggregation": aggregation}
+    loss, expected = plain_gradients(architecture, theirs, batch, Algorithm(**algorithm))
+
+    of = policy(ours, budget, **algorithm)
+    learning = learner(of)
+    report = learning.learn(batch, Progress())
+    assert report["loss"] == pytest.approx(loss, rel=1e-4)
+    norm = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
+    assert report["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    clip = min(1.0, 1.0 / (norm.item() + 1e-6))
+    for name, gradient in expected.items():
+        error = (learning.optimizer.gradients[name] - clip * gradient).norm()
+        assert error < 2e-4 * gradient.norm() + 1e-6 * norm, name
+
+
+def test_leaving_out_responses_without_advantage_changes_no_gradient():
+    batch = sequences(SHAPES)
+    pruned, whole = learner(policy(models("dense")[1])), learner(policy(models("dense")[1], entropy_metric=True))
+    assert sum(len(b.packed.lengths) for b in pruned._prepare(batch).batches) == 5
+    assert sum(len(b.packed.lengths) for b in whole._prepare(batch).batches) == 6
+    reports = [learning.learn(batch, Progress()) for learning in (pruned, whole)]
+    assert reports[0]["loss"] == pytest.approx(reports[1]["loss"], abs=1e-7)
+    for name, gradient in pruned.optimizer.gradients.items():
+        torch.testing.assert_close(gradient, whole.optimizer.gradients[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_a_rollout_without_any_advantage_moves_no_weight_and_is_no_step():
+    _, ours, _ = models("dense")
+    before = {name: p.detach().clone() for name, p in ours.named_parameters()}
+    batch = [TrainingSequence(s.ids, s.log_probs, 0.0) for s in sequences(SHAPES)]
+    progress = Progress()
+    report = learner(policy(ours), rate=1e-2).learn(batch, progress)
+    assert progress.optimizer_step == progress.bad_steps == 0 and report["grad_norm"] == 0.0
+    assert all(torch.equal(p, before[name]) for name, p in ours.named_parameters())
+
+
+def test_old_log_probs_are_those_before_the_first_of_several_steps():
+    """With one step the ratio is 1 with or without them; with three, the second and third step see other ratios."""
+    for batch_size, distinct in ((6, False), (2, True)):
+        _, ours, _ = models("dense")
+        learning = learner(policy(ours, batch=batch_size, old_log_prob_forward=True), rate=1e-2)
+        progress = Progress()
+        report = learning.learn(sequences(SHAPES), progress)
+        assert progress.optimizer_step == 6 // batch_size
+        assert (abs(report["ratio"] - 1) > 1e-3) == distinct
+
+
+def test_the_reference_stays_where_the_policy_began():
+    _, ours, _ = models("dense")
+    learning = learner(policy(ours, kl_coefficient=0.1), rate=1e-2)
+    batch, progress = sequences(SHAPES), Progress()
+    first, second = learning.learn(batch, progress), learning.learn(batch, progress)
+    assert first["kl"] == pytest.approx(0.0, abs=1e-6) and second["kl"] > 1e-4
+
+
+def test_mtp_trains_beside_the_policy_and_leaves_its_gradient_alone():
+    batch = sequences(SHAPES)
+    alone = learner(policy(models("dense", 1)[1], entropy_metric=True))
+    beside = learner(policy(models("dense", 1)[1], mtp=Mtp(train=True)))
+    reports = [learning.learn(batch, Progress()) for learning in (alone, beside)]
+    assert reports[1]["mtp_loss"] > 1.0
+    # Undo the clip, whose norm counts the MTP layer's gradient.
+    clips = [min(1.0, 1.0 / (report["grad_norm"] + 1e-6)) for report in reports]
+    for name, gradient in beside.optimizer.gradients.items():
+        if name.startswith("mtp."):
+            assert gradient.norm() > 0, name
+        else:
+            expected = alone.optimizer.gradients[name] / clips[0]
+            torch.testing.assert_close(gradient / clips[1], expected, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("poison", ["weight", "advantage"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(poison):
+    _, ours, _ = models("dense")
+    batch = sequences(SHAPES)
+    if poison == "weight":
+        ours.decoder.final_layernorm.weight.data[0] = float("nan")
+    else:
+        batch[0] = TrainingSequence(batch[0].ids, batch[0].log_probs, float("inf"))
+    before = {name: p.detach().clone() for name, p in ours.named_parameters()}
+    learning, progress = learner(policy(ours), rate=1e-2), Progress()
+    learning.learn(batch, progress)
+    assert (progress.optimizer_step, progress.bad_steps, progress.bad_steps_in_a_row) == (0, 1, 1)
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num()), name
+    assert learning.optimizer.state_dict() == {}

@@ -1,0 +1,118 @@
+"""Run states are whole or absent, damaged ones are passed over, and old ones go only once a new one is there."""
+
+import json
+
+import pytest
+import torch
+
+from common.errors import UserError
+from configuration.schema import Optimizer as Settings
+from grpo import run_state
+from grpo.metrics import METRICS, SAMPLES, JsonLines, truncate_logs
+from grpo.optimizer import CpuAdam
+from grpo.run_state import Progress
+from qwen3_5.build import build_model, finalize, initialize
+from qwen3_5_reference import reference
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A tiny model and its optimizer, one step old."""
+    initialize()
+    architecture, _ = reference("dense", hidden_size=64, intermediate_size=32, vocab_size=64)
+    model = build_model(architecture, dtype=torch.float32)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    optimizer = CpuAdam(model, Settings())
+    step(model, optimizer)
+    yield model, optimizer
+    finalize()
+
+
+def step(model, optimizer):
+    optimizer.zero_grad()
+    sum((parameter * parameter).sum() for parameter in model.parameters()).backward()
+    optimizer.step(1e-2)
+
+
+def save(work, rollout, trained, score=None):
+    return run_state.save(work, Progress(rollout=rollout, score=score), *trained, {"config": {}})
+
+
+def names(work):
+    return sorted(path.name for path in work.iterdir())
+
+
+def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, trained):
+    model, optimizer = trained
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    moments = {name: value.clone() for name, value in optimizer.state_dict().items()}
+    progress = Progress(20, 19, 1, 0, {"epoch": 1, "position": 3, "prompts": 9}, {METRICS: 7}, 0.25)
+    folder = run_state.save(tmp_path, progress, model, optimizer, {})
+    draw = torch.rand(3)
+
+    step(model, optimizer)
+    assert run_state.load(folder, model, optimizer) == progress
+    assert torch.equal(torch.rand(3), draw)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    assert all(torch.equal(value, moments[name]) for name, value in optimizer.state_dict().items())
+
+
+def test_an_interrupted_save_leaves_the_last_checkpoint_the_newest(tmp_path, trained, monkeypatch):
+    save(tmp_path, 1, trained)
+    monkeypatch.setattr(run_state, "write_manifest", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError):
+        save(tmp_path, 2, trained)
+    monkeypatch.undo()
+    assert run_state.newest(tmp_path).name == "checkpoint-000001"
+    save(tmp_path, 2, trained)
+    assert run_state.newest(tmp_path).name == "checkpoint-000002"
+    run_state.prune(tmp_path, 2)
+    assert names(tmp_path) == ["checkpoint-000001", "checkpoint-000002"]
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "cut file", "missing file"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, trained, damage, capsys):
+    save(tmp_path, 1, trained)
+    victim = save(tmp_path, 2, trained) / "optimizer" / "rank-00000.safetensors"
+    content = bytearray(victim.read_bytes())
+    if damage == "missing file":
+        victim.unlink()
+    elif damage == "cut file":
+        victim.write_bytes(content[:-1])
+    else:
+        content[-1] ^= 1
+        victim.write_bytes(content)
+    assert run_state.newest(tmp_path).name == "checkpoint-000001"
+    assert "checkpoint-000002 is damaged" in capsys.readouterr().err
+    save(tmp_path, 2, trained)
+    assert run_state.newest(tmp_path).name == "checkpoint-000002"
+
+
+def test_pruning_keeps_the_last_and_the_best(tmp_path, trained):
+    for rollout, score in ((1, 0.2), (2, 0.9), (3, 0.9), (4, None), (5, 0.1)):
+        save(tmp_path, rollout, trained, score)
+        run_state.prune(tmp_path, 2)
+    assert names(tmp_path) == ["checkpoint-000002", "checkpoint-000004", "checkpoint-000005"]
+    assert run_state.best(tmp_path).name == "checkpoint-000002"
+
+
+def test_a_run_of_more_processes_is_not_resumed_as_if_its_states_were_there(tmp_path, trained):
+    folder = save(tmp_path, 1, trained)
+    (folder / "optimizer" / "rank-00000.safetensors").rename(folder / "optimizer" / "rank-00001.safetensors")
+    with pytest.raises(UserError, match="processes"):
+        run_state.load(folder, *trained)
+
+
+def test_logs_are_cut_to_what_the_checkpoint_saw(tmp_path):
+    log = JsonLines(tmp_path / METRICS)
+    log.append({"rollout": 1, "loss": float("nan")})
+    seen = log.sync()
+    log.append({"rollout": 2})
+    log.close()
+    truncate_logs(tmp_path, {METRICS: seen})
+    assert json.loads((tmp_path / METRICS).read_text()) == {"rollout": 1, "loss": None}
+    assert (tmp_path / SAMPLES).read_bytes() == b""
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        truncate_logs(tmp_path, {METRICS: seen + 1})

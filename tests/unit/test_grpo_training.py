@@ -1,0 +1,141 @@
+"""Whole trainings on a tiny random model: what stops one, by whatever means, leaves no trace once it has gone on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import grpo_run
+from checkpoints.manifest import read_manifest
+from grpo import run_state
+from qwen3_5.build import finalize
+
+GRADINGS_BEFORE_ROLLOUT_4 = 5  # validation, rollouts 1 and 2, validation, rollout 3
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A model, its conversion, and one training from beginning to end."""
+    folder = grpo_run.prepare(tmp_path_factory.mktemp("grpo"))
+    grpo_run.convert_model(folder)
+    grpo_run.run(grpo_run.arguments(folder, folder / "straight"))
+    return folder
+
+
+def ended(command_line, hook=None):
+    """The exit status of a training that does not come to its end."""
+    with pytest.raises(SystemExit) as stopped:
+        grpo_run.run(command_line, hook)
+    finalize()
+    return stopped.value.code
+
+
+def lines(work, name="metrics.jsonl"):
+    return [json.loads(line) for line in (work / name).read_text().splitlines()]
+
+
+def timeless(work):
+    """The metrics without what the clock decides."""
+    return [
+        {key: value for key, value in line.items() if not key.startswith(("seconds", "tokens_per"))}
+        for line in lines(work)
+    ]
+
+
+def assert_same_run(one: Path, other: Path):
+    assert timeless(one) == timeless(other)
+    assert (one / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
+    checkpoints = [run_state.newest(work) for work in (one, other)]
+    assert checkpoints[0].name == checkpoints[1].name
+    for part in ("weights/__0_0.distcp", "optimizer/rank-00000.safetensors"):
+        assert (checkpoints[0] / part).read_bytes() == (checkpoints[1] / part).read_bytes(), part
+
+
+def test_a_training_leaves_what_its_manifest_promises(prepared):
+    manifest = read_manifest(prepared / "straight.json").require(digests=True)
+    assert manifest.kind == "train" and manifest.facts["rollouts"] == 4
+    assert (manifest.root / manifest.facts["weights"]).is_dir()
+    assert manifest.facts["best"]["checkpoint"] in ("checkpoint-000002", "checkpoint-000004")
+
+    rollouts = [line for line in lines(manifest.root) if "reward_mean" in line]
+    validations = [line for line in lines(manifest.root) if "validation_average" in line]
+    assert [line["rollout"] for line in rollouts] == [1, 2, 3, 4]
+    assert [line["rollout"] for line in validations] == [0, 2, 4]
+    wanted = {
+        *("reward_mean", "pass_rate", "response_length_mean", "truncated_share", "clip_fraction", "grad_norm", "loss"),
+        *("learning_rate", "log_prob_diff", "groups_without_spread", "tokens_per_second", "bad_steps"),
+        *("seconds_rollout", "seconds_train", "seconds_sync", "seconds_step"),
+    }
+    assert wanted <= set(rollouts[0])
+    assert rollouts[0]["log_prob_diff"] < 1e-4, "engine and trainer compute different models"
+    sample = lines(manifest.root, "samples.jsonl")[0]
+    assert {"rollout", "prompt", "response", "label", "reward"} <= set(sample)
+    assert list((manifest.root / "tensorboard").iterdir())
+
+
+def test_training_changes_what_the_engine_samples(prepared):
+    """The weights must reach the engine: rollouts of one prompt under one seed would otherwise stay the same."""
+    first, *others = (line["log_prob_diff"] for line in lines(prepared / "straight") if "reward_mean" in line)
+    assert max(others) < 0.05, "the engine samples from weights that the trainer left behind"
+    assert first < max(others)  # bf16 on its way to the engine, once the weights have left the Hub's own values
+
+
+def test_a_killed_training_goes_on_as_if_nothing_had_happened(prepared, tmp_path):
+    """Killed in rollout 4, a rollout after the last checkpoint, it repeats rollout 3 and ends up bit for bit equal."""
+    command_line = grpo_run.arguments(prepared, tmp_path / "run")
+    environment = os.environ | {
+        "KILL_AT": str(GRADINGS_BEFORE_ROLLOUT_4),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    killed = subprocess.run([sys.executable, grpo_run.__file__, *command_line], env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-3000:]
+    assert [line["rollout"] for line in lines(tmp_path / "run")][-1] == 3
+    assert run_state.newest(tmp_path / "run").name == "checkpoint-000002"
+    grpo_run.run(command_line)
+    assert_same_run(tmp_path / "run", prepared / "straight")
+
+
+@pytest.mark.parametrize("grading", [GRADINGS_BEFORE_ROLLOUT_4, 3], ids=["in a rollout", "in a validation"])
+def test_a_training_asked_to_end_saves_and_goes_on_as_if_nothing_had_happened(prepared, tmp_path, grading):
+    command_line = grpo_run.arguments(prepared, tmp_path / "run")
+
+    def ask_to_end(gradings):
+        if gradings == grading:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert ended(command_line, ask_to_end) == 128 + signal.SIGTERM
+    saved = 3 if grading == GRADINGS_BEFORE_ROLLOUT_4 else 2
+    assert run_state.newest(tmp_path / "run").name == f"checkpoint-{saved:06d}"
+    assert not (tmp_path / "run.json").exists()
+    grpo_run.run(command_line)
+    assert_same_run(tmp_path / "run", prepared / "straight")
+
+
+def test_a_finished_training_goes_on_when_rollouts_grow_and_refuses_when_they_shrink(prepared, tmp_path):
+    work = tmp_path / "run"
+    grpo_run.run(grpo_run.arguments(prepared, work, training={"rollouts": 3}))
+    grpo_run.run(grpo_run.arguments(prepared, work))
+    assert_same_run(work, prepared / "straight")
+    (tmp_path / "run.json").unlink()
+    grpo_run.run(grpo_run.arguments(prepared, work))  # nothing to do but to vouch for it again
+    read_manifest(tmp_path / "run.json").require(digests=True)
+    assert "holds 4 rollouts, training.rollouts is 3" in ended(
+        grpo_run.arguments(prepared, work, training={"rollouts": 3})
+    )
+
+
+def test_bad_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(prepared, tmp_path):
+    settings = {"training": {"max_bad_steps": 2, "save_interval": 1}, "optimizer": {"learning_rate": 1e38}}
+    message = ended(grpo_run.arguments(prepared, tmp_path / "run", **settings))
+    assert "2 steps in a row" in message and "last good checkpoint: checkpoint-" in message
+
+
+def test_weights_and_biases_without_its_package_is_an_error_in_one_line(prepared, tmp_path):
+    message = ended(grpo_run.arguments(prepared, tmp_path / "run", training={"wandb_project": "mine"}))
+    assert message.startswith("error: training.wandb_project") and "\n" not in message
