@@ -1,5 +1,7 @@
 """Tiny random Qwen3.5 models in transformers, for comparison, and their weights under our model's names."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
@@ -115,3 +117,64 @@ def _experts(hub: dict[str, Tensor]) -> dict[str, Tensor]:
         "mlp.experts.linear_fc2.weight": hub["mlp.experts.down_proj"],
         "mlp.shared_experts.gate_weight": hub["mlp.shared_expert_gate.weight"],
     } | _mlp(hub, "mlp.shared_expert.", "mlp.shared_experts.")
+
+
+def mtp_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The MTP layer: its transformer layer is a copy of decoder layer 3, the rest random."""
+    prefix = "decoder.layers.3."
+    layer = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+    hidden = weights["decoder.final_layernorm.weight"].shape[0]
+    torch.manual_seed(3)
+    own = {f"{norm}.weight": torch.randn(hidden) * 0.1 for norm in ("enorm", "hnorm", "final_layernorm")}
+    own["eh_proj.weight"] = torch.randn(hidden, 2 * hidden) * 0.05
+    own |= {f"mtp_model_layer.{name}": weight.detach().clone() for name, weight in layer.items()}
+    return {f"mtp.layers.0.{name}": weight for name, weight in own.items()}
+
+
+def shard(name: str, whole: Tensor, architecture: Architecture, groups: "Groups") -> Tensor:
+    """What a rank holds of a whole parameter (or of its gradient)."""
+    if "experts.linear" in name and "shared" not in name:
+        return whole.chunk(groups.expert_size)[groups.expert_rank]
+    parts = _components(name, whole, architecture)
+    if parts is None or groups.tensor_size == 1:
+        return whole
+    axis = 1 if name.endswith(ROW_PARALLEL) else 0
+    return torch.cat([part.chunk(groups.tensor_size, axis)[groups.tensor_rank] for part in parts], axis)
+
+
+class Groups(NamedTuple):
+    """A rank's places."""
+
+    tensor_rank: int = 0
+    tensor_size: int = 1
+    expert_rank: int = 0
+    expert_size: int = 1
+
+
+ROW_PARALLEL = ("linear_proj.weight", "out_proj.weight", "linear_fc2.weight")
+COLUMN_PARALLEL = ("word_embeddings.weight", "output_layer.weight", "linear_qkv.weight", "eh_proj.weight")
+
+
+def _components(name: str, whole: Tensor, architecture: Architecture) -> tuple[Tensor, ...] | None:
+    """The parts of a parameter that tensor-parallel ranks share out each on its own; None for a replicated one."""
+    key = architecture.linear_num_key_heads * architecture.linear_key_head_dim
+    value = architecture.linear_num_value_heads * architecture.linear_value_head_dim
+    heads = architecture.linear_num_value_heads
+    if name.endswith(".in_proj.weight"):
+        return whole.split([key, key, value, value, heads, heads])
+    if name.endswith("conv1d.weight"):
+        return whole.split([key, key, value])
+    if name.endswith("linear_fc1.weight"):
+        return whole.chunk(2)
+    if name.endswith((*ROW_PARALLEL, *COLUMN_PARALLEL, "A_log", "dt_bias")):
+        return (whole,)
+    return None
+
+
+def load(model: nn.Module, whole: dict[str, Tensor], architecture: Architecture, groups: Groups = Groups()) -> None:  # noqa: B008
+    """Set this rank's parameters; ``whole`` has the names of an unsharded model, pipeline stages counted through."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = shard(name, whole[name], architecture, groups)
+            assert parameter.shape == value.shape, (name, parameter.shape, value.shape)
+            parameter.copy_(value)
