@@ -131,9 +131,10 @@ def test_a_finished_training_goes_on_when_rollouts_grow_and_refuses_when_they_sh
 
 
 def test_bad_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(prepared, tmp_path):
-    settings = {"training": {"max_bad_steps": 2, "save_interval": 1}, "optimizer": {"learning_rate": 1e38}}
+    settings = {"training": {"max_bad_steps": 2, "save_interval": 1}, "algorithm": {"entropy_coefficient": 1e300}}
     message = ended(grpo_run.arguments(prepared, tmp_path / "run", **settings))
-    assert "2 steps in a row" in message and "last good checkpoint: checkpoint-" in message
+    assert "2 steps in a row" in message and "last good checkpoint: checkpoint-000001" in message
+    assert [line["loss"] for line in lines(tmp_path / "run") if "loss" in line] == [None, None]
 
 
 def test_weights_and_biases_without_its_package_is_an_error_in_one_line(prepared, tmp_path):
