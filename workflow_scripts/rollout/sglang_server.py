@@ -1,11 +1,6 @@
-"""One SGLang server: a process of its own on the loopback interface, and the calls that the engine makes of it.
-
-Run as a module, this file is that process: it reads SGLang's arguments as JSON from its standard input, so that they
-need no command line and an argument that the installed version does not know is named.
-"""
+"""One SGLang server: a process of its own on the loopback interface, and the calls that the engine makes of it."""
 
 import contextlib
-import dataclasses
 import http.client
 import json
 import os
@@ -16,13 +11,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from configuration.schema import Engine
+from rollout import sglang_launch
 from rollout.engine import Completion, Request, SamplingParams
 
 HOST = "127.0.0.1"
@@ -32,8 +27,6 @@ SCRIPTS = Path(__file__).parents[1]
 
 # What a launcher such as torchrun sets for its processes is not meant for theirs.
 NOT_INHERITED = re.compile(r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*)")
-# Names that SGLang gave to one and the same argument, the newest first.
-CUDA_GRAPH_BATCH_SIZES = ("cuda_graph_bs_decode", "cuda_graph_bs")
 
 
 class ServerDown(Exception):
@@ -73,7 +66,7 @@ class Server:
         environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"  # a check of health must not be a request
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "rollout.sglang_server"],
+                [sys.executable, "-P", "-m", sglang_launch.__name__],
                 stdin=subprocess.PIPE,  # stays open: its end is the end of the server
                 bufsize=0,
                 stdout=log,
@@ -191,7 +184,7 @@ def server_arguments(folder: Path, settings: Engine, index: int) -> dict[str, An
         "ep_size": settings.expert_parallel,
         "base_gpu_id": index * settings.gpus_per_engine,
         "mem_fraction_static": settings.mem_fraction_static,
-        CUDA_GRAPH_BATCH_SIZES[0]: settings.cuda_graph_batch_sizes,
+        sglang_launch.CUDA_GRAPH_BATCH_SIZES[0]: settings.cuda_graph_batch_sizes,
         "max_running_requests": settings.max_running_requests,
         "enable_memory_saver": True,
         "skip_tokenizer_init": True,
@@ -224,29 +217,3 @@ def _reason(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()[-400:] if line.strip()]
     errors = [line for line in lines if re.match(r"(\[[^]]*\] *)?[\w.]*(Error|Exception)\b|error: ", line)]
     return (errors or lines or ["it ended without a word"])[-1][:400]
-
-
-def _serve() -> None:
-    """Become the server that the standard input describes."""
-    arguments = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
-    from sglang.srt.entrypoints.http_server import launch_server
-    from sglang.srt.server_args import ServerArgs
-
-    known = {field.name for field in dataclasses.fields(ServerArgs)}
-    newest, *older = CUDA_GRAPH_BATCH_SIZES
-    if newest not in known and newest in arguments:
-        arguments[next(name for name in older if name in known)] = arguments.pop(newest)
-    if unknown := sorted(set(arguments) - known):
-        sys.exit(f"error: engine.server_arguments: this version of SGLang has no {', '.join(unknown)}")
-    launch_server(ServerArgs(**arguments))
-
-
-def _end_with_the_trainer() -> None:
-    """Wait for the end of the standard input, which comes when the process that started this one is gone."""
-    sys.stdin.read()
-    os.killpg(0, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    _serve()

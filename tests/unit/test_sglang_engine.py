@@ -1,0 +1,247 @@
+"""The SGLang engine's own part on a CPU: servers that start, answer, die, hang and come back.
+
+The servers are real processes of `rollout.sglang_launch`; in them a small package takes SGLang's place that speaks its
+protocol. tests/gpu/ runs the same calls against SGLang itself.
+"""
+
+import os
+import signal
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from configuration.schema import Engine, Speculation
+from rollout import sglang_engine
+from rollout.engine import Request, SamplingParams
+from rollout.sglang_engine import SglangEngine
+from rollout.sglang_server import Server, server_arguments
+
+SERVER_ARGS = """
+    import dataclasses
+    from typing import Any
+
+    @dataclasses.dataclass
+    class ServerArgs:
+        model_path: str; host: str; port: int; api_key: str; tp_size: int; ep_size: int; base_gpu_id: int
+        mem_fraction_static: float; enable_memory_saver: bool; skip_tokenizer_init: bool; enable_multimodal: bool
+        mm_attention_backend: str; grammar_backend: str; log_level_http: str
+        cuda_graph_bs: Any = None; random_seed: Any = None
+"""
+HTTP_SERVER = """
+    import json, os, threading, time
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    aborted = threading.Event()
+
+    def launch_server(arguments):
+        if arguments.random_seed == 13:
+            raise RuntimeError("CUDA out of memory, as it were")
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_): pass
+
+            def do_GET(self): self.reply({"internal_states": [{"effective_max_running_requests_per_dp": 4}]})
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                assert self.headers["Authorization"] == "Bearer " + arguments.api_key
+                if self.path == "/abort_request": aborted.set()
+                if self.path != "/generate": return self.reply(None)
+                wanted, seed = body["sampling_params"], body["sampling_params"]["sampling_seed"]
+                stopped = aborted.wait(0.02 * len(body["input_ids"]))
+                tokens = [seed, *body["input_ids"]][: wanted["max_new_tokens"]]
+                self.reply({"output_ids": tokens, "meta_info": {
+                    "finish_reason": {"type": "abort" if stopped else "length"},
+                    "output_token_logprobs": [[-float(os.getpid()), token, None] for token in tokens]}})
+
+            def reply(self, value):
+                content = json.dumps(value).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+        ThreadingHTTPServer((arguments.host, arguments.port), Handler).serve_forever()
+"""
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A folder with the stand-in for the ``sglang`` package."""
+    root = tmp_path_factory.mktemp("package")
+    for name, content in {
+        "sglang/__init__.py": "",
+        "sglang/srt/__init__.py": "",
+        "sglang/srt/server_args.py": SERVER_ARGS,
+        "sglang/srt/entrypoints/__init__.py": "",
+        "sglang/srt/entrypoints/http_server.py": HTTP_SERVER,
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(textwrap.dedent(content))
+    return root
+
+
+@pytest.fixture
+def start(package, monkeypatch):
+    """``start(servers, **server_arguments)`` -> a running engine."""
+    monkeypatch.setenv("PYTHONPATH", str(package))
+    engines = []
+
+    def call(servers=1, **arguments):
+        settings = Engine(server_arguments=arguments)
+        engine = SglangEngine(Path("model"), settings, [Server(Path("model"), settings, i) for i in range(servers)])
+        engines.append(engine)
+        engine.start()
+        return engine
+
+    yield call
+    for engine in engines:
+        engine.close()
+
+
+def requests(count, length=3):
+    return [Request([number] * length, seed=1000 + number) for number in range(count)]
+
+
+def pid(server):
+    return server._process.pid
+
+
+def processes(completions):
+    """Which processes answered."""
+    return {-int(completion.log_probs[0]) for completion in completions}
+
+
+PARAMS = SamplingParams(max_new_tokens=2)
+
+
+def test_answers_come_in_the_order_of_requests_from_all_servers(start):
+    engine, seen = start(2), []
+    completions = engine.generate(requests(20), PARAMS, lambda index, completion: seen.append(index))
+    assert [completion.token_ids for completion in completions] == [[1000 + n, n] for n in range(20)]
+    assert processes(completions) == {pid(server) for server in engine.servers}
+    assert sorted(seen) == list(range(20))
+
+
+def test_a_server_that_dies_is_restarted_and_its_requests_are_asked_again(start, capsys):
+    engine = start(2)
+    victim = engine.servers[0]
+    old = pid(victim)
+    threading.Timer(0.3, os.kill, (old, signal.SIGKILL)).start()
+    completions = engine.generate(requests(40, length=30), PARAMS)
+    assert [completion.token_ids for completion in completions] == [[1000 + n, n] for n in range(40)]
+    assert pid(victim) != old and victim.starts == 2
+    assert "starting it anew" in capsys.readouterr().err
+
+
+def test_the_only_server_may_die(start):
+    engine = start(1)
+    threading.Timer(0.2, os.kill, (pid(engine.servers[0]), signal.SIGKILL)).start()
+    assert len(engine.generate(requests(12, length=20), PARAMS)) == 12
+
+
+def test_a_server_that_hangs_is_restarted(start, monkeypatch):
+    monkeypatch.setattr(sglang_engine, "PATIENCE", 0.5)
+    monkeypatch.setattr(sglang_engine, "CHECK_INTERVAL", 0.1)
+    engine = start(1)
+    threading.Timer(0.2, os.kill, (pid(engine.servers[0]), signal.SIGSTOP)).start()
+    assert len(engine.generate(requests(12, length=20), PARAMS)) == 12
+    assert engine.servers[0].starts == 2
+
+
+def test_a_server_that_died_between_two_calls_is_restarted(start):
+    engine = start(1)
+    os.kill(pid(engine.servers[0]), signal.SIGKILL)
+    assert len(engine.generate(requests(2), PARAMS)) == 2
+
+
+def test_an_interrupt_aborts_what_runs_and_the_engine_goes_on(start):
+    engine = start(1)
+
+    def interrupt(index, completion):
+        raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([*requests(1, length=1), *requests(3, length=500)], PARAMS, interrupt)
+    assert time.monotonic() - began < 5, "requests that nobody waits for were not aborted"
+
+
+def test_a_server_that_fails_at_the_start_says_why_in_one_line(start):
+    with pytest.raises(UserError, match="CUDA out of memory, as it were; its log is ") as caught:
+        start(1, random_seed=13)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_argument_that_this_sglang_has_not_is_named(start):
+    with pytest.raises(UserError, match=r"engine\.server_arguments: this version of SGLang has no frobnicate"):
+        start(1, frobnicate=1)
+
+
+def test_a_server_ends_with_the_process_that_started_it(start):
+    server = start(1).servers[0]
+    server._process.stdin.close()  # as the end of this process would
+    server._process.wait(timeout=10)
+
+
+def test_asleep_or_without_weights_nothing_is_generated(start):
+    engine = start(1)
+    engine.sleep()
+    with pytest.raises(RuntimeError, match="asleep"):
+        engine.generate(requests(1), PARAMS)
+    engine.wake()
+    with pytest.raises(RuntimeError, match="load_weights"):
+        engine.generate(requests(1), PARAMS)
+
+
+def test_a_restarted_server_is_given_the_weights_that_it_should_have(start):
+    engine = start(1)
+    engine._folder_is_current = False  # as after load_weights, which needs a GPU
+    os.kill(pid(engine.servers[0]), signal.SIGKILL)
+    with pytest.raises(UserError, match="nobody is there to send it the current weights"):
+        engine.generate(requests(2), PARAMS)
+
+    def supply():
+        assert engine._in_need is engine.servers[0]
+        engine.servers[0].holds_weights = True
+
+    engine.close()
+    engine.weights_wanted = supply
+    engine.generate(requests(2), PARAMS)
+    assert engine.servers[0].holds_weights
+
+
+def test_the_recipe_s_arguments_have_sglang_s_names():
+    settings = Engine(
+        gpus_per_engine=8,
+        expert_parallel=8,
+        mem_fraction_static=0.7,
+        max_running_requests=512,
+        cuda_graph_batch_sizes=[1, 2],
+        speculation=Speculation(),
+        server_arguments={"attention_backend": "triton", "random_seed": 5},
+    )
+    arguments = server_arguments(Path("folder"), settings, 2)
+    expected = {
+        "model_path": "folder",
+        "host": "127.0.0.1",
+        "tp_size": 8,
+        "ep_size": 8,
+        "base_gpu_id": 16,
+        "mem_fraction_static": 0.7,
+        "max_running_requests": 512,
+        "cuda_graph_bs_decode": [1, 2],
+        "speculative_algorithm": "EAGLE",
+        "speculative_num_steps": 2,
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": 3,
+        "enable_multimodal": False,
+        "attention_backend": "triton",
+        "random_seed": 7,
+    }
+    assert arguments | expected == arguments
