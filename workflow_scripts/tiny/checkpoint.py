@@ -189,12 +189,17 @@ def _unpacked_experts(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Tokenizer) -> None:
     """Write every file of the repository into ``folder``."""
+    write_side_files(folder, config, tokenizer)
+    _write_shards(folder, tensors)
+
+
+def write_side_files(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Write what is not weights."""
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", _generation_config(tokenizer))
     write_json(folder / "preprocessor_config.json", _preprocessor_config("Qwen2VLImageProcessorFast"))
     write_json(folder / "video_preprocessor_config.json", _preprocessor_config("Qwen3VLVideoProcessor"))
     write_tokenizer(tokenizer, folder)
-    _write_shards(folder, tensors)
 
 
 def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:

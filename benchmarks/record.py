@@ -1,0 +1,34 @@
+"""One line of JSON a figure: what was measured, on what, by which command, with which versions."""
+
+import json
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from checkpoints.manifest import versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def record(name: str, model: str, value: float, unit: str, *, gpus: int = 0, file: str | None = None, **note) -> None:
+    """Append a figure to ``results/<file or name>.jsonl`` and print it; ``note`` says under which circumstances."""
+    line = {
+        "name": name,
+        "model": model,
+        "gpus": gpus,
+        "hardware": torch.cuda.get_device_name() if gpus else f"{platform.machine()} CPU",
+        "value": float(f"{value:.5g}"),
+        "unit": unit,
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": versions(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "note": note,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{file or name}.jsonl").open("a", encoding="utf-8") as results:
+        results.write(json.dumps(line, ensure_ascii=False) + "\n")
+    print(f"{name} {model}: {line['value']} {unit} {note}", flush=True)
