@@ -1,0 +1,32 @@
+"""Weights over several processes: any layout can read what any other wrote, and gather it whole."""
+
+import os
+
+import pytest
+
+import export
+from stages import assert_same_files, call, convert_arguments, export_arguments, torchrun, vouch
+from tiny_hub import DENSE, MOE, make_tiny_hub
+
+
+@pytest.fixture
+def environment(root):
+    return os.environ | {"PYTHONPATH": str(root / "workflow_scripts"), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "processes"), [(DENSE, 2), (MOE, 4)])
+def test_weights_survive_every_change_of_layout(root, tmp_path, environment, kind, processes):
+    make_tiny_hub(tmp_path / "hub", kind)
+    worker = root / "tests" / "distributed" / "layouts_worker.py"
+    torchrun(processes, str(worker), str(tmp_path / "hub"), str(tmp_path), env=environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [DENSE, MOE])
+def test_two_processes_convert_to_what_exports_to_the_same_bytes(monkeypatch, tmp_path, environment, kind):
+    make_tiny_hub(tmp_path / "hub", kind, shards=2)
+    download = vouch(tmp_path / "hub", tmp_path / "download.json")
+    torchrun(2, "-m", "convert", *convert_arguments(download, tmp_path / "torch_dist"), env=environment)
+    call(monkeypatch, export.main, export_arguments(download, tmp_path / "torch_dist.json", tmp_path / "hf"))
+    assert_same_files(tmp_path / "hub", tmp_path / "hf")
