@@ -1,6 +1,7 @@
 """The Hub's format to torch_dist and back: every byte returns, little memory is taken, and mistakes end in one line."""
 
 import os
+import resource
 import subprocess
 import sys
 
@@ -204,6 +205,21 @@ def test_a_second_save_replaces_the_first_and_leaves_nothing_beside_it(tmp_path,
     assert all(parameter.eq(2).all() for parameter in model.parameters())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hub", "weights"]
     assert not (tmp_path / "weights" / "left-over").exists()
+
+
+def test_a_write_that_fails_leaves_the_checkpoint_before_it(tmp_path, model_in_one_process):
+    make_tiny_hub(tmp_path / "hub")
+    model = model_in_one_process(Architecture.from_folder(tmp_path / "hub"))
+    torch_dist.save(model, tmp_path / "weights")
+    before = {path: path.read_bytes() for path in (tmp_path / "weights").iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # stands in for a full disk
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            torch_dist.save(model, tmp_path / "weights")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path: path.read_bytes() for path in (tmp_path / "weights").iterdir()} == before
 
 
 # The kernel's own high-water mark of resident memory; getrusage's is handed down by the process that starts this one.
