@@ -1,0 +1,114 @@
+"""The engine's throughput as a share of SGLang's own offline engine: same arguments, same requests, same GPU, in turns.
+
+PYTHONPATH=workflow_scripts python benchmarks/gpu_rollout.py --model 4B --folder results/random/4B
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from record import record
+
+from configuration.schema import Engine, Speculation
+from rollout.engine import Request, SamplingParams
+from rollout.sglang_engine import start
+from rollout.sglang_server import server_arguments
+
+OFFLINE = """
+import json, sys, time
+import sglang
+if __name__ == "__main__":
+    given = json.load(open(sys.argv[1]))
+    engine = sglang.Engine(**given["arguments"])
+    call = dict(input_ids=given["prompts"], sampling_params=given["sampling"], return_logprob=True)
+    engine.generate(**call | dict(input_ids=given["prompts"][:8]))
+    for _ in range(given["turns"]):
+        engine.flush_cache()
+        start = time.perf_counter()
+        answers = engine.generate(**call)
+        seconds = time.perf_counter() - start
+        print("SECONDS", seconds, sum(len(answer["output_ids"]) for answer in answers), flush=True)
+    engine.shutdown()
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="4B")
+    parser.add_argument("--folder", type=Path, required=True, help="a checkpoint in the Hub's format")
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--prompt-tokens", type=int, default=200)
+    parser.add_argument("--response", type=int, default=1024)
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--mem-fraction", type=float, default=0.7)
+    parser.add_argument("--speculation", action="store_true")
+    parser.add_argument("--server-arguments", type=json.loads, default={}, help="JSON")
+    arguments = parser.parse_args()
+    settings = Engine(
+        mem_fraction_static=arguments.mem_fraction,
+        speculation=Speculation() if arguments.speculation else None,
+        server_arguments=arguments.server_arguments,
+    )
+    draw = random.Random(0)
+    prompts = [[draw.randrange(1, 200000) for _ in range(arguments.prompt_tokens)] for _ in range(arguments.prompts)]
+    ours, capacity = engine_rate(arguments, settings, prompts)
+    theirs = offline_rate(arguments, settings, prompts)
+    note = {
+        "prompts": arguments.prompts,
+        "response_tokens": arguments.response,
+        "mem_fraction_static": arguments.mem_fraction,
+        "speculation": arguments.speculation,
+        "server_arguments": arguments.server_arguments,
+        "running_at_once": capacity,
+        "tokens_per_second": round(ours),
+        "sglang_tokens_per_second": round(theirs),
+    }
+    record("rollout_share_of_sglang", arguments.model, ours / theirs, "share", gpus=1, **note)
+
+
+def engine_rate(arguments: argparse.Namespace, settings: Engine, prompts: list[list[int]]) -> tuple[float, int]:
+    """Tokens a second of our engine on one GPU (its best turn), and how many requests it runs at once."""
+    engine = start(arguments.folder, settings)
+    params = SamplingParams(max_new_tokens=arguments.response)
+    requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
+    try:
+        engine.generate(requests[:8], params)
+        rates = []
+        for _ in range(arguments.turns):
+            engine.servers[0].flush()
+            began = time.perf_counter()
+            answers = engine.generate(requests, params)
+            rates.append(sum(len(answer.token_ids) for answer in answers) / (time.perf_counter() - began))
+            print(f"engine: {rates[-1]:.0f} tokens/s", flush=True)
+        return max(rates), engine.servers[0].capacity()
+    finally:
+        engine.close()
+
+
+def offline_rate(arguments: argparse.Namespace, settings: Engine, prompts: list[list[int]]) -> float:
+    """Tokens a second of SGLang's offline engine with the same arguments, in a process of its own."""
+    given = server_arguments(arguments.folder, settings, 0)
+    work = {
+        "arguments": {name: value for name, value in given.items() if name not in ("host", "log_level_http")},
+        "prompts": prompts,
+        "sampling": {"temperature": 1.0, "max_new_tokens": arguments.response, "ignore_eos": True},
+        "turns": arguments.turns,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        script, file = Path(folder) / "offline.py", Path(folder) / "work.json"
+        script.write_text(OFFLINE)
+        file.write_text(json.dumps(work))
+        done = subprocess.run([sys.executable, script, file], stdout=subprocess.PIPE, text=True, check=True)
+    turns = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("SECONDS ")]
+    rates = [int(tokens) / float(seconds) for seconds, tokens in turns]
+    print("offline:", ", ".join(f"{rate:.0f}" for rate in rates), "tokens/s", flush=True)
+    return max(rates)
+
+
+if __name__ == "__main__":
+    main()

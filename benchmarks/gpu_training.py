@@ -1,0 +1,131 @@
+"""Time training steps of a model of true shape with random weights on one GPU, and compare its memory with preflight's.
+
+A step is everything between a rollout's sequences and new weights: forward and backward over packs with GRPO's loss,
+and the optimizer. Model FLOPs utilisation is 6 N D over the time and 989 TFLOP/s, recompute not counted.
+
+    PYTHONPATH=workflow_scripts python benchmarks/gpu_training.py --model 4B --budgets 8192 16384 32768
+"""
+
+import argparse
+import gc
+import time
+from pathlib import Path
+
+import torch
+from record import record
+
+from configuration.loading import load
+from configuration.memory import GIB, architecture_of, estimate
+from configuration.schema import Model, Mtp
+from grpo.learner import Learner
+from grpo.optimizer import build_optimizer
+from grpo.policy import Policy
+from grpo.run_state import Progress
+from grpo.samples import TrainingSequence
+from qwen3_5.build import build_model, finalize, initialize
+
+ROOT = Path(__file__).resolve().parents[1]
+PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="4B")
+    parser.add_argument("--layers", type=int, help="fewer layers, for a first look")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[8192, 16384, 32768])
+    parser.add_argument("--recompute", nargs="+", default=["full", "selective", "none"])
+    parser.add_argument("--response", type=int, default=1024, help="tokens of a response; its prompt has 200")
+    parser.add_argument("--packs", type=int, default=4, help="packs a step")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps, after two that are not")
+    parser.add_argument("--cpu-offload", action="store_true")
+    arguments = parser.parse_args()
+    initialize()
+    for recompute in arguments.recompute:
+        for budget in arguments.budgets:
+            try:
+                measure(arguments, settings(arguments, recompute, budget))
+            except torch.OutOfMemoryError:
+                print(f"{arguments.model} recompute {recompute}, {budget} tokens: out of memory", flush=True)
+            gc.collect()
+            torch.cuda.empty_cache()
+    finalize()
+
+
+def settings(arguments: argparse.Namespace, recompute: str, budget: int) -> Model:
+    """The model's own recipe on one GPU, with this budget."""
+    changes = {
+        "hardware": {"gpus": 1},
+        "parallel": {"tensor": 1, "expert": 1},
+        "engine": {"gpus_per_engine": 1, "expert_parallel": 1},
+        "optimizer": {"cpu_offload": arguments.cpu_offload},
+        "training": {"max_tokens_per_gpu": budget, "recompute": recompute},
+    }
+    if arguments.layers:
+        changes["architecture"] = {"layers": arguments.layers}
+    overrides = {"models": [arguments.model], "per_model": {arguments.model: changes}}
+    return load(ROOT / "config" / "config.yaml", ROOT / "config" / "models", overrides).models[arguments.model]
+
+
+def measure(arguments: argparse.Namespace, model: Model) -> None:
+    architecture, training = architecture_of(model), model.training
+    torch.cuda.reset_peak_memory_stats()
+    network = build_model(architecture, recompute=training.recompute)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.zero_() if parameter.dim() == 1 else parameter.normal_(std=0.02)
+            if name.endswith("out_norm.weight"):
+                parameter.fill_(1)
+    policy = Policy(network, training, model.algorithm, model.sampling, Mtp())
+    learner = Learner(policy, build_optimizer(network, model.optimizer), model.optimizer)
+    sequences = made_up(architecture.vocab_size, arguments.response, arguments.packs * training.max_tokens_per_gpu)
+    tokens = sum(len(sequence.ids) for sequence in sequences)
+    progress, seconds = Progress(), []
+    for _ in range(2 + arguments.steps):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        metrics = learner.learn(sequences, progress)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    assert progress.bad_steps == 0, metrics
+    rate = tokens / min(seconds[2:])
+    free, total = torch.cuda.mem_get_info()
+    used = (total - free) / GIB - (torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()) / GIB
+    expected = estimate(model, total / GIB).training
+    note = {
+        "recompute": training.recompute,
+        "tokens_a_pack": training.max_tokens_per_gpu,
+        "response_tokens": arguments.response,
+        "layers": architecture.num_layers,
+        "cpu_offload": model.optimizer.cpu_offload,
+    }
+    share = 6 * architecture.active_parameters() * rate / PEAK_FLOPS
+    record("train_mfu", arguments.model, share, "share", gpus=1, file="gpu_training", **note)
+    record("train_tokens_per_second_per_gpu", arguments.model, rate, "tokens/s", gpus=1, file="gpu_training", **note)
+    record(
+        "memory_estimate_error",
+        arguments.model,
+        (expected - used) / used,
+        "share",
+        gpus=1,
+        file="gpu_training",
+        peak_gib=round(used, 2),
+        estimated_gib=round(expected, 2),
+        **note,
+    )
+
+
+def made_up(vocabulary: int, response: int, tokens: int, prompt: int = 200) -> list[TrainingSequence]:
+    """Random answers to random prompts, ``tokens`` in all, as an engine with these weights might have given them."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        TrainingSequence(
+            ids=torch.randint(vocabulary, (prompt + response,), generator=generator),
+            log_probs=torch.full((response,), -12.0),
+            advantage=1.0 if number % 2 else -1.0,
+        )
+        for number in range(max(tokens // (prompt + response), 1))
+    ]
+
+
+if __name__ == "__main__":
+    main()
