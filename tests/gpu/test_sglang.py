@@ -1,0 +1,189 @@
+"""SGLang itself behind the engine's interface: what it answers, what it holds, and how it survives."""
+
+import os
+import signal
+import threading
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+from transformers.utils import logging as transformers_logging
+
+from checkpoints.safetensors_io import HubCheckpoint
+from common.errors import UserError
+from configuration.schema import Engine, Speculation, TinyModel
+from rollout import sglang_engine
+from rollout.engine import Request, SamplingParams, start_engine
+from tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
+from tiny.tokenizer import train_tokenizer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(1800)]
+VOCABULARY = 500
+ARGUMENTS = {"attention_backend": "triton", "sampling_backend": "pytorch", "cuda_graph_max_bs_decode": 16}
+
+
+def settings(**changes) -> Engine:
+    return Engine(mem_fraction_static=0.15, server_arguments=ARGUMENTS | changes.pop("server_arguments", {}), **changes)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two checkpoints of one shape with different weights, and a mixture of experts."""
+    tokenizer, root = train_tokenizer(), tmp_path_factory.mktemp("hub")
+    for name, tiny in {
+        "one": TinyModel(kind="dense", hidden=256, head_dim=64),
+        "other": TinyModel(kind="dense", hidden=256, head_dim=64, seed=1),
+        "moe": TinyModel(kind="moe", hidden=256, head_dim=64),
+    }.items():
+        config = model_config(tiny, tokenizer)
+        write_checkpoint(root / name, config, hub_tensors(tiny, random_model(tiny, config)), tokenizer)
+    return root
+
+
+@pytest.fixture(scope="module")
+def engine(folders):
+    running = start_engine(folders / "one", settings())
+    yield running
+    running.close()
+
+
+def prompts(*lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+def requests(*lengths):
+    return [Request(prompt, seed) for seed, prompt in enumerate(prompts(*lengths))]
+
+
+def tensors(folder, text_only=True):
+    """The weights of a checkpoint as a trainer sends them: on the GPU, without what never trains."""
+    hub = HubCheckpoint(folder)
+    for name in hub:
+        if not (text_only and name.startswith(("model.visual.", "mtp."))):
+            yield name, hub.read(name).cuda()
+
+
+@torch.no_grad()
+def log_prob_differences(folder, asked, completions, temperature=1.0):
+    """|engine - transformers in bf16| for every sampled token."""
+    transformers_logging.disable_progress_bar()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()
+    far = []
+    for request, completion in zip(asked, completions, strict=True):
+        ids = torch.tensor([request.prompt_ids + completion.token_ids], device="cuda")
+        log_probs = (
+            model(input_ids=ids).logits[0, len(request.prompt_ids) - 1 : -1].float() / temperature
+        ).log_softmax(-1)
+        expected = log_probs.gather(-1, ids[0, len(request.prompt_ids) :, None])[:, 0].cpu()
+        far.append((expected - torch.tensor(completion.log_probs)).abs())
+    return torch.cat(far)
+
+
+def check(folder, engine, **params):
+    asked = requests(5, 64, 130, 5)
+    completions = engine.generate(asked, SamplingParams(max_new_tokens=48, **params))
+    far = log_prob_differences(folder, asked, completions, params.get("temperature", 1.0) or 1.0)
+    assert far.mean() < 0.02 and far.max() < 0.3, (far.mean(), far.max())
+    return completions
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.7}, {"temperature": 0.0}, {"top_p": 0.8, "top_k": 50}])
+def test_log_probs_are_transformers(folders, engine, params):
+    completions = check(folders / "one", engine, **params)
+    assert all(len(completion.token_ids) == 48 and completion.finish == "length" for completion in completions)
+
+
+def test_a_stop_token_ends_an_answer_and_is_in_it(engine):
+    asked = requests(9, 9, 9, 9)
+    free = engine.generate(asked, SamplingParams(max_new_tokens=32, temperature=0))
+    stop = free[0].token_ids[7]
+    stopped = engine.generate(asked, SamplingParams(max_new_tokens=32, temperature=0, stop_token_ids=(stop,)))
+    first = free[0].token_ids.index(stop)
+    assert stopped[0].token_ids == free[0].token_ids[: first + 1]
+    assert stopped[0].finish == "stop" and len(stopped[0].log_probs) == first + 1
+
+
+def test_a_sleep_frees_memory_and_new_weights_are_the_ones_that_answer(folders, engine):
+    before = torch.cuda.mem_get_info()[0]
+    engine.sleep()
+    assert torch.cuda.mem_get_info()[0] - before > 0.1 * torch.cuda.mem_get_info()[1]
+    with pytest.raises(RuntimeError, match="asleep"):
+        engine.generate(requests(3), SamplingParams(max_new_tokens=2))
+    engine.wake()
+    with pytest.raises(RuntimeError, match="load_weights"):
+        engine.generate(requests(3), SamplingParams(max_new_tokens=2))
+    engine.load_weights(tensors(folders / "other"))
+    check(folders / "other", engine)
+    engine.load_weights(tensors(folders / "one"))  # without a sleep between
+    check(folders / "one", engine)
+
+
+def test_what_is_sent_is_what_is_held(folders, engine):
+    engine.load_weights(tensors(folders / "one"))
+    engine.check_weights(lambda: engine.load_weights(tensors(folders / "one")))
+    check(folders / "one", engine)
+    with pytest.raises(RuntimeError, match="equality failed"):
+        engine.check_weights(lambda: engine.load_weights(tensors(folders / "other")))
+    engine.load_weights(tensors(folders / "one"))
+
+
+@pytest.mark.parametrize("victim", ["the server", "its scheduler"])
+def test_a_killed_server_is_restarted_with_the_current_weights(folders, engine, victim):
+    engine.load_weights(tensors(folders / "other"))
+    engine.weights_wanted = lambda: engine.load_weights(tensors(folders / "other"))
+    process = psutil.Process(engine.servers[0]._process.pid)
+    if victim == "its scheduler":
+        process = next(child for child in process.children(recursive=True) if "scheduler" in " ".join(child.cmdline()))
+    threading.Timer(1.0, os.kill, (process.pid, signal.SIGKILL)).start()
+    asked = requests(*[40] * 64)
+    completions = engine.generate(asked, SamplingParams(max_new_tokens=1500))
+    assert all(len(completion.token_ids) == 1500 for completion in completions)
+    assert engine.servers[0].starts > 1
+    assert log_prob_differences(folders / "other", asked[:4], completions[:4]).mean() < 0.02
+
+
+def test_a_hanging_scheduler_is_restarted(folders, engine, monkeypatch):
+    monkeypatch.setattr(sglang_engine, "PATIENCE", 20.0)
+    monkeypatch.setattr(sglang_engine, "CHECK_INTERVAL", 2.0)
+    engine.weights_wanted = lambda: engine.load_weights(tensors(folders / "other"))
+    starts = engine.servers[0].starts
+    children = psutil.Process(engine.servers[0]._process.pid).children(recursive=True)
+    scheduler = next(child for child in children if "scheduler" in " ".join(child.cmdline()))
+    threading.Timer(1.0, os.kill, (scheduler.pid, signal.SIGSTOP)).start()
+    engine.generate(requests(*[40] * 64), SamplingParams(max_new_tokens=1500))
+    assert engine.servers[0].starts == starts + 1
+
+
+def test_a_seed_decides_an_answer_where_sglang_is_deterministic(folders):
+    engine = start_engine(folders / "one", settings(server_arguments={"enable_deterministic_inference": True}))
+    try:
+        params, asked = SamplingParams(max_new_tokens=32), requests(9, 40, 9)
+        together = engine.generate(asked, params)
+        alone = engine.generate(asked[1:2], params)
+        assert together[1].token_ids == alone[0].token_ids
+        assert together[0].token_ids != together[2].token_ids
+    finally:
+        engine.close()
+
+
+def test_a_mixture_of_experts_with_its_mtp_head_drafting(folders):
+    engine = start_engine(folders / "moe", settings(speculation=Speculation()))
+    try:
+        asked = requests(5, 64)
+        completions = engine.generate(asked, SamplingParams(max_new_tokens=32))
+        assert log_prob_differences(folders / "moe", asked, completions).mean() < 0.05
+        engine.sleep()
+        engine.wake()
+        engine.load_weights(tensors(folders / "moe"))
+        completions = engine.generate(asked, SamplingParams(max_new_tokens=32))
+        assert log_prob_differences(folders / "moe", asked, completions).mean() < 0.05
+    finally:
+        engine.close()
+
+
+def test_a_start_that_fails_says_why_in_one_line(folders, tmp_path):
+    with pytest.raises(UserError, match="did not start: ") as caught:
+        start_engine(tmp_path / "nothing", settings())
+    assert "\n" not in str(caught.value)
