@@ -1,7 +1,7 @@
 # make demo: set up, then the whole pipeline on a CPU with a tiny Qwen3.5.   make test: set up, then the tests.
 SNAKEMAKE := .venv/bin/snakemake --cores all
 
-.PHONY: setup demo test lint lock schema clean-demo
+.PHONY: setup demo test lint lock schema
 
 setup:
 	@envs/setup.sh
@@ -18,7 +18,6 @@ lint: setup
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/snakefmt --check .
-	@.venv/bin/snakemake --lint
 
 # After a change of envs/*.in.
 lock:

@@ -1,10 +1,11 @@
-# The checked configuration, where results lie, and what every rule shares.
+# The checked configuration, where results lie, and the functions that the rules call.
 import sys
 from pathlib import Path
 
 sys.path.insert(0, f"{workflow.basedir}/workflow_scripts")
 
 from common.errors import UserError
+from configuration.layout import processes
 from configuration.loading import load
 from configuration.preflight import check_jobs, table
 from configuration.provenance import Provenance
@@ -52,7 +53,7 @@ def of_model(wildcards):
 
 
 def proves(stage):
-    """The one param by which a rule is run again: what its result depends on (configuration/provenance.py)."""
+    """The one param whose change runs a job again: what its result depends on (configuration/provenance.py)."""
 
     def of(wildcards):
         if "model" in wildcards.keys():
@@ -62,13 +63,7 @@ def proves(stage):
     return of
 
 
-def launcher(processes):
-    """How a script is started: by itself, or as several processes of this machine."""
-    if processes == 1:
-        return "python -m"
-    return (
-        f"python -m torch.distributed.run --standalone --nproc-per-node={processes} -m"
-    )
+# ---- what a job takes --------------------------------------------------------------------------------------------
 
 
 def gpus(wildcards):
@@ -81,3 +76,65 @@ def cores(wildcards):
 
 def host_memory_mb(wildcards):
     return of_model(wildcards).hardware.host_memory_gib * 1024
+
+
+def launcher(count):
+    """How a script is started: by itself, or as several processes of this machine."""
+    if count == 1:
+        return "python -m"
+    return f"python -m torch.distributed.run --standalone --nproc-per-node={count} -m"
+
+
+def maker(source, generator):
+    """The script that brings a model or a problem set here: the download, or what makes it."""
+    return generator if source.place in ("tiny", "problems") else "download"
+
+
+# ---- where things lie --------------------------------------------------------------------------------------------
+
+
+def training_data(wildcards):
+    return f"{RESULTS}/data/{of_model(wildcards).training.dataset}.json"
+
+
+def validation_data(wildcards):
+    validation = of_model(wildcards).validation
+    return [f"{RESULTS}/data/{validation.dataset}.json"] if validation.interval else []
+
+
+def evaluated_model(wildcards):
+    """The weights that an evaluation samples: the download, or the export of a run."""
+    if wildcards.weights == "base":
+        return f"{RESULTS}/{wildcards.model}/download.json"
+    return f"{RESULTS}/{wildcards.model}/hf/{wildcards.weights}.json"
+
+
+def scores(model):
+    """The score files of a model: base and trained, on every problem set that it is evaluated on."""
+    return expand(
+        f"{RESULTS}/{model}/eval/{{dataset}}/{{weights}}.json",
+        dataset=settings.models[model].evaluation.datasets,
+        weights=["base", settings.run],
+    )
+
+
+def results_of(stage, model):
+    """The manifests that stand for one stage of one model."""
+    if model in settings.faults:
+        return lambda wildcards: sys.exit(f"error: {settings.faults[model]}")
+    used = settings.models[model]
+    datasets = {
+        used.training.dataset,
+        used.validation.dataset,
+        *used.evaluation.datasets,
+    }
+    return {
+        "download": [
+            f"{RESULTS}/{model}/download.json",
+            *(f"{RESULTS}/data/{dataset}.json" for dataset in sorted(datasets)),
+        ],
+        "convert": [f"{RESULTS}/{model}/convert.json"],
+        "train": [f"{RESULTS}/{model}/grpo/{settings.run}/train.json"],
+        "export": [f"{RESULTS}/{model}/hf/{settings.run}.json"],
+        "eval": scores(model),
+    }[stage]

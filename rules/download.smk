@@ -1,10 +1,6 @@
 # Starting weights and problem sets: from the Hub, from a local folder, or made here.
 
 
-def maker(source, generator):
-    return generator if source.place in ("tiny", "problems") else "download"
-
-
 rule download:
     output:
         f"{RESULTS}/{{model}}/download.json",
@@ -45,7 +41,7 @@ rule dataset:
         script=lambda wildcards: maker(
             settings.datasets[wildcards.name], "make_problems"
         ),
-        folder=f"{RESULTS}/data",
+        folder=subpath(output[0], parent=True),
     message:
         "{wildcards.name}: fetch the problem set"
     shell:

@@ -1,12 +1,6 @@
 # Scores of the starting weights ("base") and of the trained ones, by the same protocol.
 
 
-def evaluated_model(wildcards):
-    if wildcards.weights == "base":
-        return f"{RESULTS}/{wildcards.model}/download.json"
-    return f"{RESULTS}/{wildcards.model}/hf/{wildcards.weights}.json"
-
-
 rule evaluate:
     input:
         model=evaluated_model,

@@ -1,15 +1,6 @@
 # What a person reads: tables, plots and one self-contained page, over the models that config.yaml lists.
 
 
-def scores(model):
-    """The score files of a model: base and trained, on every problem set that it is evaluated on."""
-    return expand(
-        f"{RESULTS}/{model}/eval/{{dataset}}/{{weights}}.json",
-        dataset=settings.models[model].evaluation.datasets,
-        weights=["base", settings.run],
-    )
-
-
 ALL_SCORES = [path for model in settings.listed for path in scores(model)]
 ALL_TRAININGS = [
     f"{RESULTS}/{model}/grpo/{settings.run}/train.json" for model in settings.listed

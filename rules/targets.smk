@@ -9,32 +9,6 @@ STAGES = {
 }
 
 
-def results_of(stage, model):
-    """The manifests that stand for one stage of one model."""
-    if model in settings.faults:
-        return lambda wildcards: sys.exit(f"error: {settings.faults[model]}")
-    used = settings.models[model]
-    return {
-        "download": [
-            f"{RESULTS}/{model}/download.json",
-            *(
-                f"{RESULTS}/data/{dataset}.json"
-                for dataset in sorted(
-                    {
-                        used.training.dataset,
-                        used.validation.dataset,
-                        *used.evaluation.datasets,
-                    }
-                )
-            ),
-        ],
-        "convert": [f"{RESULTS}/{model}/convert.json"],
-        "train": [f"{RESULTS}/{model}/grpo/{settings.run}/train.json"],
-        "export": [f"{RESULTS}/{model}/hf/{settings.run}.json"],
-        "eval": scores(model),
-    }[stage]
-
-
 rule all:
     """Everything, ending with the report (the default target)."""
     default_target: True
@@ -47,6 +21,17 @@ rule report:
     """Write the tables, the plots and the report over the listed models."""
     input:
         f"{RESULTS}/report.html",
+
+
+rule preflight:
+    log:
+        f"{RESULTS}/logs/preflight.log",
+    """Say what the listed models need and whether this machine has it; nothing is started."""
+    localrule: True
+    run:
+        found = table(settings)
+        Path(log[0]).write_text(found + "\n")
+        print(found)
 
 
 for stage, purpose in STAGES.items():
@@ -67,10 +52,3 @@ for stage, purpose in STAGES.items():
             [results_of(stage, model) for model in settings.listed],
 
     workflow.get_rule(f"{stage}_all").docstring = f"Every listed model: {purpose}."
-
-
-rule preflight:
-    """Say what the listed models need and whether this machine has it; nothing is started."""
-    localrule: True
-    run:
-        print(table(settings))

@@ -2,21 +2,11 @@
 # settings apart, so that the same training goes on and another one starts anew.
 
 
-def validation_data(wildcards):
-    validation = of_model(wildcards).validation
-    return [f"{RESULTS}/data/{validation.dataset}.json"] if validation.interval else []
-
-
-def training_processes(wildcards):
-    hardware = of_model(wildcards).hardware
-    return hardware.processes or hardware.gpus or 1
-
-
 rule train:
     input:
         hub=f"{RESULTS}/{{model}}/download.json",
         weights=f"{RESULTS}/{{model}}/convert.json",
-        data=lambda wildcards: f"{RESULTS}/data/{of_model(wildcards).training.dataset}.json",
+        data=training_data,
         validation=validation_data,
     output:
         f"{RESULTS}/{{model}}/grpo/{settings.run}/train.json",
@@ -32,7 +22,7 @@ rule train:
         runtime=7 * 24 * 60,
     params:
         provenance=proves("train"),
-        launch=lambda wildcards: launcher(training_processes(wildcards)),
+        launch=lambda wildcards: launcher(processes(of_model(wildcards))),
         work=lambda wildcards, output: f"{Path(output[0]).parent}/{provenance.work(wildcards.model)}",
         validation=lambda wildcards, input: (
             f"--validation {input.validation}" if input.validation else ""

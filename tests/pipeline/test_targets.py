@@ -66,3 +66,9 @@ def test_two_jobs_of_eight_gpus_never_run_at_once(root):
 
     profile = yaml.safe_load((root / "profiles/default/config.yaml").read_text())
     assert profile["resources"]["gpu"] == 8
+
+
+def test_the_linter_has_nothing_to_say_but_that_rules_name_no_environment(snakemake):
+    """One locked environment serves every rule, so no rule names one: the README says why."""
+    lints = set(re.findall(r"^ +\* (.+):$", said(snakemake("--lint")), flags=re.MULTILINE))
+    assert lints == {"Specify a conda environment or container for each rule."}

@@ -80,9 +80,8 @@ def hold(folder: Path | str, what: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise UserError(
-                f"{folder}: {what} is already running there ({lock.read().strip() or 'unknown process'}): wait or stop it"
-            ) from None
+            holder = lock.read().strip() or "unknown process"
+            raise UserError(f"{folder}: {what} is already running there ({holder}): wait or stop it") from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {os.uname().nodename}")
         lock.flush()
