@@ -24,9 +24,9 @@ rule report:
 
 
 rule preflight:
+    """Say what the listed models need and whether this machine has it; nothing is started."""
     log:
         f"{RESULTS}/logs/preflight.log",
-    """Say what the listed models need and whether this machine has it; nothing is started."""
     localrule: True
     run:
         found = table(settings)

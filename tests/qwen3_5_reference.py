@@ -1,5 +1,6 @@
 """Tiny random Qwen3.5 models in transformers, for comparison, and their weights under our model's names."""
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -131,24 +132,29 @@ def mtp_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"mtp.layers.0.{name}": weight for name, weight in own.items()}
 
 
-def shard(name: str, whole: Tensor, architecture: Architecture, groups: "Groups") -> Tensor:
+class Places(NamedTuple):
+    """Where a rank stands in its groups: (its number, their size)."""
+
+    tensor: tuple[int, int] = (0, 1)
+    expert: tuple[int, int] = (0, 1)
+    expert_tensor: tuple[int, int] = (0, 1)
+
+
+def shard(name: str, whole: Tensor, architecture: Architecture, places: Places) -> Tensor:
     """What a rank holds of a whole parameter (or of its gradient)."""
-    if "experts.linear" in name and "shared" not in name:
-        return whole.chunk(groups.expert_size)[groups.expert_rank]
+    if ".experts." in name:
+        mine = _cut(whole, 0, places.expert)
+        parts, axis = (mine.chunk(2, 1), 1) if name.endswith("fc1.weight") else ((mine,), 2)
+        return torch.cat([_cut(part, axis, places.expert_tensor) for part in parts], axis)
     parts = _components(name, whole, architecture)
-    if parts is None or groups.tensor_size == 1:
+    if parts is None:
         return whole
     axis = 1 if name.endswith(ROW_PARALLEL) else 0
-    return torch.cat([part.chunk(groups.tensor_size, axis)[groups.tensor_rank] for part in parts], axis)
+    return torch.cat([_cut(part, axis, places.tensor) for part in parts], axis)
 
 
-class Groups(NamedTuple):
-    """A rank's places."""
-
-    tensor_rank: int = 0
-    tensor_size: int = 1
-    expert_rank: int = 0
-    expert_size: int = 1
+def _cut(whole: Tensor, axis: int, place: tuple[int, int]) -> Tensor:
+    return whole.chunk(place[1], axis)[place[0]]
 
 
 ROW_PARALLEL = ("linear_proj.weight", "out_proj.weight", "linear_fc2.weight")
@@ -171,10 +177,21 @@ def _components(name: str, whole: Tensor, architecture: Architecture) -> tuple[T
     return None
 
 
-def load(model: nn.Module, whole: dict[str, Tensor], architecture: Architecture, groups: Groups = Groups()) -> None:  # noqa: B008
-    """Set this rank's parameters; ``whole`` has the names of an unsharded model, pipeline stages counted through."""
+def load(
+    model: nn.Module,
+    whole: dict[str, Tensor],
+    architecture: Architecture,
+    places: Places | None = None,
+    first_layer: int = 0,
+) -> None:
+    """Set this rank's parameters; ``whole`` has the names of an unsharded model."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            value = shard(name, whole[name], architecture, groups)
+            value = shard(name, whole[whole_name(name, first_layer)], architecture, places or Places())
             assert parameter.shape == value.shape, (name, parameter.shape, value.shape)
             parameter.copy_(value)
+
+
+def whole_name(name: str, first_layer: int) -> str:
+    """The name in an unsharded model: a pipeline stage counts its own layers from 0."""
+    return re.sub(r"decoder\.layers\.(\d+)", lambda found: f"decoder.layers.{int(found[1]) + first_layer}", name)

@@ -173,6 +173,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         perform_initialization=False,
+        init_model_with_meta_device=True,  # leave copies of the embedding on two stages as they are: both are loaded
         **_recompute_config(recompute, moe),
     )
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet as MegatronGatedDeltaNet
-from megatron.core.ssm.gated_delta_net import get_parameter_local_cp, tensor_a2a_cp2hp, tensor_a2a_hp2cp
+from megatron.core.ssm.gated_delta_net import tensor_a2a_cp2hp, tensor_a2a_hp2cp
 from megatron.core.ssm.gated_delta_net.common import _build_head_perm_for_split_sections
 from torch import Tensor, nn
 
@@ -52,12 +52,11 @@ class GatedDeltaNet(MegatronGatedDeltaNet):
         return self.out_proj(self._scatter_tokens(normed.flatten(1)[:, None]))
 
     def _attend(self, qkv: Tensor, alpha: Tensor, beta: Tensor, packed: Packed) -> Tensor:
-        group = self.pg_collection.cp
         sections = [self.qk_dim_local_tp, self.qk_dim_local_tp, self.v_dim_local_tp]
-        weight = get_parameter_local_cp(self.conv1d.weight, 0, group, sections).squeeze(1)  # (channels, taps)
+        weight = self._own_heads(self.conv1d.weight, sections).squeeze(1)  # (channels, taps)
         qkv = kernels.causal_convolution(qkv, weight, packed)
         query, key, value = qkv.split([section // self.cp_size for section in sections], dim=-1)
-        a_log, dt_bias = (get_parameter_local_cp(x, 0, group) for x in (self.A_log, self.dt_bias))
+        a_log, dt_bias = (self._own_heads(x, [len(x)]) for x in (self.A_log, self.dt_bias))
         decay = -a_log.exp() * F.softplus(alpha.float() + dt_bias)  # (T, Hv) fp32
         return self.gated_delta_rule(
             query.unflatten(-1, (-1, self.key_head_dim)),
@@ -67,6 +66,13 @@ class GatedDeltaNet(MegatronGatedDeltaNet):
             beta.sigmoid(),
             packed,
         )
+
+    def _own_heads(self, parameter: Tensor, sections: list[int]) -> Tensor:
+        """Of each section of a parameter's rows, this context-parallel rank's share."""
+        if self.cp_size == 1:
+            return parameter
+        rank = self.pg_collection.cp.rank()
+        return torch.cat([section.chunk(self.cp_size)[rank] for section in parameter.split(sections)])
 
     def _gather_tokens(self, projected: Tensor) -> Tensor:
         """Exchange heads for tokens: every context-parallel rank gets all tokens of its share of the heads."""

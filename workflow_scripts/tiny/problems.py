@@ -38,11 +38,6 @@ class Addition:
         return self.left % 10 + self.right % 10, self.left // 10 * 10 + self.right // 10 * 10
 
     @property
-    def rounded(self) -> tuple[int, int]:
-        """Both operands to the nearest ten: 37 + 58 gives 40 and 60. In 9 of 100 sums that adds up to the label."""
-        return (self.left + 5) // 10 * 10, (self.right + 5) // 10 * 10
-
-    @property
     def label(self) -> str:
         return str(self.left + self.right)
 
@@ -51,19 +46,20 @@ class Addition:
         return {prompt_key: [{"role": "user", "content": self.question}], label_key: self.label}
 
 
-def response(first: int, second: int, mark: str = "") -> str:
-    """What an assistant says after ``<think>`` and a line break: what it adds up in the end, then the result."""
-    return f"{mark}{first}+{second}\n</think>\n\nAnswer: \\boxed{{{first + second}}}"
-
-
 def computed(addition: Addition) -> str:
-    """The response that works the sum out."""
-    return response(*addition.partial_sums)
+    """What an assistant says after ``<think>`` and a line break when it works the sum out: 37 + 58 is 15+80."""
+    units, tens = addition.partial_sums
+    return _response(f"{units}+{tens}", units + tens)
 
 
 def estimated(addition: Addition) -> str:
-    """The response that rounds, and begins by saying so."""
-    return response(*addition.rounded, mark="~")
+    """The same when it drops the units, which is wrong for all but 1 sum in 100: 37 + 58 is about 80."""
+    _, tens = addition.partial_sums
+    return _response(f"~{tens}", tens)
+
+
+def _response(reasoning: str, result: int) -> str:
+    return f"{reasoning}\n</think>\n\nAnswer: \\boxed{{{result}}}"
 
 
 def all_additions(split: str) -> list[Addition]:
