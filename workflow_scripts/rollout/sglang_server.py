@@ -27,6 +27,8 @@ SCRIPTS = Path(__file__).parents[1]
 
 # What a launcher such as torchrun sets for its processes is not meant for theirs.
 NOT_INHERITED = re.compile(r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*)")
+# What SGLang's processes say when another of them has failed.
+CONSEQUENCE = re.compile(r"EOFError|scheduler died|Initialization failed|error messages above", re.IGNORECASE)
 
 
 class ServerDown(Exception):
@@ -213,7 +215,8 @@ def _free_port() -> int:
 
 
 def _reason(log: Path) -> str:
-    """The line of the log that says best why the process ended: the last error, else the last line."""
+    """The line of the log that says best why the process ended: the last error of its own, else the last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()[-400:] if line.strip()]
     errors = [line for line in lines if re.match(r"(\[[^]]*\] *)?[\w.]*(Error|Exception)\b|error: ", line)]
-    return (errors or lines or ["it ended without a word"])[-1][:400]
+    own = [line for line in errors if not CONSEQUENCE.search(line)]
+    return (own or errors or lines or ["it ended without a word"])[-1][:400]
