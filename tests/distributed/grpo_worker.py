@@ -1,0 +1,74 @@
+"""One of several processes: GRPO's gradient under one parallel layout after the other, as checkpoints of gradients."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from checkpoints import mapping, torch_dist
+from checkpoints.safetensors_io import HubCheckpoint
+from configuration.schema import Algorithm, Experts, Mtp, Optimizer, Parallel, Sampling, Training
+from grpo.learner import Learner
+from grpo.optimizer import CpuAdam
+from grpo.policy import Policy
+from grpo.run_state import Progress
+from grpo.samples import TrainingSequence
+from qwen3_5.architecture import Architecture
+from qwen3_5.build import build_model, initialize
+
+SHAPES = [(5, 9), (2, 70), (12, 3), (30, 1), (7, 20), (3, 33)]
+LAYOUTS = {
+    "dense": [Parallel(), Parallel(tensor=2), Parallel(tensor=2, sequence=False), Parallel(context=2)],
+    "moe": [Parallel(), Parallel(expert=2), Parallel(tensor=2), Parallel(tensor=2, expert=2)],
+}
+
+
+def sequences() -> list[TrainingSequence]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        TrainingSequence(
+            ids=torch.randint(280, (prompt + response,), generator=generator),
+            log_probs=-4 + torch.randn(response, generator=generator),
+            advantage=0.5 - index,
+        )
+        for index, (prompt, response) in enumerate(SHAPES)
+    ]
+
+
+def save_gradients(hub_folder: Path, parallel: Parallel, folder: Path) -> None:
+    """Learn from the sequences, and write the gradients in the place of the weights, and the metrics beside them."""
+    initialize(parallel)
+    architecture, hub = Architecture.from_folder(hub_folder), HubCheckpoint(hub_folder)
+    model = build_model(
+        architecture, parallel, dtype=torch.float32, mtp_num_layers=1, experts=Experts(dispatcher="alltoall")
+    )
+    mapping.from_hub(model, architecture, hub)
+    training = Training(
+        dataset="d",
+        prompts_per_rollout=1,
+        samples_per_prompt=len(SHAPES),
+        global_batch=len(SHAPES),
+        max_tokens_per_gpu=90,
+        log_prob_chunk=16,
+        dtype="float32",
+    )
+    algorithm = Algorithm(entropy_coefficient=0.1, kl_coefficient=0.1)
+    settings = Optimizer(learning_rate=0.0, clip_gradient_norm=0.0)
+    policy = Policy(model, training, algorithm, Sampling(temperature=0.7), Mtp(train=True))
+    learner = Learner(policy, CpuAdam(model, settings), settings)
+    metrics = learner.learn(sequences(), Progress())
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(learner.optimizer.gradients[name])
+    torch_dist.save(model, folder)
+    if dist.get_rank() == 0:
+        folder.with_suffix(".json").write_text(json.dumps(metrics))
+    parallel_state.destroy_model_parallel()
+
+
+if __name__ == "__main__":
+    for number, layout in enumerate(LAYOUTS[sys.argv[2]]):
+        save_gradients(Path(sys.argv[1]), layout, Path(sys.argv[3]) / f"layout-{number}")
+    dist.destroy_process_group()

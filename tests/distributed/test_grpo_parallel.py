@@ -1,0 +1,79 @@
+"""GRPO over several processes: every layout has the gradient of one process, and a whole run goes on when stopped."""
+
+import json
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import grpo_run
+from checkpoints import torch_dist
+from checkpoints.manifest import read_manifest
+from distributed.grpo_worker import LAYOUTS, save_gradients
+from qwen3_5.architecture import Architecture
+from qwen3_5.build import build_model, finalize, initialize
+from stages import torchrun
+from tiny_hub import make_tiny_hub
+
+
+@pytest.fixture
+def environment(root):
+    paths = [root / "workflow_scripts", root / "tests"]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+
+
+def gradients(folder, hub):
+    initialize()
+    model = build_model(Architecture.from_folder(hub), dtype=torch.float32, mtp_num_layers=1)
+    torch_dist.load(model, folder)
+    finalize()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_every_layout_has_the_loss_and_the_gradient_of_one_process(root, tmp_path, environment, kind):
+    hub = tmp_path / "hub"
+    make_tiny_hub(hub, kind)
+    worker = root / "tests" / "distributed" / "grpo_worker.py"
+    torchrun(2, str(worker), str(hub), kind, str(tmp_path), env=environment)
+    save_gradients(hub, LAYOUTS[kind][0], tmp_path / "alone")
+    dist.destroy_process_group()
+
+    expected, metrics = gradients(tmp_path / "alone", hub), json.loads((tmp_path / "alone.json").read_text())
+    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    for number, layout in enumerate(LAYOUTS[kind]):
+        found = gradients(tmp_path / f"layout-{number}", hub)
+        for name, gradient in expected.items():
+            error = (found[name] - gradient).norm()
+            assert error < 1e-3 * gradient.norm() + 1e-6 * norm, f"{layout}: {name}"
+        assert json.loads((tmp_path / f"layout-{number}.json").read_text()) == pytest.approx(
+            metrics, rel=1e-4, abs=1e-6
+        )
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(root, tmp_path, environment):
+    """Rank 0 samples for both; what they log is what one process logs, but for rounding."""
+    grpo_run.prepare(tmp_path)
+    grpo_run.convert_model(tmp_path)
+    alone, both = (grpo_run.arguments(tmp_path, tmp_path / name, training={"rollouts": 2}) for name in ("one", "two"))
+    grpo_run.run(alone)
+    torchrun(2, str(root / "tests" / "grpo_run.py"), *both, env=environment)
+    read_manifest(tmp_path / "two.json").require(digests=True)
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [row["rollout"] for row in two] == [row["rollout"] for row in one]
+    for name in ("reward_mean", "loss", "grad_norm", "log_prob_diff"):
+        assert two[1][name] == pytest.approx(one[1][name], rel=1e-3, abs=1e-6), name
+    checkpoint = tmp_path / "two" / "checkpoint-000002"
+    assert {path.name for path in (checkpoint / "optimizer").iterdir()} == {
+        "rank-00000.safetensors",
+        "rank-00001.safetensors",
+    }
+    longer = grpo_run.arguments(tmp_path, tmp_path / "two", training={"rollouts": 3})
+    torchrun(2, str(root / "tests" / "grpo_run.py"), *longer, env=environment)
+    assert read_manifest(tmp_path / "two.json").facts["rollouts"] == 3
