@@ -87,7 +87,7 @@ class StackedWeight(nn.Module):
         super().__init__()
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = nn.Parameter(torch.empty(experts, rows, columns, dtype=config.params_dtype, device=device))
-        self.weight.allreduce = config.expert_model_parallel_size == 1  # else reduced over fewer ranks than the rest
+        self.weight.allreduce = False  # its gradient is summed over the ranks that hold the same experts
         set_tensor_model_parallel_attributes(self.weight, True, partition_dim, 1)
 
 
