@@ -1,0 +1,198 @@
+"""One of several processes: the model in one parallel layout after the other, against what one process found."""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor, nn
+
+import qwen3_5_reference as reference
+from configuration.schema import Experts, Parallel
+from grpo.optimizer import sum_partial_gradients
+from qwen3_5.build import build_model, initialize
+from qwen3_5.model import hidden_states, output_weight
+from qwen3_5.mtp import mtp_loss
+from qwen3_5.packed import context_shard, pack
+
+# Four processes in every layout; what the dense dimensions leave of them is data parallel.
+LAYOUTS = {
+    "dense": [
+        (Parallel(), Experts()),
+        (Parallel(tensor=2), Experts()),
+        (Parallel(tensor=2, sequence=False), Experts()),
+        (Parallel(tensor=4), Experts()),
+        (Parallel(context=2), Experts()),
+        (Parallel(context=4), Experts()),
+        (Parallel(tensor=2, context=2), Experts()),
+        (Parallel(pipeline=2), Experts()),
+        (Parallel(tensor=2, pipeline=2), Experts()),
+    ],
+    "moe": [
+        (Parallel(expert=2), Experts(dispatcher="flex")),
+        (Parallel(expert=4), Experts(dispatcher="allgather")),
+        (Parallel(expert=4), Experts(dispatcher="alltoall")),
+        (Parallel(expert=4), Experts(dispatcher="flex")),
+        (Parallel(tensor=2, expert=4), Experts(dispatcher="flex")),
+        (Parallel(tensor=2, expert=2, expert_tensor=2), Experts(dispatcher="allgather")),
+        (Parallel(tensor=2, expert=2, expert_tensor=2), Experts(dispatcher="flex")),
+        (Parallel(context=2, expert=2), Experts(dispatcher="flex")),
+        (Parallel(pipeline=2, expert=2), Experts(dispatcher="alltoall")),
+    ],
+}
+# Wide enough to be cut in four; two key heads serve four ranks under context parallelism.
+WIDER = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32} | {
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+CHANGES = {"dense": WIDER, "moe": WIDER | {"num_key_value_heads": 2}}
+LENGTHS = [(70, 33, 1, 66), (128, 3), (40, 41, 42), (5, 90)]  # four packs, none as long as another
+
+
+class Batch(NamedTuple):
+    """A pack, and a direction for its logits: the loss is their product, so that every logit has a say."""
+
+    ids: Tensor
+    positions: Tensor
+    packed: object
+    responses: Tensor
+    direction: Tensor  # (T, V)
+
+
+def batch(number: int, parallel: Parallel) -> Batch:
+    torch.manual_seed(100 + number)
+    rows = [torch.randint(0, 512, (length,)) for length in LENGTHS[number]]
+    real = sum(LENGTHS[number])
+    ids, positions, packed = pack(rows, multiple_of=parallel.tensor * parallel.context)
+    direction = torch.zeros(ids.shape[1], 512)
+    direction[:real] = torch.randn(real, 512)
+    responses = torch.zeros(ids.shape, dtype=torch.bool)
+    responses[:, :real] = torch.rand(real) < 0.7
+    return Batch(ids, positions, packed, responses, direction)
+
+
+def loss_and_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """On the last pipeline stage: this rank's part of the loss, and its logits (T / cp, V / tp)."""
+    hidden = hidden_states(model, context_shard(batch.ids), context_shard(batch.positions), batch.packed)
+    if not parallel_state.is_pipeline_last_stage():
+        return hidden, hidden
+    whole = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+    logits = whole @ output_weight(model).T
+    direction = context_shard(batch.direction, 0).chunk(parallel_state.get_tensor_model_parallel_world_size(), 1)
+    loss = (logits * direction[parallel_state.get_tensor_model_parallel_rank()]).sum()
+    if model.config.mtp_num_layers:
+        loss = loss + 0.2 * mtp_loss(model, hidden, batch.ids, batch.responses, batch.packed, token_count=1)
+    return loss, logits
+
+
+def forward_and_backward(model: nn.Module, batch: Batch) -> Tensor:
+    """One pack through all pipeline stages and back; the logits, on the last stage."""
+    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    received = None
+    if not first:
+        shards = parallel_state.get_context_parallel_world_size()
+        if model.config.sequence_parallel:
+            shards *= parallel_state.get_tensor_model_parallel_world_size()
+        received = torch.empty(batch.ids.shape[1] // shards, 1, model.config.hidden_size)
+        dist.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank())
+        model.set_input_tensor(received.requires_grad_())
+    output, logits = loss_and_logits(model, batch)
+    if last:
+        output.backward()
+    else:
+        gradient = torch.empty_like(output)
+        dist.send(output.detach().contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+        dist.recv(gradient, parallel_state.get_pipeline_model_parallel_next_rank())
+        output.backward(gradient)
+    if not first:
+        dist.send(received.grad, parallel_state.get_pipeline_model_parallel_prev_rank())
+    return logits.detach()
+
+
+def reduce_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Every rank's gradients, summed over the ranks that hold the same weights."""
+    parameters = dict(model.named_parameters())
+    gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in parameters.items()}
+    sum_partial_gradients(parameters, gradients)
+    for name, gradient in gradients.items():
+        if getattr(parameters[name], "allreduce", True):
+            dist.all_reduce(gradient, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        else:
+            dist.all_reduce(gradient, group=parallel_state.get_expert_data_parallel_group())
+    for name, parameter in parameters.items():
+        if getattr(parameter, "shared_embedding", False):  # the first and the last stage each have a copy
+            dist.all_reduce(gradients[name], group=parallel_state.get_embedding_group())
+    return gradients
+
+
+def places() -> reference.Places:
+    return reference.Places(
+        (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()),
+        (parallel_state.get_expert_model_parallel_rank(), parallel_state.get_expert_model_parallel_world_size()),
+        (parallel_state.get_expert_tensor_parallel_rank(), parallel_state.get_expert_tensor_parallel_world_size()),
+    )
+
+
+def assert_near(found: Tensor, expected: Tensor, tolerance: float, floor: float, what: str) -> None:
+    error = (found - expected).norm().item()
+    assert error <= tolerance * expected.norm().item() + floor, f"{what}: off by {error:.3g} of {expected.norm():.3g}"
+
+
+def check(architecture, parallel: Parallel, experts: Experts, expected: dict) -> None:
+    """Logits and every gradient of this rank, in fp32, against its share of the single process's."""
+    # A tied embedding on two stages is one copy too many for the MTP layer, which would bring a third.
+    with_mtp = parallel.pipeline == 1 or not architecture.tie_embeddings
+    model = build_model(architecture, parallel, experts=experts, mtp_num_layers=int(with_mtp))
+    layers = len(model.decoder.layers)
+    first_layer = parallel_state.get_pipeline_model_parallel_rank() * layers
+    reference.load(model, expected["weights"], architecture, places(), first_layer)
+    ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    for number in range(rank, len(LENGTHS), ranks):
+        logits = forward_and_backward(model, batch(number, parallel))
+        if parallel_state.is_pipeline_last_stage():
+            mine = torch.zeros(parallel.context * len(logits), 512)
+            mine[: sum(LENGTHS[number])] = expected["logits"][number]
+            mine = reference._cut(context_shard(mine, 0), 1, places().tensor)
+            real = context_shard(batch(number, parallel).direction, 0).any(1)
+            assert_near(logits[real], mine[real], 1e-5, 0, f"logits of pack {number}")
+    floor = 1e-6 * torch.stack([g.norm() for g in expected["gradients"].values()]).norm().item()
+    for name, gradient in reduce_gradients(model).items():
+        whole = expected["gradients"][reference.whole_name(name, first_layer)]
+        share = reference.shard(name, whole, architecture, places())
+        assert_near(gradient, share, 2e-3 if name.endswith(("A_log", "dt_bias")) else 1e-4, floor, name)
+
+
+def single_process(kind: str, file: Path) -> None:
+    """Weights, logits and gradients of the whole model on all packs, for the others to compare with."""
+    architecture, theirs = reference.reference(kind, **CHANGES[kind])
+    weights = reference.megatron_names(architecture, dict(theirs.named_parameters()))
+    weights |= reference.mtp_names(weights)
+    model = build_model(architecture, mtp_num_layers=1)
+    reference.load(model, weights, architecture)
+    logits = [forward_and_backward(model, batch(number, Parallel())) for number in range(len(LENGTHS))]
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    # Where stages each need the embedding or the output weight, copies have names of their own.
+    for tree in (weights, gradients):
+        tree.setdefault("output_layer.weight", tree["embedding.word_embeddings.weight"])
+    torch.save({"weights": weights, "logits": logits, "gradients": gradients}, file)
+
+
+def main(kind: str, file: Path) -> None:
+    architecture, _ = reference.reference(kind, **CHANGES[kind])
+    expected = torch.load(file)
+    for parallel, experts in LAYOUTS[kind]:
+        initialize(parallel)
+        try:
+            check(architecture, parallel, experts, expected)
+        except Exception as error:
+            raise AssertionError(f"{parallel} {experts} on rank {dist.get_rank()}: {error}") from error
+        parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
