@@ -2,9 +2,12 @@
 
 import contextlib
 import signal
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Self
+
+ECHO_SECONDS = 3.0
 
 
 class Interrupted(Exception):
@@ -14,11 +17,13 @@ class Interrupted(Exception):
 class Interrupts:
     """Turns the first request to end into a flag, or into `Interrupted` within `abandonable` work.
 
-    A second Ctrl-C ends the process as usual. A context manager; the old handlers return with its end.
+    A later second Ctrl-C ends the process as usual (the first may come twice: from the terminal and from torchrun). A
+    context manager; the old handlers return with its end.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._since = 0.0
         self._abandonable = False
 
     def __enter__(self) -> Self:
@@ -50,8 +55,9 @@ class Interrupts:
             self._abandonable = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self.requested and number == signal.SIGINT and time.monotonic() - self._since > ECHO_SECONDS:
             raise KeyboardInterrupt
-        self.signal = number
+        if not self.requested:
+            self.signal, self._since = number, time.monotonic()
         if self._abandonable:
             raise Interrupted

@@ -22,7 +22,8 @@ class JsonLines:
     def append(self, row: dict[str, Any]) -> None:
         """Write one line; numbers that JSON has no word for become null."""
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        self.file.write(json.dumps(clean, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        line = json.dumps(clean, ensure_ascii=False, allow_nan=False)
+        self.file.write(line.encode("utf-8", "backslashreplace") + b"\n")  # a lone surrogate as JSON's escape of it
         self.file.flush()
 
     def sync(self) -> int:
