@@ -35,6 +35,7 @@ LAYOUTS = {
         (Parallel(expert=4), Experts(dispatcher="allgather")),
         (Parallel(expert=4), Experts(dispatcher="alltoall")),
         (Parallel(expert=4), Experts(dispatcher="flex")),
+        (Parallel(tensor=2), Experts(dispatcher="alltoall")),
         (Parallel(tensor=2, expert=4), Experts(dispatcher="flex")),
         (Parallel(tensor=2, expert=2, expert_tensor=2), Experts(dispatcher="allgather")),
         (Parallel(tensor=2, expert=2, expert_tensor=2), Experts(dispatcher="flex")),

@@ -43,10 +43,14 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, packed: Packed) 
 def causal_convolution(x: Tensor, weight: Tensor, packed: Packed) -> Tensor:
     """Depthwise causal convolution along each sequence, then SiLU: (T, C) and weight (C, K) to (T, C)."""
     if x.is_cuda:
-        from fla.modules.convolution import causal_conv1d
+        from fla.modules.causal_conv1d import causal_conv1d
 
         convolved, _ = causal_conv1d(
-            x=x.contiguous()[None], weight=weight, activation="silu", cu_seqlens=packed.cu_seqlens_q.long()
+            x=x[None],
+            weight=weight,
+            activation="silu",
+            cu_seqlens=packed.boundaries,
+            cu_seqlens_cpu=packed.host_boundaries,
         )
         return convolved[0]
     return F.silu(_CausalConvolution.apply(x, weight, packed.positions))
@@ -68,15 +72,13 @@ def gated_delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, b
     if query.is_cuda:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-        groups = value.shape[1] // key.shape[1]
         output, _ = chunk_gated_delta_rule(
-            query.repeat_interleave(groups, 1)[None],
-            key.repeat_interleave(groups, 1)[None],
-            value.contiguous()[None],
+            *(x.contiguous()[None] for x in (query, key, value)),
             g=decay.contiguous()[None],
             beta=beta.contiguous()[None],
             use_qk_l2norm_in_kernel=True,
-            cu_seqlens=packed.cu_seqlens_q.long(),
+            cu_seqlens=packed.boundaries,
+            cu_seqlens_cpu=packed.host_boundaries,
         )
         return output[0]
     return _chunked_delta_rule(query, key, value, decay, beta, packed).to(value.dtype)

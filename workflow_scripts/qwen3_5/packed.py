@@ -40,11 +40,15 @@ class Bucket:
 class Packed(PackedSeqParams):
     """The boundaries of a pack (of the whole pack, also under context parallelism), as Megatron-Core passes them on.
 
-    Made by `pack`. ``lengths`` repeats ``cu_seqlens_q`` on the host, so that no layer has to wait for the GPU.
+    Made by `pack`. ``lengths`` and ``host_boundaries`` repeat ``cu_seqlens_q`` on the host, so that no layer has to
+    wait for the GPU; flash-linear-attention keeps what it works out of ``boundaries`` for as long as it is the same
+    tensor.
     """
 
     lengths: tuple[int, ...] = ()
     positions: Tensor | None = None  # (T,) place of every token in its sequence
+    boundaries: Tensor | None = None  # (S + 1,) cu_seqlens_q in 64 bits
+    host_boundaries: Tensor | None = None  # (S + 1,) the same on the CPU
     _layouts: dict = field(default_factory=dict, repr=False, compare=False)
 
     def chunks(self, size: int) -> ChunkLayout:
@@ -112,16 +116,19 @@ def pack(
     if missing:
         rows.append(torch.full((missing,), padding_id, dtype=torch.long))
     lengths = tuple(len(row) for row in rows)
-    boundaries = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
+    host_boundaries = torch.tensor([0, *lengths]).cumsum(0)
+    boundaries = host_boundaries.to(device)
     positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
     packed = Packed(
         qkv_format="thd",
-        cu_seqlens_q=boundaries,
-        cu_seqlens_kv=boundaries,
+        cu_seqlens_q=boundaries.int(),
+        cu_seqlens_kv=boundaries.int(),
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
         lengths=lengths,
         positions=positions,
+        boundaries=boundaries,
+        host_boundaries=host_boundaries,
     )
     return torch.cat(rows).to(device)[None], positions[None], packed
 
