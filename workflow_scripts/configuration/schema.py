@@ -179,7 +179,7 @@ class Training(Section):
     save_interval: PositiveInt = 20
     keep_checkpoints: PositiveInt = Field(2, description="the last N stay, and the best besides")
     max_bad_steps: PositiveInt = Field(
-        5, description="steps skipped for a NaN or infinite loss or gradient that end a run"
+        5, description="steps in a row, skipped for a NaN or infinite loss or gradient, that end a run"
     )
     wandb_project: str | None = Field(None, description="also log to this Weights & Biases project")
 
