@@ -11,17 +11,25 @@ import pytest
 
 MODELS = "models=[tiny, 9B]"
 PARTS = ("Snakefile", "rules", "config", "profiles", "workflow_scripts")
-SUMMARY = {"tables", "plots", "page"}
+
+# The jobs by the messages that their rules announce them with.
+DOWNLOAD = "{}: fetch the starting weights"
+DATASET = "{}: fetch the problem set"
+CONVERT = "{}: convert to Megatron torch_dist"
+TRAIN = "{}: train with GRPO"
+EXPORT = "{}: export the trained weights in the Hub's format"
+EVALUATE = "{}: evaluate the {} weights on {}"
+SUMMARY = {"write the tables", "draw the plots", "write the report"}
 
 
 def trained(model):
     """Every job downstream of a model's training."""
     dataset = "sums-evaluation" if model == "tiny" else "aime-2024"
-    return {f"train {model}", f"export {model}", f"evaluate {model} {dataset} grpo"} | SUMMARY
+    return {TRAIN.format(model), EXPORT.format(model), EVALUATE.format(model, "grpo", dataset)} | SUMMARY
 
 
 def evaluated(model, dataset):
-    return {f"evaluate {model} {dataset} base", f"evaluate {model} {dataset} grpo"} | SUMMARY
+    return {EVALUATE.format(model, weights, dataset) for weights in ("base", "grpo")} | SUMMARY
 
 
 EVALUATED = evaluated("tiny", "sums-evaluation") | evaluated("9B", "aime-2024")
@@ -39,7 +47,7 @@ def finished(root, snakemake, tmp_path_factory):
             output = folder / line.split("\t")[0]
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text("{}\n")
-    snakemake("--touch", "--config", MODELS, "--", "all", cwd=folder, check=True)
+    snakemake("--touch", "--forceall", "--config", MODELS, "--", "all", cwd=folder, check=True)
     return folder
 
 
@@ -50,16 +58,10 @@ def workflow(finished, tmp_path):
 
 
 def would_run(snakemake, folder, *config):
-    """The jobs of a dry run: ``rule``, or ``rule`` and its wildcards in the order of the rule's output."""
+    """The messages of the jobs of a dry run."""
     done = snakemake("-n", "--config", MODELS, *config, "--", "all", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    jobs = set()
-    for block in re.split(r"\n(?=(?:local)?rule )", done.stdout + done.stderr):
-        if rule := re.match(r"(?:local)?rule (\w+):", block):
-            wildcards = re.search(r"wildcards: (.*)", block)
-            values = [pair.split("=")[1] for pair in wildcards[1].split(", ")] if wildcards else []
-            jobs.add(" ".join([rule[1], *values]))
-    return jobs - {"all"}
+    return set(re.findall(r"^Job \d+: (.+)$", done.stdout + done.stderr, flags=re.MULTILINE))
 
 
 def edit(path, old, new):
@@ -81,16 +83,16 @@ OVERRIDES = {
     "the evaluation's samples": ("evaluation={samples_per_problem: 32}", EVALUATED),
     "the conversion's MTP layers": (
         "per_model={9B: {conversion: {mtp_num_layers: 1}}}",
-        {"convert 9B"} | trained("9B"),
+        {CONVERT.format("9B")} | trained("9B"),
     ),
-    "a plot's colour": ("plots={color_trained: '#c92a2a'}", {"plots", "page"}),
+    "a plot's colour": ("plots={color_trained: '#c92a2a'}", {"draw the plots", "write the report"}),
     "the training set's revision": (
         "datasets={dapo-math-17k: {revision: v2}}",
-        {"dataset dapo-math-17k"} | trained("9B"),
+        {DATASET.format("dapo-math-17k")} | trained("9B"),
     ),
     "the model's revision": (
         "per_model={9B: {source: {revision: v2}}}",
-        {"download 9B", "convert 9B"} | trained("9B") | evaluated("9B", "aime-2024"),
+        {DOWNLOAD.format("9B"), CONVERT.format("9B")} | trained("9B") | evaluated("9B", "aime-2024"),
     ),
     "memory that only preflight reads": ("per_model={9B: {hardware: {host_memory_gib: 300}}}", set()),
     "the same value written otherwise": ("per_model={9B: {optimizer: {learning_rate: 0.000001}}}", set()),
@@ -122,7 +124,7 @@ def test_a_setting_reruns_what_reads_it_and_nothing_else(snakemake, finished, wh
             trained("tiny") | evaluated("tiny", "sums-evaluation"),
         ),
         ("workflow_scripts/evaluation/estimators.py", "\nimport", "\nEDITED = 1\nimport", None),
-        ("workflow_scripts/reporting/report.py", "\nimport", "\nEDITED = 1\nimport", {"page"}),
+        ("workflow_scripts/reporting/report.py", "\nimport", "\nEDITED = 1\nimport", {"write the report"}),
         ("workflow_scripts/configuration/schema.py", '"""', '"""Said otherwise. ', set()),
     ],
     ids=lambda value: value.rsplit("/")[-1] if isinstance(value, str) and value.endswith((".py", ".yaml")) else None,
@@ -131,7 +133,7 @@ def test_an_edited_file_reruns_what_uses_it(snakemake, workflow, file, old, new,
     edit(workflow / file, old, new)
     found = would_run(snakemake, workflow)
     if jobs is None:  # the estimators serve every evaluation and all that is made of it
-        assert found >= EVALUATED and not any(job.startswith(("convert", "download", "dataset")) for job in found)
+        assert found >= EVALUATED and not any("fetch" in job or "convert" in job for job in found)
     else:
         assert found == jobs
 
@@ -143,10 +145,10 @@ def test_a_touched_but_unchanged_input_reruns_nothing(snakemake, workflow):
 
 def test_a_lost_result_is_made_again_with_what_hangs_on_it(snakemake, workflow):
     (workflow / "results/9B/convert.json").unlink()
-    assert "convert 9B" in would_run(snakemake, workflow)
+    assert CONVERT.format("9B") in would_run(snakemake, workflow)
 
 
 def test_another_run_name_keeps_the_old_results(snakemake, finished):
     jobs = would_run(snakemake, finished, "run=again")
-    assert {"train 9B", "evaluate 9B aime-2024 again"} <= jobs
-    assert "evaluate 9B aime-2024 base" not in jobs and "convert 9B" not in jobs
+    assert {TRAIN.format("9B"), EVALUATE.format("9B", "again", "aime-2024")} <= jobs
+    assert EVALUATE.format("9B", "base", "aime-2024") not in jobs and CONVERT.format("9B") not in jobs

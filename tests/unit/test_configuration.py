@@ -91,7 +91,9 @@ def test_the_user_s_word_beats_the_model_s_file_and_per_model_beats_both(root):
 
 def test_naming_another_place_replaces_the_first(root):
     overrides = {"datasets": {"aime-2024": {"folder": "here"}}, "per_model": {"9B": {"source": {"folder": "there"}}}}
+    overrides["per_model"]["tiny"] = {"source": {"tiny": {"warm_up": {"steps": 7}}}}
     configuration = configured(root, overrides)
+    assert configuration.models["tiny"].source.tiny.warm_up.steps == 7
     assert configuration.datasets["aime-2024"].place == configuration.models["9B"].source.place == "folder"
     assert configuration.datasets["aime-2024"].rows == 30
 

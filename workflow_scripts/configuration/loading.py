@@ -189,7 +189,8 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         old = result.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
-            old = {k: v for k, v in old.items() if not (k in PLACES and PLACES & value.keys())}
+            other_places = PLACES - value.keys() if PLACES & value.keys() else ()
+            old = {name: content for name, content in old.items() if name not in other_places}
             result[key] = merge(old, value)
         else:
             result[key] = value
