@@ -1,4 +1,5 @@
 # The checked configuration, where results lie, and the functions that the rules call.
+import os
 import sys
 from pathlib import Path
 
@@ -31,12 +32,26 @@ RESULTS = settings.results
 
 # Jobs run with the interpreter that runs Snakemake, see no other modules than this project's, and write what they say
 # to the terminal and to their log; the log's writer outlives an interrupt, so that the job can report how it saved.
+# `share` divides a job's threads among its processes.
 shell.prefix(
     "set -euo pipefail; "
     f"export PATH='{Path(sys.executable).parent}':$PATH PYTHONPATH='{BASE}/workflow_scripts' "
-    "PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false; "
+    "PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false; "
     'logged() {{ (trap "" INT TERM; exec tee "$1"); }}; '
+    "share() {{ echo $(( $1 > $2 ? $1 / $2 : 1 )); }}; "
 )
+
+# Compiled kernels are kept from run to run, beside the results unless the user says where.
+for variable in (
+    "TRITON_CACHE_DIR",
+    "TILELANG_CACHE_DIR",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "FLASHINFER_WORKSPACE_BASE",
+):
+    os.environ.setdefault(
+        variable,
+        str(Path(RESULTS, "caches", variable.split("_")[0].lower()).absolute()),
+    )
 
 
 wildcard_constraints:

@@ -16,13 +16,14 @@ rule convert:
         runtime=120,
     params:
         provenance=proves("convert"),
+        processes=lambda wildcards: of_model(wildcards).conversion.processes,
         launch=lambda wildcards: launcher(of_model(wildcards).conversion.processes),
         mtp_num_layers=lambda wildcards: of_model(wildcards).conversion.mtp_num_layers,
         folder=subpath(output[0], strip_suffix="convert.json"),
     message:
         "{wildcards.model}: convert to Megatron torch_dist"
     shell:
-        "{params.launch} convert --provenance {params.provenance:q} --hub {input.hub}"
+        "OMP_NUM_THREADS=$(share {threads} {params.processes}) {params.launch} convert --provenance {params.provenance:q} --hub {input.hub}"
         " --mtp-num-layers {params.mtp_num_layers} --folder {params.folder}torch_dist --manifest {output} |& logged {log}"
 
 

@@ -22,6 +22,7 @@ rule train:
         runtime=7 * 24 * 60,
     params:
         provenance=proves("train"),
+        processes=lambda wildcards: processes(of_model(wildcards)),
         launch=lambda wildcards: launcher(processes(of_model(wildcards))),
         work=lambda wildcards, output: f"{Path(output[0]).parent}/{provenance.work(wildcards.model)}",
         validation=lambda wildcards, input: (
@@ -30,5 +31,5 @@ rule train:
     message:
         "{wildcards.model}: train with GRPO"
     shell:
-        "{params.launch} train --provenance {params.provenance:q} --hub {input.hub} --weights {input.weights}"
+        "OMP_NUM_THREADS=$(share {threads} {params.processes}) {params.launch} train --provenance {params.provenance:q} --hub {input.hub} --weights {input.weights}"
         " --data {input.data} {params.validation} --work {params.work} --manifest {output} |& logged {log}"

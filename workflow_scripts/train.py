@@ -26,7 +26,7 @@ from grpo.data import PromptCursor, load_prompts
 from grpo.interrupts import Interrupts
 from grpo.learner import Learner
 from grpo.loop import Driver, Loop, from_rank_0
-from grpo.optimizer import CpuAdam
+from grpo.optimizer import build_optimizer
 from grpo.policy import Policy
 from grpo.run_state import Progress
 from grpo.weight_sync import push_weights
@@ -106,7 +106,7 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
     )
     torch_dist.load(model, weights.root)
     policy = Policy(model, training, settings.algorithm, settings.sampling, settings.mtp)
-    optimizer = CpuAdam(model, settings.optimizer)
+    optimizer = build_optimizer(model, settings.optimizer)
 
     saved = from_rank_0(run_state.newest(arguments.work) if first else None)
     progress = run_state.load(saved, model, optimizer) if saved else Progress()
@@ -120,6 +120,7 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
     if saved and progress.rollout == training.rollouts:
         return saved
 
+    optimizer.sleep()  # the engine takes its share of what is free when it starts
     driver = start_driver(arguments, settings, hub_manifest, progress, interrupts, stack) if first else None
     engine = driver.engine if driver else None
     loop = Loop(
@@ -127,7 +128,7 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
         training=training,
         progress=progress,
         learner=Learner(policy, optimizer, settings.optimizer),
-        push_weights=lambda: push_weights(model, architecture, hub, engine),
+        push_weights=lambda: push_weights(model, architecture, hub, engine, settings.engine),
         provenance=arguments.provenance,
         interrupts=interrupts,
         driver=driver,

@@ -241,6 +241,9 @@ class Engine(Section):
     cuda_graph_batch_sizes: list[PositiveInt] | None = None
     max_running_requests: PositiveInt | None = None
     speculation: Speculation | None = None
+    check_weights: bool = Field(
+        False, description="after every sync make sure that the engine holds exactly what was sent; slow, for diagnosis"
+    )
     server_arguments: dict[str, Any] = Field({}, description="further SGLang server arguments, passed through")
 
 

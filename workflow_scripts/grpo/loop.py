@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,9 @@ class Driver:
                 )
         except Interrupted:
             return None
+        sampled = time.perf_counter()
         self.engine.sleep()
-        self.seconds = {"seconds_rollout": time.perf_counter() - began}
+        self.seconds = {"seconds_rollout": sampled - began, "seconds_sleep_wake": time.perf_counter() - sampled}
         self._keep(number, samples)
         self.statistics = statistics(samples, group)
         self.tokens = sum(len(sample.prompt.ids) + len(sample.completion.token_ids) for sample in samples)
@@ -105,7 +107,7 @@ class Driver:
 
     def report(self, progress: Progress, metrics: dict[str, float], seconds: dict[str, float]) -> None:
         """Log a rollout that has been learned from."""
-        seconds = self.seconds | seconds
+        seconds = {name: self.seconds.get(name, 0.0) + seconds.get(name, 0.0) for name in self.seconds | seconds}
         total = sum(seconds.values())
         rates = {"tokens_per_second": self.tokens / total, **seconds, "seconds_step": total}
         self.log.metrics(progress.rollout, self.statistics | metrics | rates)
@@ -122,6 +124,10 @@ class Driver:
             )
 
 
+class WeightsWanted:
+    """What rank 0 says, instead of what the others wait for, when all are to send the weights again."""
+
+
 @dataclass
 class Loop:
     """A run, as every rank sees it; ``driver`` on rank 0 alone."""
@@ -135,6 +141,7 @@ class Loop:
     interrupts: Interrupts
     driver: Driver | None
     saved: Path | None  # the checkpoint that the run goes on from
+    control: dist.ProcessGroup | None = None  # all ranks, over the CPU
 
     def run(self) -> Path:
         """Train until ``training.rollouts`` rollouts are done and saved; gives the last checkpoint.
@@ -144,13 +151,15 @@ class Loop:
             UserError: too many bad steps in a row.
         """
         progress, driver = self.progress, self.driver
-        control = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.get_world_size() > 1 else None
-        self.push_weights()
+        self.control = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.get_world_size() > 1 else None
+        if driver:
+            driver.engine.weights_wanted = self._weights_wanted
+        self._send_weights()
         unsaved = False
         while True:
             if driver:
                 unsaved |= driver.validate_if_due(progress)
-            stop, save = from_rank_0((self.interrupts.requested, unsaved and self._save_due()), control)
+            stop, save = self._from_rank_0((self.interrupts.requested, unsaved and self._save_due()))
             if save or (stop and unsaved):
                 self._save()
                 unsaved = False
@@ -160,7 +169,7 @@ class Loop:
                 raise SystemExit(self.interrupts.exit_status)
             if progress.rollout >= self.training.rollouts:
                 return self.saved
-            sequences = from_rank_0(driver and driver.rollout(progress.rollout + 1), control)
+            sequences = self._from_rank_0(driver and driver.rollout(progress.rollout + 1))
             if sequences is None:
                 continue
             self._learn(sequences)
@@ -168,25 +177,50 @@ class Loop:
 
     def _learn(self, sequences: list[TrainingSequence]) -> None:
         """Train on a rollout, hand the new weights to the engine, and count the rollout as done."""
-        progress, driver = self.progress, self.driver
-        began = time.perf_counter()
+        progress, driver, optimizer = self.progress, self.driver, self.learner.optimizer
+        times = [time.perf_counter()]
+        optimizer.wake()
+        times.append(time.perf_counter())
         metrics = self.learner.learn(sequences, progress)
-        trained = time.perf_counter()
+        times.append(time.perf_counter())
+        optimizer.sleep(weights=False)
         if driver:
             driver.engine.wake()
+        times.append(time.perf_counter())
         self.push_weights()
-        synced = time.perf_counter()
+        times.append(time.perf_counter())
+        optimizer.sleep()
+        times.append(time.perf_counter())
+        woke, trained, made_room, synced, slept = (later - earlier for earlier, later in pairwise(times))
         progress.rollout += 1
         progress.score = None
         if driver:
             progress.cursor = driver.cursor.state()
-            driver.report(progress, metrics, {"seconds_train": trained - began, "seconds_sync": synced - trained})
+            seconds = {"seconds_train": trained, "seconds_sync": synced, "seconds_sleep_wake": woke + made_room + slept}
+            driver.report(progress, metrics, seconds)
         if progress.bad_steps_in_a_row >= self.training.max_bad_steps:
             good = self.saved.name if self.saved else "none yet"
             raise UserError(
                 f"{self.work}: {progress.bad_steps_in_a_row} steps in a row had a NaN or infinite loss or gradient;"
                 f" last good checkpoint: {good}; lower optimizer.learning_rate, or look at samples.jsonl"
             )
+
+    def _send_weights(self) -> None:
+        """Hand the weights to the engine while the trainer is asleep."""
+        self.learner.optimizer.wake(weights_only=True)
+        self.push_weights()
+        self.learner.optimizer.sleep()
+
+    def _weights_wanted(self) -> None:
+        """On rank 0: a restarted part of the engine needs the weights, while the other ranks wait for a decision."""
+        from_rank_0(WeightsWanted(), self.control)
+        self._send_weights()
+
+    def _from_rank_0(self, value: Any) -> Any:
+        """Rank 0's ``value``, on every rank; weights that are wanted meanwhile are sent."""
+        while isinstance(value := from_rank_0(value, self.control), WeightsWanted):
+            self._send_weights()
+        return value
 
     def _save_due(self) -> bool:
         rollout = self.progress.rollout
@@ -196,7 +230,9 @@ class Loop:
         if self.driver:
             self.progress.log_bytes = self.driver.log.sync()
         model, optimizer = self.learner.policy.model, self.learner.optimizer
+        optimizer.wake(weights_only=True)
         self.saved = run_state.save(self.work, self.progress, model, optimizer, self.provenance)
+        optimizer.sleep()
         if self.driver:
             run_state.prune(self.work, self.training.keep_checkpoints)
 

@@ -4,19 +4,26 @@ from torch import nn
 
 from checkpoints.mapping import to_hub
 from checkpoints.safetensors_io import HubCheckpoint
+from configuration.schema import Engine
 from qwen3_5.architecture import Architecture
-from rollout.engine import RolloutEngine
+from rollout.engine import RolloutEngine, share_weights
 
 
 def push_weights(
-    model: nn.Module, architecture: Architecture, hub: HubCheckpoint, engine: RolloutEngine | None
+    model: nn.Module, architecture: Architecture, hub: HubCheckpoint, engine: RolloutEngine | None, settings: Engine
 ) -> None:
     """Send every text weight to ``engine``, one tensor at a time.
 
-    Every rank calls this, since a tensor's shards meet on the way; the one that drives the engine hands it over.
+    Every rank calls this, since a tensor's shards meet on the way; ``engine`` is given on the one that drives it.
     """
-    named = to_hub(model, architecture, hub)
-    if engine is not None:
-        engine.load_weights(named)
-    for _ in named:  # the others' part, and whatever an engine left
-        pass
+
+    def send() -> None:
+        named = to_hub(model, architecture, hub)
+        if engine is None:
+            share_weights(hub.folder, settings, named)
+        else:
+            engine.load_weights(named)
+
+    send()
+    if settings.check_weights:
+        send() if engine is None else engine.check_weights(send)

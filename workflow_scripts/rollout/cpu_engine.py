@@ -28,6 +28,12 @@ def start(folder: Path, settings: Engine) -> "CpuEngine":
     return CpuEngine(CpuModel(folder), settings.max_running_requests or _MAX_RUNNING)
 
 
+def share_weights(folder: Path, settings: Engine, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Go through ``named``: its tensors are gathered from all processes, and the one with the engine has its own."""
+    for _ in named:
+        pass
+
+
 class CpuEngine:
     """`rollout.engine.RolloutEngine` on the CPU; up to ``max_running`` sequences run at once."""
 
@@ -35,6 +41,7 @@ class CpuEngine:
         self.model, self.max_running = model, max_running
         self._cache: ModelCache | None = None  # kept between calls: its pages are warm
         self._asleep = False
+        self.weights_wanted: Callable[[], None] | None = None  # never: this process is all there is
 
     @torch.inference_mode()
     def generate(
@@ -66,6 +73,10 @@ class CpuEngine:
     def load_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Take new weights by their Hub names; the vision tower's and the MTP layer's are passed over."""
         self.model.load(named)
+
+    def check_weights(self, send: Callable[[], None]) -> None:
+        """Nothing can differ: what is sent is copied within this process."""
+        send()
 
     def sleep(self) -> None:
         """Free the caches; the weights stay."""

@@ -8,6 +8,7 @@ import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -61,7 +62,14 @@ class Completion:
 
 
 class RolloutEngine(Protocol):
-    """A model that is ready to answer."""
+    """A model that is ready to answer.
+
+    Attributes:
+        weights_wanted: set by whoever sends weights. `generate` calls it, in its own thread, when a part of the engine
+            was started anew and needs the weights that the rest has; it must lead to `load_weights`.
+    """
+
+    weights_wanted: Callable[[], None] | None
 
     def generate(
         self,
@@ -75,7 +83,13 @@ class RolloutEngine(Protocol):
         """
 
     def load_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:
-        """Take new weights by their Hub names; each replaces the whole tensor of that name."""
+        """Take new weights by their Hub names; each replaces the whole tensor of that name.
+
+        Where several processes train, the others call `share_weights` with the same tensors at the same time.
+        """
+
+    def check_weights(self, send: Callable[[], None]) -> None:
+        """Make sure that the engine holds what ``send`` sends, all of it and nothing else; RuntimeError if not."""
 
     def sleep(self) -> None:
         """Give memory back while others work; nothing is generated until `wake`."""
@@ -89,4 +103,13 @@ class RolloutEngine(Protocol):
 
 def start_engine(folder: Path | str, settings: Engine) -> RolloutEngine:
     """Start the engine of kind ``settings.kind`` with the checkpoint in ``folder`` (in the Hub's format)."""
-    return importlib.import_module(f"rollout.{settings.kind}_engine").start(Path(folder), settings)
+    return _module(settings).start(Path(folder), settings)
+
+
+def share_weights(folder: Path | str, settings: Engine, named: Iterable[tuple[str, Tensor]]) -> None:
+    """The part in `RolloutEngine.load_weights` of the training processes that do not drive the engine."""
+    _module(settings).share_weights(Path(folder), settings, named)
+
+
+def _module(settings: Engine) -> ModuleType:
+    return importlib.import_module(f"rollout.{settings.kind}_engine")
