@@ -58,6 +58,10 @@ def work(tmp_path_factory, root, snakemake):
             assert done.returncode == 0, done.stdout + done.stderr
             return done.stdout + done.stderr
 
+        def samples(self, name):
+            """The sampled responses of an evaluation; the first line says where they come from."""
+            return [json.loads(line) for line in (self.results / name).read_text().splitlines()[1:]]
+
         def manifest(self, name):
             return json.loads((self.results / name).read_text())
 
@@ -76,11 +80,10 @@ def test_everything_is_made(work):
         assert (work.results / name).stat().st_size > 100, name
     assert list((work.results / "plots").glob("*.png"))
     scores = pandas.read_csv(work.results / "tables/scores.csv")
-    assert set(scores["weights"]) == {"base", "grpo"}
+    assert set(scores["weights"]) == {"base", "trained"}
     metrics = [json.loads(line) for line in next(work.results.glob("tiny/grpo/grpo/*/metrics.jsonl")).open()]
     assert [row["rollout"] for row in metrics if "loss" in row] == [1, 2]
-    samples = [json.loads(line) for line in (work.results / "tiny/eval/sums-evaluation/base.jsonl").open()]
-    assert len(samples) == 16
+    assert len(work.samples("tiny/eval/sums-evaluation/base.jsonl")) == 16
 
 
 @pytest.mark.slow
@@ -135,5 +138,5 @@ def test_the_real_aime_file_runs_through_eval_tiny_by_configuration_alone(work, 
             "max_response_tokens": 8,
         },
     )
-    rows = [json.loads(line) for line in (work.results / "tiny/eval/aime/grpo.jsonl").open()]
-    assert len(rows) == 60 and {row["label"] for row in rows} >= {"025", "073"}
+    samples = work.samples("tiny/eval/aime/grpo.jsonl")
+    assert len(samples) == 60 and {sample["label"] for sample in samples} >= {"025", "073"}

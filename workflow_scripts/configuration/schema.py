@@ -53,10 +53,10 @@ class WarmUp(Section):
     """The supervised start of a tiny model: it can add, but often estimates."""
 
     steps: Annotated[int, Field(ge=0)] = Field(320, description="0 leaves the random weights as they are")
-    batch_size: PositiveInt = 32
-    learning_rate: NonNegative = 3.0e-3
+    batch_size: PositiveInt = 16
+    learning_rate: NonNegative = 1.0e-3
     computed_share: Share = Field(
-        0.35, description="share of the last examples that work the sum out, and so the accuracy to begin with"
+        0.5, description="share of the last examples that work the sum out, and so the accuracy to begin with"
     )
 
 
