@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Two cores are shared by whatever runs at once: threads that wait must not spin.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Tests run side by side, one a core: more threads would wait for each other, and must not spin while they do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
