@@ -64,18 +64,18 @@ class FixedReward:
         return [Verdict(sum(map(ord, text)) % 2 == 0, None, "fixed") for text, _ in pairs]
 
 
-def prepare(folder: Path, kind: str = "dense", **tiny) -> Path:
-    """Everything that a training reads, below ``folder``; call `convert_model` for the weights."""
+def prepare(folder: Path, kind: str = "dense", rows: int = 7, **tiny) -> Path:
+    """Everything that a training of ``rows`` prompts reads, below ``folder``; `convert_model` for the weights."""
     tiny = TinyModel(kind=kind, **{"layers": 4, "hidden": 64, **tiny})
     tokenizer = train_tokenizer()
     config = model_config(tiny, tokenizer)
     write_checkpoint(folder / "hub", config, hub_tensors(tiny, random_model(tiny, config)), tokenizer)
     vouch(folder / "hub", folder / "download.json")
-    for split, rows in (("train", 7), ("evaluation", 2)):
+    for split, count in (("train", rows), ("evaluation", 2)):
         (folder / split).mkdir()
-        lines = [json.dumps(addition.row("prompt", "label")) for addition in all_additions(split)[:rows]]
+        lines = [json.dumps(addition.row("prompt", "label")) for addition in all_additions(split)[:count]]
         (folder / split / "rows.jsonl").write_text("\n".join(lines))
-        facts = {"file": "rows.jsonl", "rows": rows, "prompt_key": "prompt", "label_key": "label"}
+        facts = {"file": "rows.jsonl", "rows": count, "prompt_key": "prompt", "label_key": "label"}
         provenance = {"config": {"dataset": {"folder": "here", "file": "rows.jsonl"}}}
         write_manifest(folder / f"{split}.json", "download", folder / split, ["rows.jsonl"], provenance, facts)
     return folder
