@@ -24,6 +24,8 @@ SETTINGS = {
                 "rollouts": 2,
                 "save_interval": 1,
             },
+            # So short a warm-up earns no reward; the entropy gives every response a gradient all the same.
+            "algorithm": {"entropy_coefficient": 0.01},
             "validation": {"interval": 1, "samples_per_problem": 1},
             "evaluation": {"samples_per_problem": 2, "pass_at": [1, 2]},
         }
