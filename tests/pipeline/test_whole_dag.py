@@ -62,7 +62,7 @@ def work(tmp_path_factory, root, snakemake):
 
         def samples(self, name):
             """The sampled responses of an evaluation; the first line says where they come from."""
-            return [json.loads(line) for line in (self.results / name).read_text().splitlines()[1:]]
+            return [json.loads(line) for line in (self.results / name).read_text().split("\n")[1:-1]]
 
         def manifest(self, name):
             return json.loads((self.results / name).read_text())
