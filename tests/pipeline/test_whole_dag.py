@@ -133,6 +133,7 @@ def test_the_real_aime_file_runs_through_eval_tiny_by_configuration_alone(work, 
     work.run(
         "eval_tiny",
         datasets__aime={"folder": str(data), "file": "aime-2024.jsonl", "rows": 30, "unique_prompts": True},
+        per_model__tiny__training__rollouts=3,  # as many as the run has by now
         per_model__tiny__evaluation={
             "datasets": ["aime"],
             "samples_per_problem": 2,
