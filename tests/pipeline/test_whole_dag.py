@@ -143,3 +143,5 @@ def test_the_real_aime_file_runs_through_eval_tiny_by_configuration_alone(work, 
     )
     samples = work.samples("tiny/eval/aime/grpo.jsonl")
     assert len(samples) == 60 and len({sample["problem"] for sample in samples}) == 30
+    graded = work.manifest("tiny/eval/aime/grpo.json")["facts"]["per_problem"]
+    assert {problem["label"] for problem in graded} >= {"025", "073"}
