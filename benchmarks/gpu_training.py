@@ -44,8 +44,8 @@ def main() -> None:
         for budget in arguments.budgets:
             try:
                 measure(arguments, settings(arguments, recompute, budget))
-            except torch.OutOfMemoryError:
-                print(f"{arguments.model} recompute {recompute}, {budget} tokens: out of memory", flush=True)
+            except torch.OutOfMemoryError as error:
+                print(f"{arguments.model} recompute {recompute}, {budget} tokens: {error}", flush=True)
             gc.collect()
             torch.cuda.empty_cache()
     finalize()

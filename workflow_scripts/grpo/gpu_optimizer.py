@@ -49,9 +49,10 @@ class GpuAdam:
             expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_group().size(),
         )
         self.buffered = DistributedDataParallel(config, reduction, model, full_param_layout=layout)
-        self.optimizer = get_megatron_optimizer(
-            _config(settings, model.config.params_dtype), [self.buffered], use_gloo_process_groups=False
-        )
+        with torch.no_grad():  # its shards of fp32 weights are plain views then, which the hybrid optimizer insists on
+            self.optimizer = get_megatron_optimizer(
+                _config(settings, model.config.params_dtype), [self.buffered], use_gloo_process_groups=False
+            )
         if not settings.cpu_offload:
             for group in self.optimizer.param_groups:  # torch's default needs temporaries as large as the weights
                 group["fused"], group["foreach"] = True, False

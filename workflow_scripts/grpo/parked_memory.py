@@ -1,10 +1,13 @@
 """GPU memory that is given back for a while: its content waits on the host, and every tensor in it stays valid."""
 
+import weakref
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+PAGE = 4096  # bytes, the unit in which the host's memory is locked
 
 
 class _Away(NamedTuple):
@@ -24,13 +27,16 @@ class ParkedMemory:
     def __init__(self) -> None:
         self._away: dict[int, _Away] = {}
         self._host: dict[int, Tensor] = {}
+        weakref.finalize(self, _unlock, self._host)
 
     def park(self, tensors: Iterable[Tensor]) -> None:
         """Send the storages of CUDA ``tensors`` away; those that are away already stay so."""
         leaving = {key: t for t in tensors if (key := _key(t)) not in self._away}
         for key, tensor in leaving.items():
             content = _bytes(tensor)
-            if key not in self._host or len(self._host[key]) != len(content):
+            if key in self._host and len(self._host[key]) != len(content):  # an earlier storage that lay here
+                _unlock({key: self._host.pop(key)})
+            if key not in self._host:
                 self._host[key] = _locked(len(content))
             self._host[key].copy_(content, non_blocking=True)
         torch.cuda.synchronize()
@@ -67,11 +73,19 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _locked(size: int) -> Tensor:
-    """Host memory of ``size`` bytes that the GPU can copy to and from on its own.
+    """Host memory of ``size`` bytes, on pages of its own, that the GPU can copy to and from by itself.
 
     (torch's pinned memory is rounded up to a power of two.)
     """
-    memory = torch.empty(size, dtype=torch.uint8)
+    memory = torch.empty(size + 2 * PAGE, dtype=torch.uint8)
+    memory = memory[-memory.data_ptr() % PAGE :][:size]
     if size:
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
     return memory
+
+
+def _unlock(locked: dict[int, Tensor]) -> None:
+    """Undo `_locked`; the memory may be given to others afterwards, who could not lock it again."""
+    for memory in locked.values():
+        if len(memory):
+            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
