@@ -32,13 +32,14 @@ RESULTS = settings.results
 
 # Jobs run with the interpreter that runs Snakemake, see no other modules than this project's, and write what they say
 # to the terminal and to their log; the log's writer outlives an interrupt, so that the job can report how it saved.
-# `share` divides a job's threads among its processes.
+# `share` divides a job's threads among its processes, `use_gpus 0` hides the GPUs from a job that has no claim to one.
 shell.prefix(
     "set -euo pipefail; "
     f"export PATH='{Path(sys.executable).parent}':$PATH PYTHONPATH='{BASE}/workflow_scripts' "
     "PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false; "
     'logged() {{ (trap "" INT TERM; exec tee "$1"); }}; '
     "share() {{ echo $(( $1 > $2 ? $1 / $2 : 1 )); }}; "
+    "use_gpus() {{ if [ $1 = 0 ]; then export CUDA_VISIBLE_DEVICES=; fi; }}; "
 )
 
 # Compiled kernels are kept from run to run, beside the results unless the user says where.

@@ -20,7 +20,7 @@ rule download:
     message:
         "{wildcards.model}: fetch the starting weights"
     shell:
-        "python -m {params.script} --provenance {params.provenance:q} --name {wildcards.model}"
+        "use_gpus 0; python -m {params.script} --provenance {params.provenance:q} --name {wildcards.model}"
         " --folder {params.hub} --manifest {output} |& logged {log}"
 
 

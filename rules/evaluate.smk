@@ -23,5 +23,5 @@ rule evaluate:
     message:
         "{wildcards.model}: evaluate the {wildcards.weights} weights on {wildcards.dataset}"
     shell:
-        "python -m evaluate --provenance {params.provenance:q} --model {input.model} --data {input.data}"
+        "use_gpus {resources.gpu}; python -m evaluate --provenance {params.provenance:q} --model {input.model} --data {input.data}"
         " --samples {params.samples}.jsonl --manifest {output} |& logged {log}"

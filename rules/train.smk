@@ -31,5 +31,5 @@ rule train:
     message:
         "{wildcards.model}: train with GRPO"
     shell:
-        "OMP_NUM_THREADS=$(share {threads} {params.processes}) {params.launch} train --provenance {params.provenance:q} --hub {input.hub} --weights {input.weights}"
+        "use_gpus {resources.gpu}; OMP_NUM_THREADS=$(share {threads} {params.processes}) {params.launch} train --provenance {params.provenance:q} --hub {input.hub} --weights {input.weights}"
         " --data {input.data} {params.validation} --work {params.work} --manifest {output} |& logged {log}"

@@ -19,7 +19,7 @@ from grpo.samples import TrainingSequence
 from qwen3_5.architecture import Architecture
 from qwen3_5.build import build_model, initialize
 
-SHAPES = [(5, 9), (2, 70), (12, 3), (30, 1), (7, 20), (3, 33)]
+SHAPES = [(12, 9), (2, 70), (12, 3), (30, 1), (30, 20), (12, 33)]
 LAYOUTS = {
     "dense": [Parallel(), Parallel(tensor=2), Parallel(tensor=2, sequence=False), Parallel(context=2)],
     "moe": [Parallel(), Parallel(expert=2), Parallel(tensor=2), Parallel(tensor=2, expert=2)],
@@ -27,10 +27,12 @@ LAYOUTS = {
 
 
 def sequences() -> list[TrainingSequence]:
+    """Random responses to prompts, equal prompts where of equal length."""
     generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(280, (30,), generator=generator)
     return [
         TrainingSequence(
-            ids=torch.randint(280, (prompt + response,), generator=generator),
+            ids=torch.cat([prompts[:prompt], torch.randint(280, (response,), generator=generator)]),
             log_probs=-4 + torch.randn(response, generator=generator),
             advantage=0.5 - index,
         )
@@ -57,7 +59,8 @@ def save_gradients(hub_folder: Path, parallel: Parallel, folder: Path) -> None:
     )
     algorithm = Algorithm(entropy_coefficient=0.1, kl_coefficient=0.1)
     settings = Optimizer(learning_rate=0.0, clip_gradient_norm=0.0)
-    policy = Policy(model, training, algorithm, Sampling(temperature=0.7), Mtp(train=True))
+    mtp = Mtp(train=architecture.is_moe)  # without it prompts share their rows
+    policy = Policy(model, training, algorithm, Sampling(temperature=0.7), mtp)
     learner = Learner(policy, CpuAdam(model, settings), settings)
     metrics = learner.learn(sequences(), Progress())
     for name, parameter in model.named_parameters():

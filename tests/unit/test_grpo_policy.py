@@ -6,7 +6,7 @@ import torch
 from configuration.schema import Algorithm, Mtp, Optimizer, Sampling, Training
 from grpo.learner import Learner
 from grpo.optimizer import CpuAdam
-from grpo.policy import Policy
+from grpo.policy import Policy, StepTotals
 from grpo.run_state import Progress
 from grpo.samples import TrainingSequence
 from qwen3_5.build import build_model, finalize, initialize
@@ -41,11 +41,12 @@ def models(kind, mtp_num_layers=0):
 
 
 def sequences(shapes, seed=0):
-    """Random prompts and responses; advantages of both signs, one of them 0."""
+    """Random responses to prompts, equal prompts where of equal length; advantages of both signs, one of them 0."""
     generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(SMALL["vocab_size"], (30,), generator=generator)
     return [
         TrainingSequence(
-            ids=torch.randint(SMALL["vocab_size"], (prompt + response,), generator=generator),
+            ids=torch.cat([prompts[:prompt], torch.randint(SMALL["vocab_size"], (response,), generator=generator)]),
             log_probs=-4 + torch.randn(response, generator=generator),
             advantage=[0.9, -1.3, 0.0, 0.4][index % 4],
         )
@@ -53,7 +54,7 @@ def sequences(shapes, seed=0):
     ]
 
 
-SHAPES = [(5, 9), (1, 70), (12, 3), (30, 1), (7, 20), (3, 33)]
+SHAPES = [(12, 9), (1, 70), (12, 3), (30, 1), (30, 20), (12, 33)]
 
 
 def policy(model, budget=10_000, mtp=None, batch=None, **algorithm):
@@ -67,6 +68,11 @@ def policy(model, budget=10_000, mtp=None, batch=None, **algorithm):
         dtype="float32",
     )
     return Policy(model, training, Algorithm(**algorithm), Sampling(temperature=TEMPERATURE), mtp or Mtp())
+
+
+def row_counts(of, batch):
+    """Rows of each of a policy's packs: equal prompts in one pack stand once."""
+    return [len(b.input_ids[0]) for b in of.micro_batches(batch, StepTotals(len(batch), 1))]
 
 
 def learner(of, rate=0.0):
@@ -110,6 +116,7 @@ def test_gradients_equal_those_of_transformers_sequence_by_sequence(kind, budget
     loss, expected = plain_gradients(architecture, theirs, batch, Algorithm(**algorithm))
 
     of = policy(ours, budget, **algorithm)
+    assert (row_counts(of, batch) == [sum(map(sum, SHAPES)) - 12 - 12 - 30]) == (budget == 10_000)
     learning = learner(of)
     report = learning.learn(batch, Progress())
     assert report["loss"] == pytest.approx(loss, rel=1e-4)

@@ -147,6 +147,20 @@ def test_shifting_left_stops_at_the_end_of_each_sequence():
     assert shift_left(ids, packed, 2).tolist() == [[3, 0, 0, 0, 0, 0]]
 
 
+def test_equal_prefixes_share_their_rows():
+    sequences = [[1, 2, 3], [1, 2, 4, 5], [1, 3], [1, 2, 6]]
+    ids, positions, packed = pack(sequences, prefixes=[2, 2, 1, 2], multiple_of=4, padding_id=9)
+    assert ids.tolist() == [[1, 2, 3, 4, 5, 1, 3, 6]]
+    assert positions.tolist() == [[0, 1, 2, 2, 3, 0, 1, 2]]
+    assert packed.spread(ids[0]).tolist() == [token for sequence in sequences for token in sequence]
+    assert packed.lengths == (3, 4, 2, 3)
+    ids, _, packed = pack(sequences, prefixes=[2, 2, 1, 2], multiple_of=6, padding_id=9)
+    assert ids.tolist() == [[1, 2, 3, 4, 5, 1, 3, 6, 9, 9, 9, 9]] and packed.lengths[-1] == 4
+    assert pack([[1, *range(30)], [1, *range(30)]], prefixes=[1, 1])[2].row_of_token is None
+    with pytest.raises(ValueError, match="leaves nothing"):
+        pack(sequences, prefixes=[3, 2, 1, 2])
+
+
 def test_padding_a_pack_adds_a_sequence_of_its_own():
     ids, positions, packed = pack([[1, 2, 3], [4]], multiple_of=8, padding_id=9)
     assert ids.tolist() == [[1, 2, 3, 4, 9, 9, 9, 9]]

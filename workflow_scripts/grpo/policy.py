@@ -33,9 +33,9 @@ class MicroBatch:
     """One pack of this rank. Under context parallelism N counts the response tokens that this rank predicts.
 
     Attributes:
-        input_ids: (1, T) of the whole pack; ``response_mask`` (1, T) likewise, true at response tokens.
-        position_ids: (1, T)
-        predicting: (N,) places, within this rank's tokens, whose next token is a response token.
+        input_ids: (1, R) of the whole pack; ``response_mask`` (1, R) likewise, true at response tokens.
+        position_ids: (1, R)
+        predicting: (N,) places, within this rank's rows, that predict a response token.
         targets: (N,) those next tokens.
         tokens: what the loss needs of them.
     """
@@ -58,6 +58,8 @@ class Policy:
         self.model, self.training, self.algorithm, self.sampling, self.mtp = model, training, algorithm, sampling, mtp
         self.device = next(model.parameters()).device
         self.reference = _copy_of(model) if _wants_reference(algorithm) else None
+        # The MTP layer wants every token's next one, and an auxiliary loss wants every token counted.
+        self.shares_prompts = not (mtp.train or model.config.moe_aux_loss_coeff)
 
     @property
     def learns_without_advantage(self) -> bool:
@@ -83,10 +85,12 @@ class Policy:
         multiple = parallel_state.get_tensor_model_parallel_world_size() * _context_size()
         # Where there are too few sequences for all ranks, two tokens that nothing is asked of keep the ranks in step.
         rows = [sequence.ids for sequence in sequences] or [torch.zeros(2, dtype=torch.long)]
-        input_ids, position_ids, packed = pack(rows, multiple_of=multiple, device=self.device)
-        targets_at = _response_places(sequences)  # (N,) places of response tokens in the pack
-        mask = torch.zeros(input_ids.shape[1], dtype=torch.bool)
-        mask[targets_at] = True
+        prefixes = [sequence.prompt_length for sequence in sequences] if self.shares_prompts else []
+        input_ids, position_ids, packed = pack(rows, prefixes=prefixes, multiple_of=multiple, device=self.device)
+        response_tokens = _response_tokens(sequences).to(self.device)  # (N,) their places in the pack
+        row_of_token = packed.spread(torch.arange(input_ids.shape[1], device=self.device))  # (T,)
+        mask = torch.zeros(input_ids.shape[1], dtype=torch.bool, device=self.device)
+        mask[row_of_token[response_tokens]] = True
         aggregation = self.algorithm.loss_aggregation
         weights = [token_weight(s.response_length, totals.responses, totals.tokens, aggregation) for s in sequences]
         columns = torch.stack(
@@ -98,16 +102,16 @@ class Policy:
         )
         shard = input_ids.shape[1] // _context_size()
         start = shard * parallel_state.get_context_parallel_rank()
-        predicting = targets_at - 1 - start
+        predicting = row_of_token[response_tokens - 1] - start
         mine = (predicting >= 0) & (predicting < shard)
-        columns = columns[:, mine].to(self.device)
+        columns = columns.to(self.device)[:, mine]
         return MicroBatch(
             input_ids=input_ids,
             position_ids=position_ids,
             packed=packed,
-            response_mask=mask.to(self.device)[None],
-            predicting=predicting[mine].to(self.device),
-            targets=input_ids[0, targets_at[mine].to(self.device)],
+            response_mask=mask[None],
+            predicting=predicting[mine],
+            targets=input_ids[0, row_of_token[response_tokens[mine]]],
             tokens=TokenBatch(weights=columns[0], advantages=columns[1], rollout_log_probs=columns[2]),
         )
 
@@ -184,7 +188,7 @@ def _context_size() -> int:
     return parallel_state.get_context_parallel_world_size()
 
 
-def _response_places(sequences: Sequence[TrainingSequence]) -> Tensor:
+def _response_tokens(sequences: Sequence[TrainingSequence]) -> Tensor:
     """Places of the response tokens among those of the sequences laid end to end: (N,)."""
     start, places = 0, [torch.empty(0, dtype=torch.long)]
     for sequence in sequences:

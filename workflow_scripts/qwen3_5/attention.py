@@ -26,40 +26,41 @@ class SelfAttention(MegatronSelfAttention):
         packed_seq_params: Packed,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """(T / shards, 1, hidden) to the same shape; ``rotary_pos_emb`` (longest, 1, 1, rotated) holds angles."""
+        """(R / shards, 1, hidden) to the same shape; ``rotary_pos_emb`` (longest, 1, 1, rotated) holds angles."""
         query, key, value, gate = self.get_query_key_value_tensors(hidden_states, output_gate=True)
-        query, key, value = (x.squeeze(1) for x in (query, key, value))  # (T / cp, heads, D)
+        query, key, value = (x.squeeze(1) for x in (query, key, value))  # (R / cp, heads, D)
         if self.pg_collection.cp.size() > 1:
-            query, key, value = self._gather_tokens(query, key, value)  # (T, heads / cp, D)
-        angles = rotary_pos_emb[packed_seq_params.positions, 0]  # (T, 1, rotated)
+            query, key, value = self._gather_rows(query, key, value)  # (R, heads / cp, D)
+        angles = rotary_pos_emb[packed_seq_params.collect(packed_seq_params.positions), 0]  # (R, 1, rotated)
         cos, sin = angles.cos(), angles.sin()
         attended = self.core_attention(rotate(query, cos, sin), rotate(key, cos, sin), value, packed_seq_params)
-        attended = attended.flatten(1)  # (T, heads / cp * D)
+        attended = attended.flatten(1)  # (R, heads / cp * D)
         if self.pg_collection.cp.size() > 1:
             attended = all_to_all_hp2sp(attended, self.pg_collection.cp)
-        gated = (attended * gate.flatten(2).squeeze(1).float().sigmoid()).to(hidden_states.dtype)
+        gated = kernels.sigmoid_gate(gate.flatten(2).squeeze(1), attended)
         return self.linear_proj(gated[:, None])
 
-    def _gather_tokens(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Exchange heads for tokens: every context-parallel rank gets all tokens of its share of the heads."""
+    def _gather_rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Exchange heads for rows: every context-parallel rank gets all rows of its share of the heads."""
         group = self.pg_collection.cp
         size, dim = group.size(), tensors[0].shape[-1]
         # A key head that serves several ranks goes to each of them.
         tensors = tuple(x.repeat_interleave(max(1, size // x.shape[1]), 1) for x in tensors)
         heads = [x.shape[1] // size for x in tensors]
-        # (T / cp, cp, heads of one rank, D): what each rank is sent lies together.
+        # (R / cp, cp, heads of one rank, D): what each rank is sent lies together.
         together = torch.cat([x.unflatten(1, (size, -1)) for x in tensors], 2)
         return all_to_all_sp2hp(together.flatten(1), group).unflatten(-1, (-1, dim)).split(heads, 1)
 
 
 class CoreAttention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v, causal within each sequence of a pack: (T, heads, D) to (T, heads, D)."""
+    """softmax(q k^T / sqrt(D)) v, causal within each sequence of a pack: (R, heads, D) to (R, heads, D)."""
 
     def __init__(self, **_: Any) -> None:
         super().__init__()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, packed: Packed) -> Tensor:
-        return kernels.causal_attention(query, key, value, packed)
+        query, key, value = (packed.spread(x) for x in (query, key, value))
+        return packed.collect(kernels.causal_attention(query, key, value, packed))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

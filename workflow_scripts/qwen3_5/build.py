@@ -148,6 +148,7 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         bias_activation_fusion=False,
+        use_te_activation_func=True,  # the one of the layer specs, that is; Transformer Engine itself is not used
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,

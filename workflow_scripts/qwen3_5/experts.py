@@ -14,6 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronMoELayer
 from torch import Tensor, nn
 
+from qwen3_5 import kernels
 from qwen3_5.dispatchers import AllGatherDispatcher, FlexDispatcher
 
 OWN_DISPATCHERS = {"allgather": AllGatherDispatcher, "flex": FlexDispatcher}
@@ -60,7 +61,7 @@ class Experts(MegatronModule):
         """Tokens sorted by expert, (N, hidden), to their outputs times ``probabilities`` (N,)."""
         product = grouped_product(tokens_per_expert, tokens.device)
         gate, up = product(tokens, self.linear_fc1.weight).chunk(2, -1)  # (N, F)
-        activated = (F.silu(gate) * up * probabilities[:, None]).to(tokens.dtype)
+        activated = (kernels.swiglu(gate, up) * probabilities[:, None]).to(tokens.dtype)
         return product(activated, self.linear_fc2.weight), None
 
     def sharded_state_dict(

@@ -42,23 +42,24 @@ class GatedDeltaNet(MegatronGatedDeltaNet):
     def forward(
         self, hidden_states: Tensor, attention_mask: None, packed_seq_params: Packed, **_: Any
     ) -> tuple[Tensor, None]:
-        """(T / shards, 1, hidden) to the same shape; shards are context and, in between layers, sequence parallel."""
-        projected, _ = self.in_proj(hidden_states)  # (T / cp, 1, features / tp)
-        projected = self._gather_tokens(projected)[:, 0]  # (T, features / tp / cp)
+        """(R / shards, 1, hidden) to the same shape; shards are context and, in between layers, sequence parallel."""
+        projected, _ = self.in_proj(hidden_states)  # (R / cp, 1, features / tp)
+        projected = self._gather_rows(projected)[:, 0]  # (R, features / tp / cp)
         qkv, gate, beta, alpha = projected.split(self.feat_dim_split, dim=-1)
-        attended = self._attend(qkv, alpha, beta, packed_seq_params)  # (T, Hv, Dv)
+        attended = self._attend(qkv, alpha, beta, packed_seq_params)  # (R, Hv, Dv)
         gate = gate.unflatten(-1, (-1, self.value_head_dim))
         normed = (self.out_norm(attended) * F.silu(gate.float())).to(hidden_states.dtype)
-        return self.out_proj(self._scatter_tokens(normed.flatten(1)[:, None]))
+        return self.out_proj(self._scatter_rows(normed.flatten(1)[:, None]))
 
     def _attend(self, qkv: Tensor, alpha: Tensor, beta: Tensor, packed: Packed) -> Tensor:
         sections = [self.qk_dim_local_tp, self.qk_dim_local_tp, self.v_dim_local_tp]
         weight = self._own_heads(self.conv1d.weight, sections).squeeze(1)  # (channels, taps)
-        qkv = kernels.causal_convolution(qkv, weight, packed)
+        qkv = kernels.causal_convolution(qkv, weight, packed)  # (T, channels)
+        alpha, beta = packed.spread(alpha), packed.spread(beta)
         query, key, value = qkv.split([section // self.cp_size for section in sections], dim=-1)
         a_log, dt_bias = (self._own_heads(x, [len(x)]) for x in (self.A_log, self.dt_bias))
         decay = -a_log.exp() * F.softplus(alpha.float() + dt_bias)  # (T, Hv) fp32
-        return self.gated_delta_rule(
+        attended = self.gated_delta_rule(
             query.unflatten(-1, (-1, self.key_head_dim)),
             key.unflatten(-1, (-1, self.key_head_dim)),
             value.unflatten(-1, (-1, self.value_head_dim)),
@@ -66,6 +67,7 @@ class GatedDeltaNet(MegatronGatedDeltaNet):
             beta.sigmoid(),
             packed,
         )
+        return packed.collect(attended)
 
     def _own_heads(self, parameter: Tensor, sections: list[int]) -> Tensor:
         """Of each section of a parameter's rows, this context-parallel rank's share."""
@@ -74,8 +76,8 @@ class GatedDeltaNet(MegatronGatedDeltaNet):
         rank = self.pg_collection.cp.rank()
         return torch.cat([section.chunk(self.cp_size)[rank] for section in parameter.split(sections)])
 
-    def _gather_tokens(self, projected: Tensor) -> Tensor:
-        """Exchange heads for tokens: every context-parallel rank gets all tokens of its share of the heads."""
+    def _gather_rows(self, projected: Tensor) -> Tensor:
+        """Exchange heads for rows: every context-parallel rank gets all rows of its share of the heads."""
         if self.cp_size == 1:
             return projected
         order = _build_head_perm_for_split_sections(self.in_proj_split_sections, self.cp_size, projected.device)
@@ -83,6 +85,6 @@ class GatedDeltaNet(MegatronGatedDeltaNet):
             projected.index_select(-1, order), 0, -1, self.pg_collection.cp, undo_attention_load_balancing=False
         )
 
-    def _scatter_tokens(self, attended: Tensor) -> Tensor:
-        """The way back: all heads of this rank's tokens."""
+    def _scatter_rows(self, attended: Tensor) -> Tensor:
+        """The way back: all heads of this rank's rows."""
         return tensor_a2a_hp2cp(attended, 0, -1, self.pg_collection.cp, redo_attention_load_balancing=False)

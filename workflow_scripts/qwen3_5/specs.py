@@ -5,6 +5,7 @@ from functools import partial
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -18,7 +19,9 @@ from megatron.core.transformer.multi_token_prediction import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
 
+from qwen3_5 import kernels
 from qwen3_5.architecture import Architecture, LayerKind
 from qwen3_5.attention import CoreAttention, SelfAttention
 from qwen3_5.experts import Experts, MoELayer
@@ -51,7 +54,18 @@ ATTENTION: dict[LayerKind, ModuleSpec] = {
     ),
 }
 
-_MLP = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+class SwiGLU(nn.Module):
+    """silu(gate) * up, for an input that holds the gate first and then as many columns to be gated."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        return kernels.swiglu(*gate_up.chunk(2, -1))
+
+
+_MLP = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU)
 
 
 def layer_spec(architecture: Architecture, kind: LayerKind, dispatcher: str) -> ModuleSpec:

@@ -14,12 +14,15 @@ from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.qwen3_5 import Qwen3_5Config, Qwen3_5ForConditionalGeneration
-from transformers.models.qwen3_5_moe import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
+from transformers.models.qwen3_5 import Qwen3_5Config, Qwen3_5ForConditionalGeneration, modeling_qwen3_5
+from transformers.models.qwen3_5_moe import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration, modeling_qwen3_5_moe
 
 from common.files import atomic_write, write_json
 from configuration.schema import TinyModel
 from tiny.tokenizer import END_OF_TEXT, TURN_END, VOCABULARY, token_id, write_tokenizer
+
+# Where flash-linear-attention is installed Transformers would take its norm, which runs on GPUs only.
+modeling_qwen3_5.FusedRMSNormGated = modeling_qwen3_5_moe.FusedRMSNormGated = None
 
 FULL_ATTENTION_INTERVAL = 4  # three Gated DeltaNet layers, then one of gated attention
 SHARDS = 2  # small enough for one file, but the real ones come in several with an index
