@@ -15,8 +15,9 @@ import torch
 from record import record
 
 from configuration.loading import load
-from configuration.memory import GIB, architecture_of, estimate
+from configuration.memory import GIB, estimate
 from configuration.schema import Model, Mtp
+from configuration.shape import architecture_of
 from grpo.learner import Learner
 from grpo.optimizer import build_optimizer
 from grpo.policy import Policy

@@ -21,8 +21,8 @@ from transformers.models.qwen3_5_moe import Qwen3_5MoeConfig, Qwen3_5MoeForCondi
 
 from common.files import write_json
 from configuration.loading import read_yaml
-from configuration.memory import text_config
 from configuration.schema import Architecture, TinyModel
+from configuration.shape import text_config
 from tiny.checkpoint import FLOAT32_TENSORS, FULL_ATTENTION_INTERVAL, model_config, write_side_files
 from tiny.tokenizer import train_tokenizer
 

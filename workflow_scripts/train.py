@@ -19,6 +19,7 @@ from checkpoints.safetensors_io import HubCheckpoint
 from common.errors import UserError, run
 from common.files import hold
 from configuration import schema
+from configuration.layout import shape_fault
 from evaluation.problems import load_problems
 from evaluation.scores import evaluate
 from grpo import metrics, run_state
@@ -83,8 +84,6 @@ def check(settings: Settings) -> None:
     """Refuse what the types allow and training can't do."""
     if settings.sampling.temperature == 0:
         raise UserError("sampling.temperature: 0 gives every sample of a prompt the same answer; use one above 0")
-    if settings.parallel.pipeline != 1:
-        raise UserError("parallel.pipeline: training takes 1; use tensor, context or expert parallelism instead")
 
 
 def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -> Path:
@@ -95,6 +94,8 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
         stack.enter_context(hold(arguments.work, "a training"))
     hub_manifest, weights = read_manifest(arguments.hub).require(), read_manifest(arguments.weights).require()
     architecture, hub = Architecture.from_folder(hub_manifest.root), HubCheckpoint(hub_manifest.root)
+    if fault := shape_fault(architecture, settings.parallel, settings.experts, on_gpu=settings.hardware.gpus > 0):
+        raise UserError(f"{'.'.join(fault.key)}: {fault.message}")
     training = settings.training
     model = build_model(
         architecture,

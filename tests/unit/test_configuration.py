@@ -9,8 +9,9 @@ import yaml
 from common.errors import UserError
 from configuration.json_schema import derived
 from configuration.loading import load, merge
-from configuration.memory import architecture_of, estimate
+from configuration.memory import estimate
 from configuration.preflight import Machine, shortcomings
+from configuration.shape import architecture_of
 
 
 def configured(root, overrides=None):
@@ -34,13 +35,13 @@ def configured(root, overrides=None):
             "context 1 = 3 does not divide the 8",
         ),
         (
-            {"per_model": {"9B": {"parallel": {"tensor": 8}}}},
-            "8 does not divide the 4 key_value_groups",
+            {"per_model": {"9B": {"parallel": {"tensor": 6}, "hardware": {"gpus": 6}}}},
+            "parallel.tensor: tensor 6 x context 1 does not divide the 16 attention heads",
         ),
         ({"per_model": {"9B": {"parallel": {"expert": 2}}}}, "parallel.expert: 2 needs a mixture of experts"),
         (
-            {"per_model": {"9B": {"parallel": {"pipeline": 3, "tensor": 1}, "hardware": {"gpus": 24}}}},
-            "3 does not divide the 32 layers",
+            {"per_model": {"9B": {"parallel": {"pipeline": 2, "tensor": 2}}}},
+            "parallel.pipeline: training takes 1",
         ),
         ({"per_model": {"35B_A3B": {"parallel": {"expert": 3}}}}, "parallel.expert: expert 3"),
         ({"per_model": {"9B": {"engine": {"gpus_per_engine": 3}}}}, "3 does not divide hardware.gpus 8"),

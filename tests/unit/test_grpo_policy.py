@@ -1,5 +1,9 @@
 """GRPO's gradient through a real tiny model, packed, against transformers' model, one sequence at a time."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -10,6 +14,7 @@ from grpo.policy import Policy, StepTotals
 from grpo.run_state import Progress
 from grpo.samples import TrainingSequence
 from qwen3_5.build import build_model, finalize, initialize
+from qwen3_5.experts import take_expert_load
 from qwen3_5_reference import megatron_names, reference
 
 TEMPERATURE = 0.8
@@ -27,9 +32,9 @@ def one_process():
     finalize()
 
 
-def models(kind, mtp_num_layers=0):
+def models(kind, mtp_num_layers=0, **changes):
     """Our model with the weights of a transformers model, which computes in float64."""
-    architecture, theirs = reference(kind, **SMALL, **KINDS[kind])
+    architecture, theirs = reference(kind, **SMALL | KINDS[kind] | changes)
     ours = build_model(architecture, dtype=torch.float32, mtp_num_layers=mtp_num_layers)
     generator = torch.Generator().manual_seed(1)
     weights = megatron_names(architecture, theirs.state_dict())
@@ -57,14 +62,14 @@ def sequences(shapes, seed=0):
 SHAPES = [(12, 9), (1, 70), (12, 3), (30, 1), (30, 20), (12, 33)]
 
 
-def policy(model, budget=10_000, mtp=None, batch=None, **algorithm):
+def policy(model, budget=10_000, mtp=None, batch=None, log_prob_chunk=16, **algorithm):
     training = Training(
         dataset="d",
         prompts_per_rollout=1,
         samples_per_prompt=len(SHAPES),
         global_batch=batch or len(SHAPES),
         max_tokens_per_gpu=budget,
-        log_prob_chunk=16,
+        log_prob_chunk=log_prob_chunk,
         dtype="float32",
     )
     return Policy(model, training, Algorithm(**algorithm), Sampling(temperature=TEMPERATURE), mtp or Mtp())
@@ -199,3 +204,42 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(poison):
     for name, parameter in ours.named_parameters():
         assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num()), name
     assert learning.optimizer.state_dict() == {}
+
+
+def test_the_load_of_experts_counts_every_visit():
+    _, ours, _ = models("moe")
+    routed = []
+    for layer in ours.decoder.layers:
+        layer.mlp.router.register_forward_hook(lambda _, __, output: routed.append(output[1].sum(0)))
+    report = learner(policy(ours)).learn(sequences(SHAPES), Progress())
+    load = torch.stack(routed).double()  # (layers, experts); one pack, so one pass
+    assert report["expert_load_max"] == pytest.approx((load.amax(1) / load.mean(1)).mean().item())
+    assert report["expert_load_min"] == pytest.approx((load.amin(1) / load.mean(1)).mean().item())
+    assert report["expert_imbalance"] == pytest.approx((load.std(1, correction=0) / load.mean(1)).mean().item())
+    assert take_expert_load(ours) is None
+
+
+STEP = """
+import resource
+from unit import test_grpo_policy as here
+
+here.initialize()
+_, ours, _ = here.models("dense", vocab_size=40_000)
+of = here.policy(ours, log_prob_chunk=64)
+optimizer = here.learner(of)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+optimizer.learn(here.sequences([(4, 60)]), here.Progress())  # buffers of the optimizer, and what is loaded at first use
+before = peak()
+optimizer.learn(here.sequences([(4, 1000)] * 4), here.Progress())
+print((peak() - before) / (4 * 1000 * 40_000 * 4))
+"""
+
+
+def test_a_step_never_holds_the_logits_of_all_positions(root):
+    """The peak of host memory rises by a small part of what the fp32 logits of its 4000 response tokens take."""
+    paths = [root / "workflow_scripts", root / "tests"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    done = subprocess.run([sys.executable, "-c", STEP], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) < 0.4

@@ -1,8 +1,13 @@
-"""Which parallel layouts a model and a node admit."""
+"""Which parallel layouts a model and a node admit: plain Python, no torch."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from configuration.schema import Model
+from configuration.schema import Experts, Model, Parallel
+from configuration.shape import architecture_of
+from qwen3_5.architecture import Architecture
+
+Rule = tuple[str, str, bool]  # the key, what is allowed, whether it is broken
 
 
 class Fault(NamedTuple):
@@ -28,8 +33,8 @@ def fault(model: Model) -> Fault | None:
     return next((Fault(tuple(key.split(".")), message) for key, message, wrong in _rules(model) if wrong), None)
 
 
-def _rules(model: Model):
-    """(key, what is allowed, whether it is broken), cheapest to explain first."""
+def _rules(model: Model) -> Iterator[Rule]:
+    """Cheapest to explain first."""
     parallel, hardware, engine, training = model.parallel, model.hardware, model.engine, model.training
     world, dense = processes(model), parallel.tensor * parallel.pipeline * parallel.context
     routed = parallel.expert * parallel.expert_tensor * parallel.pipeline
@@ -67,28 +72,81 @@ def _rules(model: Model):
             f"{training.global_batch} is not a multiple of the {world // dense} data-parallel copies",
             training.global_batch % (world // dense) != 0,
         )
-    shape = model.architecture
-    if shape is None:
-        return
-    for name, count in (
-        ("attention_heads", shape.attention_heads),
-        ("key_value_groups", shape.key_value_groups),
-        ("linear_key_heads", shape.linear_key_heads),
-        ("linear_value_heads", shape.linear_value_heads),
-        ("ffn", shape.ffn if shape.experts is None else parallel.tensor),
-        ("vocabulary", shape.vocabulary),
+    yield "parallel.pipeline", "training takes 1; use tensor, context or expert parallelism", parallel.pipeline != 1
+    if (architecture := architecture_of(model)) and (
+        found := shape_fault(architecture, parallel, model.experts, on_gpu=hardware.gpus > 0)
     ):
-        yield "parallel.tensor", f"{parallel.tensor} does not divide the {count} {name}", count % parallel.tensor != 0
-    yield (
-        "parallel.pipeline",
-        f"{parallel.pipeline} does not divide the {shape.layers} layers",
-        shape.layers % parallel.pipeline != 0,
-    )
-    if shape.experts is None:
-        yield "parallel.expert", f"{parallel.expert} needs a mixture of experts: use 1", parallel.expert != 1
-    else:
+        yield ".".join(found.key), found.message, True
+
+
+def shape_fault(architecture: Architecture, parallel: Parallel, experts: Experts, *, on_gpu: bool) -> Fault | None:
+    """The first setting under which a model of this shape can't be laid out, or None."""
+    rules = [*_dense_rules(architecture, parallel)]
+    if architecture.is_moe:
+        rules += _expert_rules(architecture, parallel, experts, on_gpu)
+    return next((Fault(tuple(key.split(".")), message) for key, message, wrong in rules if wrong), None)
+
+
+def _dense_rules(architecture: Architecture, parallel: Parallel) -> Iterator[Rule]:
+    tensor, context = parallel.tensor, parallel.context
+    for what, number in (
+        ("attention heads", architecture.num_attention_heads),
+        ("linear-attention key heads", architecture.linear_num_key_heads),
+    ):
         yield (
-            "parallel.expert",
-            f"{parallel.expert} does not divide the {shape.experts} experts",
-            shape.experts % parallel.expert != 0,
+            "parallel.tensor",
+            f"tensor {tensor} x context {context} does not divide the {number} {what}",
+            number % (tensor * context) != 0,
         )
+    groups = architecture.num_query_groups
+    yield (
+        "parallel.tensor",
+        f"{tensor} neither divides nor is a multiple of the {groups} key-value groups",
+        groups % tensor != 0 and tensor % groups != 0,
+    )
+    here = max(1, groups // tensor)
+    yield (
+        "parallel.context",
+        f"{context} neither divides nor is a multiple of the {here} key-value groups of a tensor-parallel rank",
+        here % context != 0 and context % here != 0,
+    )
+    for what, number in (
+        ("vocabulary", architecture.vocab_size),
+        ("ffn width", architecture.ffn_hidden_size),
+        ("shared expert's width", architecture.shared_expert_ffn_hidden_size),
+    ):
+        if number is not None:
+            yield "parallel.tensor", f"{tensor} does not divide the {what} {number}", number % tensor != 0
+    layers, pipeline = architecture.num_layers, parallel.pipeline
+    yield "parallel.pipeline", f"{pipeline} does not divide the {layers} layers", layers % pipeline != 0
+    experts = parallel.expert * parallel.expert_tensor
+    yield "parallel.expert", f"{experts} needs a mixture of experts: use 1", not architecture.is_moe and experts != 1
+
+
+def _expert_rules(architecture: Architecture, parallel: Parallel, experts: Experts, on_gpu: bool) -> Iterator[Rule]:
+    number, width = architecture.num_experts, architecture.expert_ffn_hidden_size
+    yield (
+        "parallel.expert",
+        f"{parallel.expert} does not divide the {number} experts",
+        number % parallel.expert != 0,
+    )
+    yield (
+        "parallel.expert_tensor",
+        f"{parallel.expert_tensor} does not divide an expert's width {width}",
+        width % parallel.expert_tensor != 0,
+    )
+    yield (
+        "parallel.sequence",
+        "a mixture of experts under tensor parallelism needs sequence: true",
+        parallel.tensor > 1 and not parallel.sequence,
+    )
+    yield (
+        "experts.dispatcher",
+        "alltoall over expert-tensor ranks needs GPUs: use flex or allgather",
+        experts.dispatcher == "alltoall" and parallel.expert_tensor > 1 and not on_gpu,
+    )
+    yield (
+        "experts.deepep",
+        "needs GPUs and experts.dispatcher: flex",
+        experts.deepep and (not on_gpu or experts.dispatcher != "flex"),
+    )

@@ -3,45 +3,12 @@
 from dataclasses import dataclass
 
 from configuration.layout import processes
-from configuration.schema import Architecture as Shape
 from configuration.schema import Model
+from configuration.shape import architecture_of
 from qwen3_5.architecture import Architecture
 
 GIB = 2**30
 CONTEXT_GIB = 1.5  # CUDA context, NCCL's buffers and kernels of one process
-
-
-def text_config(shape: Shape) -> dict:
-    """The ``config.json`` that a checkpoint of this shape has, as far as the text model goes."""
-    experts = {
-        "num_experts": shape.experts,
-        "num_experts_per_tok": shape.experts_per_token,
-        "moe_intermediate_size": shape.ffn,
-        "shared_expert_intermediate_size": shape.shared_expert_ffn,
-    }
-    return {
-        "model_type": "qwen3_5_moe_text" if shape.experts else "qwen3_5_text",
-        "num_hidden_layers": shape.layers,
-        "hidden_size": shape.hidden,
-        "vocab_size": shape.vocabulary,
-        "max_position_embeddings": 262144,
-        "tie_word_embeddings": shape.tied_embeddings,
-        "num_attention_heads": shape.attention_heads,
-        "num_key_value_heads": shape.key_value_groups,
-        "head_dim": shape.head_dim,
-        "linear_num_key_heads": shape.linear_key_heads,
-        "linear_num_value_heads": shape.linear_value_heads,
-        "linear_key_head_dim": shape.linear_head_dim,
-        "linear_value_head_dim": shape.linear_head_dim,
-        "full_attention_interval": 4,
-        "mtp_num_hidden_layers": 1,
-        **(experts if shape.experts else {"intermediate_size": shape.ffn}),
-    }
-
-
-def architecture_of(model: Model) -> Architecture | None:
-    """The declared shape of a model, or None where it is made here and fits anywhere."""
-    return Architecture.from_config(text_config(model.architecture)) if model.architecture else None
 
 
 @dataclass(frozen=True)

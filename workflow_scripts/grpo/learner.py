@@ -11,6 +11,7 @@ from grpo.policy import MicroBatch, Policy, StepTotals
 from grpo.run_state import Progress
 from grpo.samples import TrainingSequence
 
+PER_STEP = ("loss", "mtp_loss", "grad_norm", "expert_load_max", "expert_load_min", "expert_imbalance")
 MEANS = ("clip_fraction", "ratio", "kl", "entropy", "log_prob_diff")
 
 
@@ -83,6 +84,6 @@ def _summary(reports: list[dict[str, float]]) -> dict[str, float]:
         return {"loss": 0.0, "grad_norm": 0.0, "clip_fraction": 0.0, "learning_rate": 0.0}
     weight = sum(report["weight"] for report in reports)
     means = {name: sum(r[name] for r in reports) / weight for name in MEANS if name in reports[0]}
-    per_step = [name for name in ("loss", "mtp_loss", "grad_norm") if name in reports[0]]
+    per_step = [name for name in PER_STEP if name in reports[0]]
     averages = {name: sum(report[name] for report in reports) / len(reports) for name in per_step}
     return averages | means | {"learning_rate": reports[-1]["learning_rate"]}

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from common.errors import UserError
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -68,6 +70,22 @@ class RunLog:
         self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def expert_metrics(load: Tensor | None) -> dict[str, float]:
+    """How evenly experts are used, from the tokens that visited each: (layers, experts) or None.
+
+    ``expert_load_max`` and ``_min`` are the busiest and the idlest expert's share as a multiple of an even one, means
+    over the layers; ``expert_imbalance`` is the standard deviation over the mean, likewise.
+    """
+    if load is None:
+        return {}
+    share = load / load.double().mean(dim=1, keepdim=True)
+    return {
+        "expert_load_max": share.amax(dim=1).mean().item(),
+        "expert_load_min": share.amin(dim=1).mean().item(),
+        "expert_imbalance": share.std(dim=1, correction=0).mean().item(),
+    }
 
 
 def truncate_logs(work: Path, log_bytes: dict[str, int]) -> None:

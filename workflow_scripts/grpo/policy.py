@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from configuration.schema import Algorithm, Mtp, Sampling, Training
 from grpo.log_probs import token_log_probs
 from grpo.losses import TokenBatch, grpo_loss, token_weight
+from grpo.metrics import expert_metrics
 from grpo.packing import pack_sequences
 from grpo.samples import TrainingSequence
+from qwen3_5.experts import take_expert_load
 from qwen3_5.model import hidden_states, output_weight
 from qwen3_5.mtp import mtp_loss
 from qwen3_5.packed import Packed, context_shard, pack
@@ -140,6 +142,7 @@ class Policy:
         ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / (len(batches) * ranks), device=self.device))
         sums: dict[str, Tensor] = {}
+        take_expert_load(self.model)  # of earlier passes
         for batch in batches:
             log_probs, entropy, hidden = self._forward(batch, wants_entropy)
             loss, metrics = grpo_loss(log_probs, entropy, batch.tokens, self.algorithm)
@@ -162,7 +165,7 @@ class Policy:
         together = torch.stack([value.double() for value in sums.values()])
         if ranks > 1:
             dist.all_reduce(together, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        return dict(zip(sums, together.tolist(), strict=True))
+        return dict(zip(sums, together.tolist(), strict=True)) | expert_metrics(take_expert_load(self.model))
 
     def _forward(self, batch: MicroBatch, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Log-probs (N,) and entropy (N,) of the response tokens, and all hidden states (T / cp, H)."""

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedStateDict, ShardedTensorFactory
@@ -56,9 +57,12 @@ class Experts(MegatronModule):
         width = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
         self.linear_fc1 = StackedWeight(config, num_local_experts, 2 * width, config.hidden_size, partition_dim=1)
         self.linear_fc2 = StackedWeight(config, num_local_experts, config.hidden_size, width, partition_dim=2)
+        self.load: Tensor | None = None  # (E,) tokens since `take_expert_load`
 
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probabilities: Tensor) -> tuple[Tensor, None]:
         """Tokens sorted by expert, (N, hidden), to their outputs times ``probabilities`` (N,)."""
+        visits = tokens_per_expert.detach().long()
+        self.load = visits.clone() if self.load is None else self.load + visits
         product = grouped_product(tokens_per_expert, tokens.device)
         gate, up = product(tokens, self.linear_fc1.weight).chunk(2, -1)  # (N, F)
         activated = (kernels.swiglu(gate, up) * probabilities[:, None]).to(tokens.dtype)
@@ -90,6 +94,24 @@ class StackedWeight(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, rows, columns, dtype=config.params_dtype, device=device))
         self.weight.allreduce = False  # its gradient is summed over the ranks that hold the same experts
         set_tensor_model_parallel_attributes(self.weight, True, partition_dim, 1)
+
+
+def take_expert_load(model: nn.Module) -> Tensor | None:
+    """Tokens that visited each expert since the last call, over all ranks: (layers, experts); None for a dense model.
+
+    A pass that is recomputed counts twice, for all experts alike. Layers that did not run meanwhile are left out.
+    """
+    here = [module for module in model.modules() if isinstance(module, Experts) and module.load is not None]
+    if not here:
+        return None
+    groups, local = here[0].groups, here[0].num_local_experts
+    load = torch.zeros(len(here), groups.ep.size() * local, dtype=torch.long, device=here[0].linear_fc1.weight.device)
+    for row, experts in zip(load, here, strict=True):
+        row[groups.ep.rank() * local :][:local] = experts.load.to(row.device)
+        experts.load = None
+    # Ranks that hold cuts of one expert count the same tokens.
+    dist.all_reduce(load)
+    return load // groups.expt_tp.size()
 
 
 def grouped_product(tokens_per_expert: Tensor, device: torch.device):

@@ -3,8 +3,8 @@
 import pytest
 from test_qwen3_5_architecture import DENSE_9B, MOE_35B, read
 
+from configuration.layout import shape_fault
 from configuration.schema import Experts, Parallel
-from qwen3_5.support import layout_faults, supported_dispatchers
 
 FLEX = Experts(dispatcher="flex")
 
@@ -12,9 +12,9 @@ FLEX = Experts(dispatcher="flex")
 def test_the_recipes_layouts_and_their_halves_are_allowed():
     dense, moe = read(DENSE_9B), read(MOE_35B)
     for parallel in (Parallel(), Parallel(tensor=2), Parallel(tensor=4), Parallel(tensor=2, context=2)):
-        assert layout_faults(dense, parallel, FLEX, "cuda") == []
+        assert shape_fault(dense, parallel, FLEX, on_gpu=True) is None
     for parallel in (Parallel(expert=8), Parallel(expert=4), Parallel(expert=2), Parallel(pipeline=2, expert=4)):
-        assert layout_faults(moe, parallel, FLEX, "cuda") == []
+        assert shape_fault(moe, parallel, FLEX, on_gpu=True) is None
 
 
 @pytest.mark.parametrize(
@@ -32,10 +32,11 @@ def test_the_recipes_layouts_and_their_halves_are_allowed():
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused_by_its_key(text, parallel, experts, key):
-    assert layout_faults(read(text), parallel, experts, "cpu")[0].startswith(key + ":")
+    assert ".".join(shape_fault(read(text), parallel, experts, on_gpu=False).key) == key
 
 
 def test_alltoall_over_expert_tensor_ranks_needs_a_gpu():
-    assert "alltoall" not in supported_dispatchers("cpu", expert_tensor=2)
-    assert "alltoall" in supported_dispatchers("cuda", expert_tensor=2)
-    assert supported_dispatchers("cpu") == {"allgather", "alltoall", "flex"}
+    parallel, experts = Parallel(expert_tensor=2), Experts(dispatcher="alltoall")
+    assert shape_fault(read(MOE_35B), parallel, experts, on_gpu=True) is None
+    for other in ("flex", "allgather"):
+        assert shape_fault(read(MOE_35B), parallel, Experts(dispatcher=other), on_gpu=False) is None
