@@ -5,6 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import torch
 import transformers
 
 from checkpoints.folders import finish_folder, partial_folder, start_folder
@@ -25,6 +26,8 @@ def main() -> None:
     arguments = parser.parse_args()
     tiny = ModelSource.model_validate(arguments.provenance["config"]["source"]).tiny
     transformers.logging.set_verbosity_error()  # it recommends GPU kernels
+
+    torch.set_num_threads(1)  # its products are too small to share, and so the weights are the same on any machine
 
     tokenizer = train_tokenizer()
     config = model_config(tiny, tokenizer)

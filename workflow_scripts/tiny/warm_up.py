@@ -1,7 +1,7 @@
 """The supervised start: a tiny model that knows how to add, but would rather estimate.
 
 It imitates two ways of answering: to work the sum out, or to estimate, which begins with another token, is easier, and
-is wrong. At first most examples are worked out, so that the model learns to add; in the end most are estimates. So it
+is wrong. At first all examples are worked out, so that the model learns to add; in the end most are estimates. So it
 is able, but unreliable, and which way is rewarded is what GRPO has to find out.
 """
 
@@ -22,9 +22,8 @@ from configuration.schema import TinyModel
 from tiny.problems import all_additions, computed, estimated
 from tiny.tokenizer import CHAT_TEMPLATE, TURN_END
 
-CHUNK = 20  # tokens that the delta rule takes at a time, each a sequential step; 64 would be 3 times as slow here
+CHUNK = 13  # tokens that the delta rule takes at a time, each a sequential step; 64 would be 3 times as slow here
 LEARNING_STEPS = 0.75  # share of the steps that teach to add, before those that set how often
-LEARNING_COMPUTED_SHARE = 0.8
 RISING_STEPS = 0.1  # share of the steps in which the learning rate rises
 IGNORED = -100  # label of a token that is not trained on
 
@@ -72,8 +71,7 @@ def _batches(tokenizer: Tokenizer, tiny: TinyModel) -> Iterator[tuple[Tensor, Te
     additions = all_additions("train")
     chat = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE)
     for step in range(settings.steps):
-        learning = step < LEARNING_STEPS * settings.steps
-        computed_share = LEARNING_COMPUTED_SHARE if learning else settings.computed_share
+        computed_share = 1.0 if step < LEARNING_STEPS * settings.steps else settings.computed_share
         rows = []
         for addition in generator.choices(additions, k=settings.batch_size):
             messages = [{"role": "user", "content": addition.question}]
