@@ -43,3 +43,13 @@ def snakemake():
         )
 
     return call
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    """Megatron-Core's groups over this process alone."""
+    from qwen3_5.build import finalize, initialize
+
+    initialize()
+    yield
+    finalize()

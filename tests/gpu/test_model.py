@@ -4,20 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen3_5.build import build_model, finalize, initialize
+from qwen3_5.build import build_model
 from qwen3_5.model import hidden_states
 from qwen3_5.packed import pack
 from qwen3_5_reference import load, megatron_names, reference
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_process")]
 LENGTHS = (70, 128, 33, 1, 300)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process():
-    initialize()
-    yield
-    finalize()
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])

@@ -6,18 +6,11 @@ from safetensors.torch import load, save
 
 from configuration.schema import Optimizer as Settings
 from grpo.optimizer import CpuAdam, build_optimizer
-from qwen3_5.build import build_model, finalize, initialize
+from qwen3_5.build import build_model
 from qwen3_5_reference import load as load_weights
 from qwen3_5_reference import megatron_names, reference
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process():
-    initialize()
-    yield
-    finalize()
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_process")]
 
 
 def models(kind="dense", dtype=torch.bfloat16):

@@ -11,7 +11,6 @@ from common.errors import UserError
 from configuration.schema import Engine, Evaluation, Reward, TinyModel
 from evaluation.problems import load_problems
 from evaluation.sampling import read_samples, sample_seed
-from evaluation.scores import compare
 from evaluation.scores import evaluate as evaluate_live
 from rewards.math import Grader
 from rollout.engine import start_engine
@@ -150,7 +149,7 @@ def test_regrade_never_samples(run, tmp_path, monkeypatch):
         run("--regrade")
 
 
-def test_running_engine_can_be_evaluated_and_compared_with_itself(inputs, tmp_path):
+def test_running_engine_can_be_evaluated(inputs, tmp_path):
     hub = inputs / "hub"
     tokenizer, settings = load_tokenizer(hub), Evaluation(**SETTINGS)
     problems, engine = load_problems(read_manifest(inputs / "sums.json")), start_engine(hub, Engine(kind="cpu"))
@@ -161,7 +160,3 @@ def test_running_engine_can_be_evaluated_and_compared_with_itself(inputs, tmp_pa
         )
     engine.close()
     json.dumps(scores, allow_nan=False)
-    assert compare(scores, scores, settings).value == 0
-    other = scores | {"per_problem": scores["per_problem"][::-1]}
-    with pytest.raises(UserError, match="different problems"):
-        compare(scores, other, settings)

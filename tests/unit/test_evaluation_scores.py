@@ -7,7 +7,7 @@ import pytest
 from common.problems import Problem
 from configuration.schema import Evaluation, Reward
 from evaluation.sampling import Sample
-from evaluation.scores import compare, scores
+from evaluation.scores import scores
 from rewards.math import Grader
 
 SETTINGS = Evaluation(samples_per_problem=4, pass_at=[1, 2, 4], bootstrap_samples=500)
@@ -53,10 +53,3 @@ def test_one_problem_scores_without_an_error():
 def test_a_problem_that_lacks_samples_is_refused():
     with pytest.raises(ValueError, match="same number of samples"):
         scored(boxed("33", "33", "33", "33", "34"))
-
-
-def test_trained_is_compared_with_base_problem_by_problem():
-    base, trained = scored(boxed(*"1" * 4, *["34"] * 4)), scored(boxed(*["33"] * 2, *"11", *["34"] * 4))
-    difference = compare(base, trained, SETTINGS)
-    assert (difference.value, difference.standard_error) == (0.25, 0.25)
-    assert difference.bootstrap_interval == (0, 0.5)

@@ -13,9 +13,11 @@ from grpo.optimizer import CpuAdam
 from grpo.policy import Policy, StepTotals
 from grpo.run_state import Progress
 from grpo.samples import TrainingSequence
-from qwen3_5.build import build_model, finalize, initialize
+from qwen3_5.build import build_model
 from qwen3_5.experts import take_expert_load
 from qwen3_5_reference import megatron_names, reference
+
+pytestmark = pytest.mark.usefixtures("one_process")
 
 TEMPERATURE = 0.8
 SMALL = {"hidden_size": 64, "head_dim": 32, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "vocab_size": 96}
@@ -23,13 +25,6 @@ KINDS = {
     "dense": {"intermediate_size": 96},
     "moe": {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process():
-    initialize()
-    yield
-    finalize()
 
 
 def models(kind, mtp_num_layers=0, **changes):
@@ -222,8 +217,9 @@ def test_the_load_of_experts_counts_every_visit():
 STEP = """
 import resource
 from unit import test_grpo_policy as here
+from qwen3_5.build import initialize
 
-here.initialize()
+initialize()
 _, ours, _ = here.models("dense", vocab_size=40_000)
 of = here.policy(ours, log_prob_chunk=64)
 optimizer = here.learner(of)

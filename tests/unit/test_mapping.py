@@ -9,9 +9,8 @@ from checkpoints import mapping
 from checkpoints.mapping import Place
 from checkpoints.safetensors_io import HubCheckpoint
 from common.errors import UserError
-from configuration.schema import Parallel
 from qwen3_5.architecture import Architecture
-from qwen3_5.build import build_model, finalize, initialize
+from qwen3_5.build import build_model
 from tiny_hub import DENSE, EXPERTS, MOE, make_tiny_hub, write_weights
 
 LAYER = "model.language_model.layers."
@@ -31,13 +30,6 @@ def hubs(tmp_path_factory):
         tensors = make_tiny_hub(folder, **variant)
         made[name] = Architecture.from_folder(folder), HubCheckpoint(folder), tensors
     return made
-
-
-@pytest.fixture(scope="module")
-def one_process():
-    initialize(Parallel())
-    yield
-    finalize()
 
 
 def changed(hub: HubCheckpoint, tensors: dict, tmp_path, **changes) -> HubCheckpoint:

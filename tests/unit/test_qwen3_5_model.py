@@ -7,18 +7,13 @@ import torch
 from torch import Tensor
 
 import qwen3_5_reference as reference
-from qwen3_5.build import build_model, finalize, initialize
+from qwen3_5.build import build_model
 from qwen3_5.model import hidden_states, output_weight
 from qwen3_5.packed import pack
 
+pytestmark = pytest.mark.usefixtures("one_process")
+
 LENGTHS = (70, 128, 33, 1, 3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process():
-    initialize()
-    yield
-    finalize()
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])

@@ -5,20 +5,15 @@ import torch
 import torch.nn.functional as F
 
 import qwen3_5_reference as reference
-from qwen3_5.build import build_model, finalize, initialize
+from qwen3_5.build import build_model
 from qwen3_5.model import hidden_states, output_weight
 from qwen3_5.mtp import mtp_loss, mtp_targets
 from qwen3_5.packed import pack
 
+pytestmark = pytest.mark.usefixtures("one_process")
+
 ROWS = [[11, 12, 13, 14, 15], [21, 22], [31, 32, 33, 34]]
 RESPONSES = [[0, 0, 1, 1, 1], [0, 1], [0, 1, 1, 0]]  # the last response was cut, say
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process():
-    initialize()
-    yield
-    finalize()
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])

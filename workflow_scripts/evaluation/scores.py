@@ -7,15 +7,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from common.errors import UserError
 from common.problems import Problem
 from configuration.schema import Evaluation
 from evaluation.estimators import (
-    PairedDifference,
     correct_counts,
     majority,
     mean_with_error,
-    paired_difference,
     pass_at,
 )
 from evaluation.sampling import Sample, origin_of, sample_problems
@@ -82,17 +79,6 @@ def scores(
         "tokens_per_second": tokens / seconds if seconds else None,
         "per_problem": [_problem_facts(problem, row) for problem, row in zip(problems, rows, strict=True)],
     }
-
-
-def compare(base: dict[str, Any], trained: dict[str, Any], settings: Evaluation) -> PairedDifference:
-    """The paired difference of two models' `scores` on one problem set, bootstrapped with the evaluation's seed."""
-    means = []
-    for score in (base, trained):
-        counts, number = correct_counts([row["correct"] for row in score["per_problem"]])
-        means.append(counts / number)
-    if [row["label"] for row in base["per_problem"]] != [row["label"] for row in trained["per_problem"]]:
-        raise UserError("the scores of base and trained are of different problems: evaluate both on one data set")
-    return paired_difference(*means, settings.bootstrap_samples, settings.seed)
 
 
 def _share(hits: Iterable[bool]) -> float:
