@@ -6,6 +6,7 @@ from pathlib import Path
 sys.path.insert(0, f"{workflow.basedir}/workflow_scripts")
 
 from common.errors import UserError
+from common.working_folder import claim
 from configuration.layout import processes
 from configuration.loading import load
 from configuration.preflight import check_jobs, table
@@ -19,6 +20,9 @@ def complain(function, *arguments):
     except UserError as error:
         sys.exit(f"error: {error}")
 
+
+if not (workflow.remote_exec or workflow.subprocess_exec):  # those belong to the run that started them
+    claimed = claim(Path(".snakemake"))
 
 BASE = Path(workflow.basedir)
 settings = complain(

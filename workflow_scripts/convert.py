@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from checkpoints import mapping, torch_dist
 from checkpoints.manifest import read_manifest, write_manifest
 from checkpoints.safetensors_io import HubCheckpoint
 from common.errors import UserError, run
+from common.files import hold
 from configuration.schema import Conversion, Parallel
 from qwen3_5.architecture import Architecture
 from qwen3_5.build import build_model, finalize, initialize
@@ -25,6 +27,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where to write the torch_dist checkpoint")
     parser.add_argument("--manifest", type=Path, required=True, help="its manifest, written last")
     arguments = parser.parse_args()
+    with hold(arguments.manifest) if int(os.environ.get("RANK", 0)) == 0 else nullcontext():
+        convert(arguments)
+
+
+def convert(arguments: argparse.Namespace) -> None:
     settings = Conversion.model_validate(arguments.provenance["config"]["conversion"])
     mtp_num_layers = settings.mtp_num_layers if arguments.mtp_num_layers is None else arguments.mtp_num_layers
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from checkpoints.manifest import write_manifest
 from common.errors import run
+from common.files import hold
 from common.problems import read_problems, require_problems
 from configuration.schema import Dataset, ModelSource
 from hub.snapshot import MODEL_FILES, dataset_from_hub, from_folder, model_from_hub
@@ -18,6 +19,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where to link the files, in a folder of their own")
     parser.add_argument("--manifest", type=Path, required=True, help="what to write")
     arguments = parser.parse_args()
+    with hold(arguments.manifest):
+        download(arguments)
+
+
+def download(arguments: argparse.Namespace) -> None:
     settings = arguments.provenance["config"]
 
     if "dataset" in settings:

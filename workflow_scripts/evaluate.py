@@ -7,6 +7,7 @@ from typing import Any
 
 from checkpoints.manifest import Manifest, read_manifest, versions, write_manifest
 from common.errors import UserError, run
+from common.files import hold
 from configuration.provenance import code_digest, engine_file
 from configuration.schema import Engine, Evaluation, Reward
 from evaluation.problems import load_problems
@@ -30,6 +31,11 @@ def main() -> None:
         "--regrade", action="store_true", help="grade the saved samples again, and fail where one is missing"
     )
     arguments = parser.parse_args()
+    with hold(arguments.manifest):
+        evaluate(arguments)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
     config = arguments.provenance["config"]
     settings, reward = Evaluation.model_validate(config["evaluation"]), Reward.model_validate(config["reward"])
     engine_settings = Engine.model_validate(config["engine"])
@@ -48,7 +54,7 @@ def main() -> None:
             "run without --regrade to sample the others"
         )
     if len(samples) < len(wanted):
-        model.require()
+        model.require(digests=True)
         tokenizer = load_tokenizer(model.root)
         stops = stop_token_ids(model.root, tokenizer)
         engine = start_engine(model.root, engine_settings)

@@ -11,6 +11,7 @@ from checkpoints.folders import finish_folder, partial_folder, start_folder
 from checkpoints.manifest import Manifest, read_manifest, write_manifest
 from checkpoints.safetensors_io import HubCheckpoint, HubWriter
 from common.errors import UserError, run
+from common.files import hold, require_room
 from qwen3_5.architecture import Architecture
 from qwen3_5.build import build_model, finalize, initialize
 
@@ -23,6 +24,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where to write the checkpoint")
     parser.add_argument("--manifest", type=Path, required=True, help="its manifest, written last")
     arguments = parser.parse_args()
+    with hold(arguments.manifest):
+        export(arguments)
+
+
+def export(arguments: argparse.Namespace) -> None:
     source = read_manifest(arguments.hub).require(digests=True)
     weights = weights_folder(read_manifest(arguments.weights).require(digests=True))
 
@@ -35,6 +41,7 @@ def main() -> None:
 
     partial = partial_folder(arguments.folder)
     start_folder(partial)
+    require_room(partial, sum(file["bytes"] for file in source.files.values()))
     with HubWriter(hub, partial) as writer, tqdm(total=len(hub.entries), unit=" tensors", mininterval=1) as bar:
         for name in mapping.untouched(hub, mtp_num_layers):
             writer.copy(name)

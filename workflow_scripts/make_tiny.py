@@ -11,6 +11,7 @@ import transformers
 from checkpoints.folders import finish_folder, partial_folder, start_folder
 from checkpoints.manifest import describe, write_manifest
 from common.errors import run
+from common.files import hold
 from configuration.schema import ModelSource
 from tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
 from tiny.tokenizer import train_tokenizer
@@ -24,6 +25,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where to write the files, in a folder of their own")
     parser.add_argument("--manifest", type=Path, required=True, help="what to write, last")
     arguments = parser.parse_args()
+    with hold(arguments.manifest):
+        make(arguments)
+
+
+def make(arguments: argparse.Namespace) -> None:
     tiny = ModelSource.model_validate(arguments.provenance["config"]["source"]).tiny
     transformers.logging.set_verbosity_error()  # it recommends GPU kernels
 

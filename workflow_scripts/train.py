@@ -91,8 +91,10 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
     interrupts = stack.enter_context(Interrupts())
     first = dist.get_rank() == 0
     if first:
-        stack.enter_context(hold(arguments.work, "a training"))
-    hub_manifest, weights = read_manifest(arguments.hub).require(), read_manifest(arguments.weights).require()
+        stack.enter_context(hold(arguments.work))
+        arguments.work.mkdir(exist_ok=True)
+    hub_manifest, weights = read_manifest(arguments.hub).require(), read_manifest(arguments.weights)
+    weights.require(digests=first)
     architecture, hub = Architecture.from_folder(hub_manifest.root), HubCheckpoint(hub_manifest.root)
     if fault := shape_fault(architecture, settings.parallel, settings.experts, on_gpu=settings.hardware.gpus > 0):
         raise UserError(f"{'.'.join(fault.key)}: {fault.message}")

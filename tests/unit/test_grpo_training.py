@@ -137,6 +137,18 @@ def test_bad_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(prepar
     assert [line["loss"] for line in lines(tmp_path / "run") if "loss" in line] == [None, None]
 
 
+def test_a_flipped_bit_in_the_starting_weights_is_found_and_named(prepared, tmp_path):
+    file = next(file for file in (prepared / "torch_dist").iterdir() if file.suffix == ".distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    whole = file.read_bytes()
+    file.write_bytes(content)
+    try:
+        assert f"{file.name}: its sha256 is not the one" in ended(grpo_run.arguments(prepared, tmp_path / "work"))
+    finally:
+        file.write_bytes(whole)
+
+
 def test_weights_and_biases_without_its_package_is_an_error_in_one_line(prepared, tmp_path):
     message = ended(grpo_run.arguments(prepared, tmp_path / "run", training={"wandb_project": "mine"}))
     assert message.startswith("error: training.wandb_project") and "\n" not in message

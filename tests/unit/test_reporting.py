@@ -204,6 +204,16 @@ def test_scores_by_different_protocols_or_of_different_problems_are_not_paired(r
     assert pairs(read_scores([other])) == []  # without a base there is nothing to compare with
 
 
+def test_a_flipped_bit_in_the_samples_is_found_and_named(tmp_path):
+    (score,) = read_scores([evaluate(tmp_path, "4B", "base", 0.5, 1)])
+    file = score.manifest.root / "base.jsonl"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"base\.jsonl: its sha256 is not the one"):
+        score.read_samples({(0, 0)})
+
+
 def test_words_claim_no_more_than_the_interval(results):
     (clear,), (unclear,) = pairs(scores_of(results)), pairs(scores_of(results, "tiny_moe"))
     assert "training helped" in in_words(clear)

@@ -38,6 +38,7 @@ from torch.futures import Future
 
 from checkpoints.folders import finish_folder, partial_folder, start_folder
 from common.errors import UserError
+from common.files import require_room
 from qwen3_5.model import bare
 
 MAX_FILES = 8  # of one rank
@@ -48,11 +49,12 @@ Progress = Callable[[int], object]
 
 
 def save(model: nn.Module, folder: Path | str, progress: Progress | None = None) -> None:
-    """Write the weights of ``model`` to ``folder``, which is whole or stays as it was."""
+    """Write the weights of ``model`` to ``folder``, which is whole or stays as it was; `UserError` without the room."""
     partial = partial_folder(folder)
     if dist.get_rank() == 0:
         start_folder(partial)
     dist.barrier()
+    require_room(partial, whole_bytes(model))
     try:
         dist_checkpointing.save(_sharded_state_dict(model), str(partial), _OneTensorAtATime(progress))
     except CheckpointException as error:  # raised on every rank, with what any rank met: a full disk, say
@@ -60,6 +62,21 @@ def save(model: nn.Module, folder: Path | str, progress: Progress | None = None)
     if dist.get_rank() == 0:
         finish_folder(partial, folder)
     dist.barrier()
+
+
+def whole_bytes(model: nn.Module) -> int:
+    """What the weights of this pipeline stage take when every shard of them is written once."""
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    routed = (
+        parallel_state.get_expert_model_parallel_world_size() * parallel_state.get_expert_tensor_parallel_world_size()
+    )
+    total = 0
+    for parameter in model.parameters():
+        if not getattr(parameter, "allreduce", True):  # Megatron-Core's mark of an expert's weight
+            total += parameter.nbytes * routed
+        else:
+            total += parameter.nbytes * (tensor if getattr(parameter, "tensor_model_parallel", False) else 1)
+    return total
 
 
 def load(model: nn.Module, folder: Path | str) -> None:

@@ -1,11 +1,15 @@
 """Faults that a user can mend end in one line, not in a traceback."""
 
+import errno
 import sys
 from collections.abc import Callable
 
 
 class UserError(Exception):
     """A fault whose message says in one line what was wrong, where, and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # a name that it quotes may hold line breaks
 
 
 def run(main: Callable[[], None]) -> None:
@@ -14,7 +18,9 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
-    except OSError as error:
-        if error.errno not in (28, 122):  # ENOSPC, EDQUOT
+    except Exception as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+        if not full:
             raise
-        sys.exit(f"error: {error.filename or 'the results folder'}: {error.strerror}: make room and run again")
+        where = getattr(error, "filename", None) or "the results folder"
+        sys.exit(f"error: {where}: the disk is full: make room and run again")

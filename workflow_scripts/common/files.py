@@ -5,6 +5,8 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,20 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def require_room(folder: Path | str, needed: int) -> None:
+    """Refuse (`UserError`) to begin writing ``needed`` bytes below ``folder`` where there is less room."""
+    folder = Path(folder).absolute()
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(f"{folder}: needs {in_mib(needed)} and {in_mib(free)} are free: make room and run again")
+
+
+def in_mib(number: int) -> str:
+    """A number of bytes for people."""
+    return f"{number / 2**20:,.1f} MiB"
+
+
 def sha256_of(path: Path | str) -> str:
     """The hexadecimal sha256 of a file's content."""
     with Path(path).open("rb") as file:
@@ -68,20 +84,22 @@ def sha256_of(path: Path | str) -> str:
 
 
 @contextlib.contextmanager
-def hold(folder: Path | str, what: str) -> Iterator[None]:
-    """Hold ``folder`` for this process; a second holder gets a `UserError` that names the first.
+def hold(result: Path | str) -> Iterator[None]:
+    """Be the only process that works on ``result``, a file or a folder: while another is, say which and wait.
 
-    The lock goes with the process however it ends, so a killed run never leaves it behind.
+    The lock goes with the process however it ends, so a killed one never leaves it behind.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as lock:
+    result = Path(result)
+    result.parent.mkdir(parents=True, exist_ok=True)
+    with result.with_name(f".{result.name}.lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            holder = lock.read().strip() or "unknown process"
-            raise UserError(f"{folder}: {what} is already running there ({holder}): wait or stop it") from None
+            print(
+                f"{result}: {lock.read().strip() or 'a process'} is at work on it: waiting for its end", file=sys.stderr
+            )
+            fcntl.flock(lock, fcntl.LOCK_EX)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {os.uname().nodename}")
         lock.flush()

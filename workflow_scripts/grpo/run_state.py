@@ -27,7 +27,7 @@ from checkpoints import torch_dist
 from checkpoints.folders import finish_folder, partial_folder, start_folder
 from checkpoints.manifest import read_manifest, write_manifest
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import read_json, require_room, write_json
 from grpo.optimizer import Optimizer
 
 NAME = re.compile(r"checkpoint-(\d{6,})")
@@ -58,15 +58,19 @@ class Progress:
 
 
 def save(work: Path, progress: Progress, model: nn.Module, optimizer: Optimizer, provenance: dict[str, Any]) -> Path:
-    """Write the run state of ``progress.rollout``; called by every rank. Returns the checkpoint's folder."""
+    """Write the run state of ``progress.rollout``; called by every rank. Returns the checkpoint's folder.
+
+    `UserError`, on every rank and before anything is written, where the disk lacks the room.
+    """
     folder = work / f"checkpoint-{progress.rollout:06d}"
     partial = partial_folder(folder)
+    state = optimizer.state_dict() | {RANDOM_STATE: torch.get_rng_state()}
     if _rank() == 0:
         start_folder(partial)
         (partial / "optimizer").mkdir()
     _barrier()
+    require_room(partial, torch_dist.whole_bytes(model) + _over_all_ranks(sum(t.nbytes for t in state.values())))
     torch_dist.save(model, partial / "weights")
-    state = optimizer.state_dict() | {RANDOM_STATE: torch.get_rng_state()}
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, _rank_file(partial))
     _barrier()
     if _rank() == 0:
@@ -148,6 +152,14 @@ def _rank_file(folder: Path) -> Path:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _over_all_ranks(number: int) -> int:
+    """The sum of every rank's number."""
+    total = torch.tensor(number)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return int(total)
 
 
 def _barrier() -> None:

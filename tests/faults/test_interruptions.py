@@ -1,0 +1,148 @@
+"""The whole DAG under a storm of kills, at random moments and of every kind: it ends where a calm run ends, bit by bit.
+
+A storm starts the same command again and again. Sometimes it is stopped as a user or a scheduler would (SIGINT to all,
+SIGTERM), sometimes as a crash would (SIGKILL of Snakemake, of a job's process, of everything at once).
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+KILLS = 50
+SETTINGS = {
+    "models": ["tiny"],
+    "datasets": {
+        "sums-train": {"problems": {"split": "train", "seed": 0, "rows": 32}},
+        "sums-evaluation": {"problems": {"split": "evaluation", "seed": 0, "rows": 4}},
+    },
+    "per_model": {
+        "tiny": {
+            "source": {"tiny": {"warm_up": {"steps": 3, "batch_size": 4}}},
+            "training": {
+                "prompts_per_rollout": 3,
+                "samples_per_prompt": 2,
+                "global_batch": 6,
+                "rollouts": 6,
+                "save_interval": 1,
+            },
+            # No answer is right after so short a warm-up; entropy gives every response a gradient all the same.
+            "algorithm": {"entropy_coefficient": 0.01},
+            "validation": {"interval": 3, "samples_per_problem": 1, "max_response_tokens": 8},
+            "sampling": {"max_response_tokens": 8},
+            "evaluation": {"samples_per_problem": 2, "pass_at": [1, 2], "max_response_tokens": 8},
+        }
+    },
+}
+
+
+class Run:
+    """The pipeline in a folder of its own."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self.folder, self.log = folder, folder / "log"
+        folder.mkdir()
+        (folder / "settings.yaml").write_text(yaml.safe_dump(SETTINGS))
+        self.command = [
+            *(sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--cores", "2"),
+            *("--directory", str(folder), "--configfile", str(folder / "settings.yaml"), "--rerun-incomplete"),
+            *("--", "report", "export_tiny"),
+        ]
+
+    def start(self) -> psutil.Popen:
+        with self.log.open("ab") as log:
+            return psutil.Popen(self.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def finish(self) -> None:
+        assert self.start().wait(timeout=400) == 0, self.log.read_text()[-5000:]
+
+    def outcome(self) -> dict[str, object]:
+        """Everything that must not depend on what happened on the way: weights, metrics, samples, tables."""
+        results = self.folder / "results"
+        tiny = results / "tiny"
+        (work,) = (path for path in tiny.glob("grpo/grpo/*") if path.is_dir())
+        weights = {path.name: path.read_bytes() for path in sorted((tiny / "hf/grpo").glob("*.safetensors"))}
+        samples = {path.name: _rows(path) for path in sorted(tiny.glob("eval/*/*.jsonl"))}
+        assert weights and len(samples) == 2
+        return {
+            "weights": weights,
+            "metrics": _rows(work / "metrics.jsonl"),
+            "training samples": (work / "samples.jsonl").read_bytes(),
+            "evaluation samples": {name: sorted(rows, key=json.dumps) for name, rows in samples.items()},
+            "tables": (results / "tables/scores.csv").read_bytes(),
+        }
+
+
+def _rows(path: Path) -> list[dict]:
+    """The lines of a log, without what is a time."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
+
+
+def jobs(session: int) -> list[psutil.Process]:
+    """The processes of rules that a Snakemake started."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        try:
+            if "--provenance" in words and words[1:2] == ["-m"] and os.getsid(process.pid) == session:
+                found.append(process)
+        except ProcessLookupError:
+            continue
+    return found
+
+
+def strike(snakemake: psutil.Popen, draw: random.Random) -> str:
+    """Kill something of a run in one of the ways in which runs end."""
+    way = draw.choice(["Ctrl-C", "SIGTERM", "snakemake", "job", "job asked", "everything"])
+    running = jobs(snakemake.pid)
+    if way.startswith("job") and running:
+        victim = draw.choice(running)
+        victim.send_signal(signal.SIGKILL if way == "job" else signal.SIGTERM)
+        return f"{victim.info['cmdline'][2]}: {way}"
+    if way == "Ctrl-C":
+        os.killpg(snakemake.pid, signal.SIGINT)
+    elif way == "SIGTERM":
+        snakemake.terminate()
+    elif way == "snakemake":
+        snakemake.kill()  # its jobs go on
+    else:
+        os.killpg(snakemake.pid, signal.SIGKILL)
+    return way
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_storm_of_kills_changes_nothing(root, tmp_path):
+    calm = Run(root, tmp_path / "calm")
+    calm.finish()
+    expected = calm.outcome()
+
+    draw, done, number = random.Random(20), [], 0
+    storm = Run(root, tmp_path / "storm-0")
+    while len(done) < KILLS:
+        snakemake, code = storm.start(), None
+        while code is None and len(done) < KILLS:
+            try:
+                code = snakemake.wait(timeout=draw.choice([draw.uniform(0.2, 4), draw.uniform(4, 20)]))
+            except psutil.TimeoutExpired:
+                done.append(strike(snakemake, draw))
+                if ": job" not in done[-1]:  # Snakemake itself was asked to end, or is gone
+                    code = snakemake.wait(timeout=120)
+        if code == 0:
+            assert storm.outcome() == expected, done
+            number += 1
+            storm = Run(root, tmp_path / f"storm-{number}")
+        elif code is None:  # the last kills were of jobs: it may go on
+            snakemake.wait(timeout=300)
+    storm.finish()
+    assert storm.outcome() == expected, done
+    assert "rollout" in json.dumps(expected["metrics"])
+    print("\n".join(done))
