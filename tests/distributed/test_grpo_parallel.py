@@ -2,7 +2,10 @@
 
 import json
 import os
+import sys
+import time
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -74,6 +77,21 @@ def test_two_processes_train_as_one_does(root, tmp_path, environment):
         "rank-00000.safetensors",
         "rank-00001.safetensors",
     }
-    longer = grpo_run.arguments(tmp_path, tmp_path / "two", training={"rollouts": 3})
-    torchrun(2, str(root / "tests" / "grpo_run.py"), *longer, env=environment)
-    assert read_manifest(tmp_path / "two.json").facts["rollouts"] == 3
+
+    # The same again, but the second rank is killed under way.
+    killed = grpo_run.arguments(tmp_path, tmp_path / "killed", training={"rollouts": 2, "save_interval": 1})
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    with (tmp_path / "log").open("wb") as log:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        run = psutil.Popen(
+            [*command, str(root / "tests" / "grpo_run.py"), *killed], env=environment, stdout=log, stderr=log
+        )
+        while not (metrics.exists() and '"loss"' in metrics.read_text()):
+            assert run.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        next(process for process in run.children() if process.environ().get("RANK") == "1").kill()
+        assert run.wait(timeout=120) != 0
+    torchrun(2, str(root / "tests" / "grpo_run.py"), *killed, env=environment)
+    read_manifest(tmp_path / "killed.json").require(digests=True)
+    for name in ("samples.jsonl", *(f"checkpoint-000002/optimizer/rank-0000{rank}.safetensors" for rank in (0, 1))):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
