@@ -119,6 +119,8 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
             " raise it, or delete that folder"
         )
     if first:
+        if not saved:
+            announce(arguments.work)
         metrics.truncate_logs(arguments.work, progress.log_bytes)
     if saved and progress.rollout == training.rollouts:
         return saved
@@ -138,6 +140,17 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
         saved=saved,
     )
     return loop.run()
+
+
+def announce(work: Path) -> None:
+    """Say that a run begins beside others of its name, whose settings or code were different."""
+    others = sorted(path.name for path in work.parent.iterdir() if path.is_dir() and path != work)
+    if others:
+        print(
+            f"{work}: a new run, since its settings, code or data differ from those of {', '.join(others)};"
+            " what lies there stays",
+            file=sys.stderr,
+        )
 
 
 def start_driver(

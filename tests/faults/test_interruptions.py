@@ -109,9 +109,9 @@ def jobs(session: int) -> list[psutil.Process]:
 
 def strike(snakemake: psutil.Popen, draw: random.Random) -> str:
     """Kill something of a run in one of the ways in which runs end."""
-    way = draw.choice(["Ctrl-C", "SIGTERM", "snakemake", "job", "job asked", "everything"])
     running = jobs(snakemake.pid)
-    if way.startswith("job") and running:
+    way = draw.choice(["Ctrl-C", "SIGTERM", "snakemake", "everything", *(["job", "job asked"] if running else [])])
+    if way.startswith("job"):
         victim = draw.choice(running)
         victim.send_signal(signal.SIGKILL if way == "job" else signal.SIGTERM)
         return f"{victim.info['cmdline'][2]}: {way}"
@@ -139,7 +139,7 @@ def test_a_storm_of_kills_changes_nothing(root, tmp_path):
         snakemake, code = storm.start(), None
         while code is None and len(done) < KILLS:
             try:
-                code = snakemake.wait(timeout=draw.choice([draw.uniform(0.2, 4), draw.uniform(4, 20)]))
+                code = snakemake.wait(timeout=draw.choice([draw.uniform(0.2, 3), draw.uniform(3, 14)]))
             except psutil.TimeoutExpired:
                 done.append(strike(snakemake, draw))
                 if ": job" not in done[-1]:  # Snakemake itself was asked to end, or is gone

@@ -120,7 +120,8 @@ def test_more_rollouts_continue_the_run_and_a_new_learning_rate_starts_another(w
     assert ran(longer) == ["tiny: train with GRPO"]
     (folder,) = work.results.glob("tiny/grpo/grpo/*/")
     assert [json.loads(line)["rollout"] for line in (folder / "metrics.jsonl").open() if "loss" in line] == [1, 2, 3]
-    work.run("train_tiny", per_model__tiny__optimizer={"learning_rate": 1.0e-4})
+    other = work.run("train_tiny", per_model__tiny__optimizer={"learning_rate": 1.0e-3})
+    assert f"a new run, since its settings, code or data differ from those of {folder.name}" in other
     assert len(list(work.results.glob("tiny/grpo/grpo/*/"))) == 2
     assert folder.exists()
 

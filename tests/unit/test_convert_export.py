@@ -1,6 +1,7 @@
 """The Hub's format to torch_dist and back: every byte returns, little memory is taken, and mistakes end in one line."""
 
 import os
+import pickle
 import resource
 import subprocess
 import sys
@@ -186,6 +187,25 @@ def test_a_cut_torch_dist_file_is_named(tmp_path, model_in_one_process):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match="weights: damaged"):
         torch_dist.load(model, tmp_path / "weights")
+
+
+class Evil:
+    """What a pickle may do to who reads it."""
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_metadata_that_would_run_something_is_refused_before_it_does(tmp_path, model_in_one_process):
+    make_tiny_hub(tmp_path / "hub")
+    model = model_in_one_process(Architecture.from_folder(tmp_path / "hub"))
+    torch_dist.save(model, tmp_path / "weights")
+    evil = Evil()
+    evil.folder = str(tmp_path / "was here")
+    (tmp_path / "weights" / ".metadata").write_bytes(pickle.dumps(evil))
+    with pytest.raises(UserError, match=r"\.metadata can't be read \(it would call posix\.mkdir\)"):
+        torch_dist.load(model, tmp_path / "weights")
+    assert not (tmp_path / "was here").exists()
 
 
 def test_a_second_save_replaces_the_first_and_leaves_nothing_beside_it(tmp_path, model_in_one_process):
