@@ -14,6 +14,7 @@ import pytest
 
 import grpo_run
 from checkpoints.manifest import read_manifest
+from hub_server import serve
 from stages import convert_arguments, export_arguments
 
 MAY_MOUNT = subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
@@ -33,7 +34,7 @@ def on_a_disk(root, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
 
-    def call(small: int, command: list[str]) -> tuple[str, Path]:
+    def call(small: int, command: list[str], **environment: str) -> tuple[str, Path]:
         run = shlex.join([sys.executable, *command])
         script = f"""
             mount -t tmpfs -o size={small}k tmpfs {disk}
@@ -44,7 +45,7 @@ def on_a_disk(root, tmp_path):
             cp -a {disk}/. {tmp_path}/kept
         """
         paths = [root / "workflow_scripts", root / "tests"]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "TQDM_DISABLE": "1"}
+        environment |= os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "TQDM_DISABLE": "1"}
         subprocess.run(["unshare", "-m", "bash", "-c", script], env=environment, check=True, timeout=300)
         first, second = (tmp_path / f"{name}.log" for name in ("first", "second"))
         assert (tmp_path / "first.code").read_text() == "1\n", first.read_text()
@@ -54,6 +55,21 @@ def on_a_disk(root, tmp_path):
 
     call.disk, call.files = disk, tmp_path / "first.files"
     return call
+
+
+def test_download(on_a_disk):
+    weights = os.urandom(2**21)
+    provenance = {"config": {"source": {"repo": "Qwen/tiny", "revision": "main"}}, "code": "c", "upstream": {}}
+    command = [
+        *("-m", "download", "--provenance", json.dumps(provenance), "--name", "tiny"),
+        *("--folder", str(on_a_disk.disk / "hub"), "--manifest", str(on_a_disk.disk / "download.json")),
+    ]
+    with serve() as hub:
+        files = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": weights}
+        hub.host("Qwen/tiny", files, {"model.safetensors"})
+        line, kept = on_a_disk(1024, command, HF_ENDPOINT=hub.address, HF_HOME=str(on_a_disk.disk / "home"))
+    assert "2.0 MiB to download and 1.0 MiB free" in line and "make room, or set HF_HOME" in line
+    read_manifest(kept / "download.json").require(digests=True)
 
 
 def test_conversion(prepared, on_a_disk):

@@ -31,7 +31,7 @@ from huggingface_hub.utils import filter_repo_objects, logging
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import atomic_write
+from common.files import atomic_write, in_mib
 
 WAITS = (1, 2, 4, 8, 16, 30)  # seconds before each further try
 LONGEST_WAIT = 600  # seconds; a server that asks for more is given up
@@ -237,7 +237,7 @@ def _require_space(repository: Repository, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
-            f"{repository}: {needed / 2**30:.2f} GiB to download and {free / 2**30:.2f} GiB free in {cache}:"
+            f"{repository}: {in_mib(needed)} to download and {in_mib(free)} free in {cache}:"
             " make room, or set HF_HOME to a folder on a larger disk"
         )
 
