@@ -21,7 +21,9 @@ def complain(function, *arguments):
         sys.exit(f"error: {error}")
 
 
-if not (workflow.remote_exec or workflow.subprocess_exec):  # those belong to the run that started them
+if not (
+    workflow.remote_exec or workflow.subprocess_exec
+):  # those belong to the run that started them
     claimed = claim(Path(".snakemake"))
 
 BASE = Path(workflow.basedir)

@@ -7,7 +7,7 @@ from pathlib import Path
 from checkpoints.manifest import write_manifest
 from common.errors import run
 from common.files import hold
-from common.problems import read_problems, require_problems
+from common.problems import load_problem_set
 from configuration.schema import Dataset, ModelSource
 from hub.snapshot import MODEL_FILES, dataset_from_hub, from_folder, model_from_hub
 
@@ -33,15 +33,7 @@ def download(arguments: argparse.Namespace) -> None:
         else:
             snapshot = dataset_from_hub(dataset.repo, dataset.revision, dataset.file, arguments.folder)
         path = snapshot.root / dataset.file
-        problems, bad = read_problems(path, dataset.prompt_key, dataset.label_key)
-        require_problems(
-            path,
-            problems,
-            bad,
-            rows=dataset.rows,
-            unique=dataset.unique_prompts,
-            max_bad_share=dataset.max_bad_share,
-        )
+        problems, _ = load_problem_set(path, dataset)
         facts = {
             "file": dataset.file,
             "rows": len(problems),

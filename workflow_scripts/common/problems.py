@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from common.errors import UserError
 
@@ -17,6 +17,29 @@ class Problem:
     messages: list[dict[str, str]]
     label: str
     line: int
+
+
+class ProblemSet(Protocol):
+    """What is known of a problem set's file (`configuration.schema.Dataset`)."""
+
+    prompt_key: str
+    label_key: str
+    rows: int | None
+    unique_prompts: bool
+    max_bad_share: float
+
+
+def load_problem_set(
+    path: Path | str, known: ProblemSet, *, max_bad_share: float | None = None
+) -> tuple[list[Problem], int]:
+    """The usable rows of a file and the number of the others; a `UserError` where `require_problems` refuses it.
+
+    ``max_bad_share`` takes the place of what is known.
+    """
+    problems, bad = read_problems(path, known.prompt_key, known.label_key)
+    share = known.max_bad_share if max_bad_share is None else max_bad_share
+    require_problems(path, problems, bad, rows=known.rows, unique=known.unique_prompts, max_bad_share=share)
+    return problems, len(bad)
 
 
 def read_problems(path: Path | str, prompt_key: str, label_key: str) -> tuple[list[Problem], list[tuple[int, str]]]:

@@ -1,7 +1,7 @@
 """The problems that a data set's manifest vouches for."""
 
 from checkpoints.manifest import Manifest
-from common.problems import Problem, read_problems, require_problems
+from common.problems import Problem, load_problem_set
 from configuration.schema import Dataset
 
 
@@ -14,6 +14,5 @@ def load_problems(data: Manifest) -> list[Problem]:
     data.require()
     file = data.root / data.facts["file"]
     settings = Dataset.model_validate(data.provenance["config"]["dataset"])
-    problems, bad = read_problems(file, settings.prompt_key, settings.label_key)
-    require_problems(file, problems, bad, rows=settings.rows, unique=settings.unique_prompts)
+    problems, _ = load_problem_set(file, settings, max_bad_share=0.0)
     return problems

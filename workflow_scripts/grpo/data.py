@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from checkpoints.manifest import Manifest
 from common.errors import UserError
-from common.problems import read_problems, require_problems
+from common.problems import load_problem_set
 from configuration.schema import Dataset, Sampling
 from rollout.prompts import encode_prompt
 
@@ -43,15 +43,7 @@ def load_prompts(data: Manifest, tokenizer: PreTrainedTokenizerBase, sampling: S
     """
     file = data.root / data.facts["file"]
     settings = Dataset.model_validate(data.provenance["config"]["dataset"])
-    problems, bad = read_problems(file, settings.prompt_key, settings.label_key)
-    require_problems(
-        file,
-        problems,
-        bad,
-        rows=settings.rows,
-        unique=settings.unique_prompts,
-        max_bad_share=settings.max_bad_share,
-    )
+    problems, bad = load_problem_set(file, settings)
     encoded = [
         Prompt(problem.line, encode_prompt(tokenizer, problem.messages, sampling.enable_thinking), problem.label)
         for problem in problems
@@ -61,7 +53,7 @@ def load_prompts(data: Manifest, tokenizer: PreTrainedTokenizerBase, sampling: S
         raise UserError(
             f"{file}: every prompt is longer than sampling.max_prompt_tokens {sampling.max_prompt_tokens}: raise it"
         )
-    return prompts, Intake(used=len(prompts), bad=len(bad), too_long=len(encoded) - len(prompts))
+    return prompts, Intake(used=len(prompts), bad=bad, too_long=len(encoded) - len(prompts))
 
 
 class PromptCursor:
