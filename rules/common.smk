@@ -21,9 +21,8 @@ def complain(function, *arguments):
         sys.exit(f"error: {error}")
 
 
-if not (
-    workflow.remote_exec or workflow.subprocess_exec
-):  # those belong to the run that started them
+# Jobs that an executor sends elsewhere belong to the run that sends them.
+if not workflow.remote_exec and not workflow.subprocess_exec:
     claimed = claim(Path(".snakemake"))
 
 BASE = Path(workflow.basedir)

@@ -88,11 +88,11 @@ def check(settings: Settings) -> None:
 
 def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -> Path:
     """Train, or go on training, and return the final checkpoint's folder; every rank does."""
-    interrupts = stack.enter_context(Interrupts())
     first = dist.get_rank() == 0
     if first:
         stack.enter_context(hold(arguments.work))
         arguments.work.mkdir(exist_ok=True)
+    interrupts = stack.enter_context(Interrupts())  # not while it waits for another training's end
     hub_manifest, weights = read_manifest(arguments.hub).require(), read_manifest(arguments.weights)
     weights.require(digests=first)
     architecture, hub = Architecture.from_folder(hub_manifest.root), HubCheckpoint(hub_manifest.root)
