@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import UserError
 from rollout.engine import SamplingParams
 from rollout.sampling import sample, seed_words, uniforms
 
@@ -69,3 +70,12 @@ def test_extreme_draws_never_give_an_impossible_token(uniform):
     tokens, log_probs = sample(logits[None], torch.tensor([uniform]).double(), SamplingParams(max_new_tokens=1))
     assert tokens.item() in (1, 2)
     assert log_probs.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("params", [SamplingParams(max_new_tokens=1, temperature=t) for t in (0.0, 1.0)])
+def test_logits_that_are_not_finite_are_refused(bad, params):
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = bad
+    with pytest.raises(UserError, match="logits are not finite"):
+        sample(logits, torch.zeros(2, dtype=torch.float64), params)

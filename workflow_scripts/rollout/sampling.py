@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from rollout.engine import SamplingParams
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -48,6 +49,9 @@ def sample(
     Returns:
         Tokens (n,) int64 and their log-probs (n,) float32 as `rollout.engine.Completion` defines them.
 
+    Raises:
+        UserError: a row of logits holds NaN or infinity.
+
     Top-k and top-p are both measured on the full distribution, as SGLang does: a token stays when fewer than k tokens
     and less than p of the probability come before it.
     """
@@ -56,6 +60,8 @@ def sample(
     if params.temperature not in (0, 1):
         logits.div_(params.temperature)
     log_probs = logits.log_softmax(-1)
+    if log_probs[:, 0].isnan().any():  # one NaN or infinity spreads over its row
+        raise UserError("the model's logits are not finite: its weights are damaged, or its training went wrong")
     if params.temperature == 0:
         tokens = log_probs.argmax(-1)
     elif params.top_k == -1 and params.top_p == 1:
