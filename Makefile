@@ -12,7 +12,7 @@ demo: setup
 	@echo "Read results/report.html, the curve is in results/plots/."
 
 test: setup
-	@.venv/bin/python -m pytest -n auto --dist loadfile
+	@.venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	@.venv/bin/ruff check .

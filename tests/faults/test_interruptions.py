@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-KILLS = 50
+KILLS = 30
 SECRETS = {"HF_TOKEN": "hf_nobodymayreadthis", "WANDB_API_KEY": "0123456789nobodymayreadthat"}
 SETTINGS = {
     "models": ["tiny"],
@@ -60,7 +60,13 @@ class Run:
     def start(self) -> psutil.Popen:
         with self.log.open("ab") as log:
             return psutil.Popen(
-                self.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | SECRETS
+                self.command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | SECRETS,
+                start_new_session=True,
+                # Whoever runs the tests in the background may have them ignore Ctrl-C.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def finish(self) -> None:

@@ -1,6 +1,7 @@
 """A tiny random Qwen3.5 evaluated from end to end: samples are kept, resumed, told from others', graded again."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -136,9 +137,9 @@ def test_samples_of_other_weights_or_another_protocol_are_never_scored(run, inpu
     cold = content(tmp_path / "eval" / "base.jsonl")
     assert cold[0] != warm[0] and cold[1:] != warm[1:]
 
-    manifest = json.loads((inputs / "download.json").read_text())
-    manifest["files"]["config.json"]["sha256"] = "0" * 64
-    (inputs / "other.json").write_text(json.dumps(manifest))
+    other = shutil.copytree(inputs / "hub", tmp_path / "other")
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    write_manifest(inputs / "other.json", "download", other, [file.name for file in other.iterdir()], {})
     run(temperature=0.5, model="other.json")
     assert "sampling anew" in capsys.readouterr().err
 
