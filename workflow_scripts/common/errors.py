@@ -12,6 +12,12 @@ class UserError(Exception):
         super().__init__(" ".join(message.splitlines()))  # a name that it quotes may hold line breaks
 
 
+def is_disk_full(error: BaseException) -> bool:
+    """Whether ``error`` comes of a full disk or quota, also where a library hides the number in its words."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left on device" in str(error)
+
+
 def run(main: Callable[[], None]) -> None:
     """Call an entry script's ``main``; a `UserError` or a full disk becomes one line on stderr and exit status 1."""
     try:
@@ -19,8 +25,7 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except Exception as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
-        if not full:
+        if not is_disk_full(error):
             raise
         where = getattr(error, "filename", None) or "the results folder"
         sys.exit(f"error: {where}: the disk is full: make room and run again")

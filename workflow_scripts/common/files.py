@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from common.errors import UserError
 
@@ -65,11 +65,17 @@ def sync_folder(folder: Path) -> None:
 
 def require_room(folder: Path | str, needed: int) -> None:
     """Refuse (`UserError`) to begin writing ``needed`` bytes below ``folder`` where there is less room."""
-    folder = Path(folder).absolute()
-    existing = next(place for place in (folder, *folder.parents) if place.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(folder)
     if needed > free:
-        raise UserError(f"{folder}: needs {in_mib(needed)} and {in_mib(free)} are free: make room and run again")
+        raise UserError(
+            f"{Path(folder).absolute()}: needs {in_mib(needed)} and {in_mib(free)} are free: make room and run again"
+        )
+
+
+def free_bytes(folder: Path | str) -> int:
+    """Room on the disk that ``folder`` lies on, or will lie on."""
+    folder = Path(folder).absolute()
+    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
 
 
 def in_mib(number: int) -> str:
@@ -92,15 +98,25 @@ def hold(result: Path | str) -> Iterator[None]:
     result = Path(result)
     result.parent.mkdir(parents=True, exist_ok=True)
     with result.with_name(f".{result.name}.lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            print(
-                f"{result}: {lock.read().strip() or 'a process'} is at work on it: waiting for its end", file=sys.stderr
-            )
+        if holder := taken_by(lock):
+            print(f"{result}: {holder} is at work on it: waiting for its end", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
-        lock.flush()
+            _sign(lock)
         yield
+
+
+def taken_by(lock: IO[str]) -> str:
+    """Lock a file opened with "a+", for as long as it is open, and sign it; or say who has: "" if it is ours now."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        return lock.read().strip() or "another process"
+    _sign(lock)
+    return ""
+
+
+def _sign(lock: IO[str]) -> None:
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+    lock.flush()

@@ -1,10 +1,10 @@
 """Which Snakemake runs in a folder: its own lock outlives a kill or a power cut, and then refuses every later run."""
 
-import fcntl
-import os
 import sys
 from pathlib import Path
 from typing import IO
+
+from common.files import taken_by
 
 
 def claim(folder: Path) -> IO[str]:
@@ -15,15 +15,9 @@ def claim(folder: Path) -> IO[str]:
     """
     folder.mkdir(exist_ok=True)
     mine = (folder / "milepost.lock").open("a+")
-    try:
-        fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        mine.seek(0)
-        print(f"note: {mine.read().strip() or 'another run'} is at work in {folder.absolute().parent}", file=sys.stderr)
+    if holder := taken_by(mine):
+        print(f"note: {holder} is at work in {folder.absolute().parent}", file=sys.stderr)
         return mine
-    mine.truncate(0)
-    mine.write(f"process {os.getpid()} on {os.uname().nodename}")
-    mine.flush()
     for lock in folder.glob("locks/*"):
         lock.unlink(missing_ok=True)
     return mine

@@ -2,13 +2,12 @@
 
 import importlib.util
 import os
-import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from common.errors import UserError
+from common.files import free_bytes
 from configuration.loading import Configuration
 from configuration.memory import GIB, disk_gib, estimate
 from configuration.schema import Model
@@ -28,13 +27,10 @@ class Machine:
 
     @classmethod
     def here(cls, results: str) -> "Machine":
-        folder = Path(results).absolute()
-        while not folder.exists():
-            folder = folder.parent
         return cls(
             gpus=_visible_gpus(),
             host_memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB,
-            free_disk_gib=shutil.disk_usage(folder).free / GIB,
+            free_disk_gib=free_bytes(results) / GIB,
             missing_packages=tuple(name for name in GPU_PACKAGES if importlib.util.find_spec(name) is None),
         )
 

@@ -1,8 +1,6 @@
 """What is asked of the Hub, through its own client: tried again where that helps, explained in one line where not."""
 
 import contextlib
-import errno
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -30,8 +28,8 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import filter_repo_objects, logging
 from tqdm import tqdm
 
-from common.errors import UserError
-from common.files import atomic_write, in_mib
+from common.errors import UserError, is_disk_full
+from common.files import atomic_write, free_bytes, in_mib
 
 WAITS = (1, 2, 4, 8, 16, 30)  # seconds before each further try
 LONGEST_WAIT = 600  # seconds; a server that asks for more is given up
@@ -41,7 +39,6 @@ PICKLES = [
 ]
 STALE = 3600  # seconds since the last byte after which a partial file has no writer any more
 TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # The client warns with addresses, some of them signed; what matters is said here, without them.
 logging.set_verbosity_error()
@@ -233,8 +230,7 @@ def _counter(progress: tqdm) -> type:
 def _require_space(repository: Repository, needed: int) -> None:
     """Refuse a download that the cache's disk cannot hold, before its first byte."""
     cache = Path(constants.HF_HUB_CACHE)
-    existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(cache)
     if needed > free:
         raise UserError(
             f"{repository}: {in_mib(needed)} to download and {in_mib(free)} free in {cache}:"
@@ -290,14 +286,10 @@ def _is_transient(error: Exception) -> bool:
         return _status(error) in TRANSIENT_STATUSES
     if isinstance(error, httpx.TransportError):
         return not isinstance(error, httpx.ProxyError | httpx.UnsupportedProtocol | httpx.LocalProtocolError)
-    if isinstance(error, OfflineModeIsEnabled) or _is_disk_full(error):
+    if isinstance(error, OfflineModeIsEnabled) or is_disk_full(error):
         return False
     # The rest are the client's own: a file of the wrong length, or the Xet service's connection.
     return isinstance(error, ConnectionError | TimeoutError | RuntimeError) or "Consistency check" in str(error)
-
-
-def _is_disk_full(error: Exception) -> bool:
-    return getattr(error, "errno", None) in DISK_FULL or "No space left on device" in str(error)
 
 
 def _brief(error: Exception) -> str:
@@ -334,7 +326,7 @@ def _explain(error: Exception, repository: Repository, what: str) -> NoReturn:
         message = "HF_TOKEN holds a character that no token has: set it again, or unset it for a public repository"
     elif isinstance(error, FileMetadataError | JSONDecodeError | httpx.UnsupportedProtocol):
         message = f"{constants.ENDPOINT} does not answer as a Hub does: check HF_ENDPOINT and the proxy"
-    elif _is_disk_full(error):
+    elif is_disk_full(error):
         message = f"{repository}: {what}: no space left in {cache}: make room and run again, or set HF_HOME elsewhere"
     elif status == 429 or (status and status >= 500):
         message = f"{repository}: {what}: {_brief(error)} again and again: run again later; whole files are kept"
