@@ -50,3 +50,10 @@ def assert_same_files(one: Path, other: Path) -> None:
     assert names == {path.relative_to(other) for path in other.rglob("*") if path.is_file()}
     for name in names:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def unmeasured(log: Path) -> list[dict]:
+    """The lines of a log without what is measured, time and memory, which no two runs share."""
+    kinds = ("second", "idle_share", "_memory_")
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not any(kind in key for kind in kinds)} for row in rows]

@@ -16,6 +16,8 @@ import psutil
 import pytest
 import yaml
 
+from stages import unmeasured
+
 KILLS = 30
 SECRETS = {"HF_TOKEN": "hf_nobodymayreadthis", "WANDB_API_KEY": "0123456789nobodymayreadthat"}
 SETTINGS = {
@@ -78,11 +80,11 @@ class Run:
         tiny = results / "tiny"
         (work,) = (path for path in tiny.glob("grpo/grpo/*") if path.is_dir())
         weights = {path.name: path.read_bytes() for path in sorted((tiny / "hf/grpo").glob("*.safetensors"))}
-        samples = {path.name: _rows(path) for path in sorted(tiny.glob("eval/*/*.jsonl"))}
+        samples = {path.name: unmeasured(path) for path in sorted(tiny.glob("eval/*/*.jsonl"))}
         assert weights and len(samples) == 2
         return {
             "weights": weights,
-            "metrics": _rows(work / "metrics.jsonl"),
+            "metrics": unmeasured(work / "metrics.jsonl"),
             "training samples": (work / "samples.jsonl").read_bytes(),
             "evaluation samples": {name: sorted(rows, key=json.dumps) for name, rows in samples.items()},
             "tables": (results / "tables/scores.csv").read_bytes(),
@@ -92,12 +94,6 @@ class Run:
         """The files, logs and reports among them, that hold a secret of the environment."""
         files = [path for path in self.folder.rglob("*") if path.is_file()]
         return [path for path in files if any(secret.encode() in path.read_bytes() for secret in SECRETS.values())]
-
-
-def _rows(path: Path) -> list[dict]:
-    """The lines of a log, without what is a time."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
 
 
 def jobs(session: int) -> list[psutil.Process]:

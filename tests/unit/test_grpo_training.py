@@ -14,6 +14,7 @@ import grpo_run
 from checkpoints.manifest import read_manifest
 from grpo import run_state
 from qwen3_5.build import finalize
+from stages import unmeasured
 
 GRADINGS_BEFORE_ROLLOUT_4 = 5  # validation, rollouts 1 and 2, validation, rollout 3
 
@@ -39,16 +40,8 @@ def lines(work, name="metrics.jsonl"):
     return [json.loads(line) for line in (work / name).read_text().splitlines()]
 
 
-def timeless(work):
-    """The metrics without what the clock decides."""
-    return [
-        {key: value for key, value in line.items() if not key.startswith(("seconds", "tokens_per"))}
-        for line in lines(work)
-    ]
-
-
 def assert_same_run(one: Path, other: Path):
-    assert timeless(one) == timeless(other)
+    assert unmeasured(one / "metrics.jsonl") == unmeasured(other / "metrics.jsonl")
     assert (one / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
     checkpoints = [run_state.newest(work) for work in (one, other)]
     assert checkpoints[0].name == checkpoints[1].name

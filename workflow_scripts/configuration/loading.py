@@ -14,7 +14,7 @@ import copy
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -42,6 +42,7 @@ class Configuration:
         listed: the models that ``*_all`` targets and the report cover.
         run: the name of the training run.
         results: the folder of everything that is made.
+        preflight: whether a run that this machine seems too small for is refused, or warned of.
         datasets: name -> where a problem set comes from.
         models: name -> settings, for every file in config/models/.
         faults: name -> what is wrong with a model that is not listed; using it is an error, not using it is none.
@@ -51,6 +52,7 @@ class Configuration:
     listed: list[str]
     run: str
     results: str
+    preflight: Literal["refuse", "warn"]
     datasets: dict[str, Dataset]
     models: dict[str, Model]
     faults: dict[str, str]
@@ -80,7 +82,7 @@ def load(shared: Path, models_folder: Path, overrides: dict[str, Any]) -> Config
             if name in root.models:
                 raise
             faults[name] = str(error)
-    return Configuration(root.models, root.run, root.results, root.datasets, models, faults, root.plots)
+    return Configuration(root.models, root.run, root.results, root.preflight, root.datasets, models, faults, root.plots)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

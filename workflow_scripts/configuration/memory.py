@@ -93,6 +93,7 @@ def disk_gib(model: Model, stage: str) -> float:
     if model.architecture is None:
         return 0.0
     parameters = architecture_of(model).parameters(mtp_num_layers=1)
-    checkpoints = model.training.keep_checkpoints + 2  # the best one, and the one being written
+    kept = model.training.keep_checkpoints + 2  # the best one, and the one being written
+    checkpoints = min(kept, -(-model.training.rollouts // model.training.save_interval))
     width = {"download": 2, "convert": 2, "train": 14 * checkpoints, "export": 2}
     return width.get(stage, 0) * parameters / GIB

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ def _visible_gpus() -> tuple[float, ...]:
 
 
 def check_jobs(jobs: Iterable[tuple[str, dict[str, str]]], configuration: Configuration) -> None:
-    """Refuse, in one line, to start jobs that this machine can't finish.
+    """Refuse, in one line, to start jobs that this machine can't finish; with ``preflight: warn``, say so and go on.
 
     Args:
         jobs: (rule, wildcards) of every job that is about to run.
@@ -68,8 +69,10 @@ def check_jobs(jobs: Iterable[tuple[str, dict[str, str]]], configuration: Config
     disk = sum(disk_gib(configuration.models[model], rule) for rule, model in jobs)
     if disk > machine.free_disk_gib:
         faults.append(f"the results need about {disk:.0f} GiB of disk and {machine.free_disk_gib:.0f} are free")
-    if faults:
-        raise UserError("; ".join(faults))
+    if faults and configuration.preflight == "warn":
+        print(f"warning: {'; '.join(faults)}", file=sys.stderr)
+    elif faults:
+        raise UserError(f"{'; '.join(faults)} (preflight: warn starts it all the same)")
 
 
 def shortcomings(model: Model, machine: Machine) -> list[str]:

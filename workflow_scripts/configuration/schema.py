@@ -333,6 +333,9 @@ class Root(Section):
         "grpo", description="name of the training run; another name keeps the old one's results"
     )
     results: str = Field("results", description="the folder of everything that is made")
+    preflight: Literal["refuse", "warn"] = Field(
+        "refuse", description="what becomes of a run that this machine seems too small for; estimates can be wrong"
+    )
     datasets: dict[Name, Dataset]
     plots: Plots = Plots()
     per_model: dict[str, dict[str, Any]] = Field({}, description="settings of one model, laid over everything else")

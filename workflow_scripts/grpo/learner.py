@@ -11,7 +11,10 @@ from grpo.policy import MicroBatch, Policy, StepTotals
 from grpo.run_state import Progress
 from grpo.samples import TrainingSequence
 
-PER_STEP = ("loss", "mtp_loss", "grad_norm", "expert_load_max", "expert_load_min", "expert_imbalance")
+PER_STEP = (
+    *("loss", "mtp_loss", "grad_norm", "idle_share"),
+    *("expert_load_max", "expert_load_min", "expert_imbalance"),
+)
 MEANS = ("clip_fraction", "ratio", "kl", "entropy", "log_prob_diff")
 
 

@@ -23,7 +23,7 @@ from grpo import run_state
 from grpo.data import PromptCursor
 from grpo.interrupts import Interrupted, Interrupts
 from grpo.learner import Learner
-from grpo.metrics import RunLog, warn
+from grpo.metrics import RunLog, peak_memory, warn
 from grpo.run_state import Progress
 from grpo.samples import Sample, TrainingSequence, collect, request_seed, statistics, to_training
 from rewards.math import Grader
@@ -181,7 +181,7 @@ class Loop:
         times = [time.perf_counter()]
         optimizer.wake()
         times.append(time.perf_counter())
-        metrics = self.learner.learn(sequences, progress)
+        metrics = self.learner.learn(sequences, progress) | peak_memory()
         times.append(time.perf_counter())
         optimizer.sleep(weights=False)
         if driver:

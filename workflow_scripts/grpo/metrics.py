@@ -4,10 +4,13 @@ import importlib.util
 import json
 import math
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import UserError
@@ -86,6 +89,23 @@ def expert_metrics(load: Tensor | None) -> dict[str, float]:
         "expert_load_min": share.amin(dim=1).mean().item(),
         "expert_imbalance": share.std(dim=1, correction=0).mean().item(),
     }
+
+
+def peak_memory() -> dict[str, float]:
+    """Peaks in GiB; every rank calls this.
+
+    ``host_memory_gib`` is that of all ranks together since their start, ``gpu_memory_gib`` that of the tensors of the
+    fullest rank since the last call (nothing on CPU).
+    """
+    host = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20], dtype=torch.float64)  # from KiB
+    dist.all_reduce(host)
+    peaks = {"host_memory_gib": host.item()}
+    if torch.cuda.is_available():
+        gpu = torch.tensor([torch.cuda.max_memory_allocated() / 2**30], dtype=torch.float64)
+        dist.all_reduce(gpu, dist.ReduceOp.MAX)
+        torch.cuda.reset_peak_memory_stats()
+        peaks["gpu_memory_gib"] = gpu.item()
+    return peaks
 
 
 def truncate_logs(work: Path, log_bytes: dict[str, int]) -> None:

@@ -1,6 +1,7 @@
 """The policy's forward passes over packs: old and reference log-probs, and the gradient of GRPO's loss."""
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -142,7 +143,7 @@ class Policy:
         ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / (len(batches) * ranks), device=self.device))
         sums: dict[str, Tensor] = {}
-        take_expert_load(self.model)  # of earlier passes
+        began = time.perf_counter()
         for batch in batches:
             log_probs, entropy, hidden = self._forward(batch, wants_entropy)
             loss, metrics = grpo_loss(log_probs, entropy, batch.tokens, self.algorithm)
@@ -163,9 +164,10 @@ class Policy:
             for name, value in metrics.items():
                 sums[name] = sums[name] + value if name in sums else value
         together = torch.stack([value.double() for value in sums.values()])
+        idle = _idle_share(began, self.device)
         if ranks > 1:
             dist.all_reduce(together, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        return dict(zip(sums, together.tolist(), strict=True)) | expert_metrics(take_expert_load(self.model))
+        return dict(zip(sums, together.tolist(), strict=True)) | idle | expert_metrics(take_expert_load(self.model))
 
     def _forward(self, batch: MicroBatch, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Log-probs (N,) and entropy (N,) of the response tokens, and all hidden states (T / cp, H)."""
@@ -181,6 +183,19 @@ class Policy:
             tensor_group=parallel_state.get_tensor_model_parallel_group(),
         )
         return log_probs, entropy, hidden
+
+
+def _idle_share(began: float, device: torch.device) -> dict[str, float]:
+    """The share of its time that a rank waits on average for the slowest one, since ``began``; nothing for one rank."""
+    if dist.get_world_size() == 1:
+        return {}
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    busy = torch.tensor([time.perf_counter() - began], dtype=torch.float64)  # on the CPU: over gloo
+    slowest = busy.clone()
+    dist.all_reduce(busy)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return {"idle_share": 1 - (busy / dist.get_world_size() / slowest).item()}
 
 
 def _wants_reference(algorithm: Algorithm) -> bool:

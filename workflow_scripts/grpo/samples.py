@@ -113,7 +113,8 @@ def statistics(samples: Sequence[Sample], group_size: int) -> dict[str, float]:
     """The metrics of a rollout that need no model.
 
     ``pass_rate`` is the share of prompts that at least one sample solved, ``groups_without_spread`` the share of
-    prompts whose samples all earned the same, which teach nothing.
+    prompts whose samples all earned the same, which teach nothing. Where drafts are made, ``acceptance_length`` is the
+    tokens that a forward pass of the model gives, ``acceptance_rate`` the share of drafted tokens that are kept.
     """
     rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64).view(-1, group_size)
     lengths = [len(sample.completion.token_ids) for sample in samples]
@@ -123,4 +124,16 @@ def statistics(samples: Sequence[Sample], group_size: int) -> dict[str, float]:
         "groups_without_spread": 1.0 - has_spread(rewards).double().mean().item(),
         "response_length_mean": sum(lengths) / len(lengths),
         "truncated_share": sum(sample.completion.finish == "length" for sample in samples) / len(samples),
+    } | _acceptance([sample.completion for sample in samples])
+
+
+def _acceptance(completions: Sequence[Completion]) -> dict[str, float]:
+    drafted = [completion for completion in completions if completion.drafting]
+    if not drafted:
+        return {}
+    tokens = sum(len(completion.token_ids) for completion in drafted)
+    return {
+        "acceptance_length": tokens / sum(completion.drafting.passes for completion in drafted),
+        "acceptance_rate": sum(completion.drafting.accepted for completion in drafted)
+        / sum(completion.drafting.drafted for completion in drafted),
     }

@@ -8,6 +8,7 @@ from megatron.core.transformer.attention import SelfAttention as MegatronSelfAtt
 from torch import Tensor, nn
 
 from qwen3_5 import kernels
+from qwen3_5.fusion import fused
 from qwen3_5.packed import Packed
 
 
@@ -37,8 +38,7 @@ class SelfAttention(MegatronSelfAttention):
         attended = attended.flatten(1)  # (R, heads / cp * D)
         if self.pg_collection.cp.size() > 1:
             attended = all_to_all_hp2sp(attended, self.pg_collection.cp)
-        gated = kernels.sigmoid_gate(gate.flatten(2).squeeze(1), attended)
-        return self.linear_proj(gated[:, None])
+        return self.linear_proj(_gate(gate.flatten(2).squeeze(1), attended)[:, None])
 
     def _gather_rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Exchange heads for rows: every context-parallel rank gets all rows of its share of the heads."""
@@ -63,6 +63,13 @@ class CoreAttention(nn.Module):
         return packed.collect(kernels.causal_attention(query, key, value, packed))
 
 
+@fused
+def _gate(gate: Tensor, x: Tensor) -> Tensor:
+    """sigmoid(gate) * x."""
+    return (gate.float().sigmoid() * x).to(x.dtype)
+
+
+@fused
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of the first dimensions of every head: x (T, heads, D), cos and sin (T, 1, R <= D)."""
     turned, rest = x.float().split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)

@@ -61,11 +61,11 @@ class Experts(MegatronModule):
 
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probabilities: Tensor) -> tuple[Tensor, None]:
         """Tokens sorted by expert, (N, hidden), to their outputs times ``probabilities`` (N,)."""
-        visits = tokens_per_expert.detach().long()
-        self.load = visits.clone() if self.load is None else self.load + visits
+        if torch.is_grad_enabled():  # what trains, once: a pass that will be recomputed runs without gradients first
+            visits = tokens_per_expert.detach().long()
+            self.load = visits.clone() if self.load is None else self.load + visits
         product = grouped_product(tokens_per_expert, tokens.device)
-        gate, up = product(tokens, self.linear_fc1.weight).chunk(2, -1)  # (N, F)
-        activated = (kernels.swiglu(gate, up) * probabilities[:, None]).to(tokens.dtype)
+        activated = kernels.swiglu(product(tokens, self.linear_fc1.weight), probabilities)  # (N, F)
         return product(activated, self.linear_fc2.weight), None
 
     def sharded_state_dict(
@@ -97,9 +97,9 @@ class StackedWeight(nn.Module):
 
 
 def take_expert_load(model: nn.Module) -> Tensor | None:
-    """Tokens that visited each expert since the last call, over all ranks: (layers, experts); None for a dense model.
+    """Tokens that visited each expert in training since the last call, over all ranks: (layers, experts).
 
-    A pass that is recomputed counts twice, for all experts alike. Layers that did not run meanwhile are left out.
+    None for a dense model. Layers that did not run meanwhile are left out.
     """
     here = [module for module in model.modules() if isinstance(module, Experts) and module.load is not None]
     if not here:

@@ -10,6 +10,7 @@ from megatron.core.ssm.gated_delta_net.common import _build_head_perm_for_split_
 from torch import Tensor, nn
 
 from qwen3_5 import kernels
+from qwen3_5.fusion import fused
 from qwen3_5.packed import Packed
 
 
@@ -48,7 +49,7 @@ class GatedDeltaNet(MegatronGatedDeltaNet):
         qkv, gate, beta, alpha = projected.split(self.feat_dim_split, dim=-1)
         attended = self._attend(qkv, alpha, beta, packed_seq_params)  # (R, Hv, Dv)
         gate = gate.unflatten(-1, (-1, self.value_head_dim))
-        normed = (self.out_norm(attended) * F.silu(gate.float())).to(hidden_states.dtype)
+        normed = self.out_norm(attended, gate)
         return self.out_proj(self._scatter_rows(normed.flatten(1)[:, None]))
 
     def _attend(self, qkv: Tensor, alpha: Tensor, beta: Tensor, packed: Packed) -> Tensor:
@@ -58,13 +59,13 @@ class GatedDeltaNet(MegatronGatedDeltaNet):
         alpha, beta = packed.spread(alpha), packed.spread(beta)
         query, key, value = qkv.split([section // self.cp_size for section in sections], dim=-1)
         a_log, dt_bias = (self._own_heads(x, [len(x)]) for x in (self.A_log, self.dt_bias))
-        decay = -a_log.exp() * F.softplus(alpha.float() + dt_bias)  # (T, Hv) fp32
+        decay, beta = _decay_and_beta(alpha, beta, a_log=a_log, dt_bias=dt_bias)  # (T, Hv) each
         attended = self.gated_delta_rule(
             query.unflatten(-1, (-1, self.key_head_dim)),
             key.unflatten(-1, (-1, self.key_head_dim)),
             value.unflatten(-1, (-1, self.value_head_dim)),
             decay,
-            beta.sigmoid(),
+            beta,
             packed,
         )
         return packed.collect(attended)
@@ -88,3 +89,9 @@ class GatedDeltaNet(MegatronGatedDeltaNet):
     def _scatter_rows(self, attended: Tensor) -> Tensor:
         """The way back: all heads of this rank's rows."""
         return tensor_a2a_hp2cp(attended, 0, -1, self.pg_collection.cp, redo_attention_load_balancing=False)
+
+
+@fused
+def _decay_and_beta(alpha: Tensor, beta: Tensor, *, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The logarithm of the state's gate, in fp32, and the strength of the update: (T, Hv) each."""
+    return -a_log.exp() * F.softplus(alpha.float() + dt_bias), beta.sigmoid()

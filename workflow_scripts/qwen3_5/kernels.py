@@ -1,4 +1,4 @@
-"""The kernels' door: attention, causal convolution and the gated delta rule on packs, and gates, on CPU and on CUDA.
+"""The kernels' door: attention, causal convolution, the gated delta rule and SwiGLU on packs, on CPU and on CUDA.
 
 On CUDA they are torch's flash attention and flash-linear-attention's Triton kernels; on CPU they are batched torch
 operations, because a pack of a tiny model holds hundreds of short sequences and a Python loop over them would cost more
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3_5.delta_rule import chunked_delta_rule
+from qwen3_5.fusion import fused
 from qwen3_5.packed import Bucket, Packed
 
 
@@ -84,22 +85,12 @@ def gated_delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, b
     return chunked_delta_rule(query, key, value, decay, beta, packed).to(value.dtype)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up."""
-    if gate.is_cuda:
-        from fla.modules.activations import swiglu as fused
-
-        return fused(gate, up)
-    return F.silu(gate) * up
-
-
-def sigmoid_gate(gate: Tensor, x: Tensor) -> Tensor:
-    """sigmoid(gate) * x, in fp32 inside."""
-    if gate.is_cuda:
-        from fla.modules.activations import sigmoidglu as fused
-
-        return fused(gate, x)
-    return (gate.float().sigmoid() * x).to(x.dtype)
+@fused
+def swiglu(gate_up: Tensor, scale: Tensor | None = None) -> Tensor:
+    """silu(gate) * up, times ``scale`` (N,): the input (N, ..., 2 F) holds gate and up side by side; to (N, ..., F)."""
+    gate, up = gate_up.chunk(2, -1)
+    activated = F.silu(gate) * up
+    return activated if scale is None else (activated * scale[:, None]).to(gate_up.dtype)
 
 
 def _pad(x: Tensor, bucket: Bucket) -> Tensor:

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from qwen3_5.fusion import fused
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm, x / rms(x) * weight, in fp32 inside and the input's dtype outside; (..., H) to (..., H).
@@ -30,11 +32,28 @@ class RMSNorm(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.float() + self.offset
-        return F.rms_norm(x.float(), (x.shape[-1],), weight, self.eps).to(x.dtype)
+        return _norm(x, weight=self.weight, offset=self.offset, eps=self.eps)
 
 
 class ZeroCenteredRMSNorm(RMSNorm):
     """The norm of Qwen3.5's hidden states, queries and keys: its weight is stored less one."""
 
     offset = 1.0
+
+
+class GatedRMSNorm(RMSNorm):
+    """The norm of Gated DeltaNet's heads: x / rms(x) * weight * silu(gate), gate (..., H) like the input."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return _gated_norm(x, gate, weight=self.weight, eps=self.eps)
+
+
+@fused
+def _norm(x: Tensor, *, weight: Tensor, offset: float, eps: float) -> Tensor:
+    return F.rms_norm(x.float(), weight.shape, weight.float() + offset, eps).to(x.dtype)
+
+
+@fused
+def _gated_norm(x: Tensor, gate: Tensor, *, weight: Tensor, eps: float) -> Tensor:
+    normed = F.rms_norm(x.float(), weight.shape, weight.float(), eps)
+    return (normed * F.silu(gate.float())).to(x.dtype)

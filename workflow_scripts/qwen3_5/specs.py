@@ -27,9 +27,8 @@ from qwen3_5.attention import CoreAttention, SelfAttention
 from qwen3_5.experts import Experts, MoELayer
 from qwen3_5.gated_delta_net import GatedDeltaNet
 from qwen3_5.mtp import MtpLayer
-from qwen3_5.norms import RMSNorm, ZeroCenteredRMSNorm
+from qwen3_5.norms import GatedRMSNorm, ZeroCenteredRMSNorm
 
-HeadNorm = partial(RMSNorm, over_heads=True)
 ZeroCenteredHeadNorm = partial(ZeroCenteredRMSNorm, over_heads=True)
 
 ATTENTION: dict[LayerKind, ModuleSpec] = {
@@ -48,7 +47,7 @@ ATTENTION: dict[LayerKind, ModuleSpec] = {
         module=GatedDeltaNet,
         submodules=GatedDeltaNetSubmodules(
             in_proj=ColumnParallelLinear,
-            out_norm=ModuleSpec(module=RMSNorm, params={"over_heads": True}),
+            out_norm=ModuleSpec(module=GatedRMSNorm, params={"over_heads": True}),
             out_proj=RowParallelLinear,
         ),
     ),
@@ -62,7 +61,7 @@ class SwiGLU(nn.Module):
         super().__init__()
 
     def forward(self, gate_up: Tensor) -> Tensor:
-        return kernels.swiglu(*gate_up.chunk(2, -1))
+        return kernels.swiglu(gate_up)
 
 
 _MLP = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU)

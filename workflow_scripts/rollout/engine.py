@@ -45,6 +45,20 @@ class Request:
     seed: int
 
 
+@dataclass(frozen=True)
+class Drafting:
+    """How a response came about where a smaller model drafts (speculative decoding).
+
+    Attributes:
+        passes: forward passes of the model itself; one gives a token of its own and keeps the drafts that fit.
+        drafted, accepted: tokens that were drafted, and of them those that were kept.
+    """
+
+    passes: int
+    drafted: int
+    accepted: int
+
+
 @dataclass
 class Completion:
     """One sampled response.
@@ -54,11 +68,13 @@ class Completion:
         log_probs: natural log-probability of each, after temperature (1 where it is 0) and presence penalty, before
             top-p and top-k.
         finish: ``stop`` when a stop token was sampled, ``length`` when ``max_new_tokens`` ran out.
+        drafting: None where nothing drafts.
     """
 
     token_ids: list[int]
     log_probs: list[float]
     finish: Literal["stop", "length"]
+    drafting: Drafting | None = None
 
 
 class RolloutEngine(Protocol):

@@ -10,6 +10,7 @@ Weights that came through `load_weights` are asked for by calling ``weights_want
 
 import contextlib
 import queue
+import shutil
 import sys
 import threading
 from collections import deque
@@ -163,9 +164,12 @@ class SglangEngine:
         self._on(self.servers, lambda server: server.call("/weights_checker", {"action": "compare"}))
 
     def close(self) -> None:
-        """End all servers."""
+        """End all servers; the log of one that failed stays."""
         for server in self.servers:
+            nothing_to_tell = server.alive and server.starts == 1
             server.kill()
+            if nothing_to_tell:
+                shutil.rmtree(server.log.parent, ignore_errors=True)
 
     def _start(self, server: Server) -> None:
         server.start()

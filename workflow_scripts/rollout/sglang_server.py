@@ -18,7 +18,7 @@ from typing import Any
 from common.errors import UserError
 from configuration.schema import Engine
 from rollout import sglang_launch
-from rollout.engine import Completion, Request, SamplingParams
+from rollout.engine import Completion, Drafting, Request, SamplingParams
 
 HOST = "127.0.0.1"
 START_SECONDS = 1800  # a cold start compiles kernels
@@ -148,7 +148,12 @@ class Server:
         scored = information["output_token_logprobs"][: len(tokens)]  # (log-prob, token, text) each
         if [token for _, token, _ in scored] != tokens:
             raise RuntimeError(f"{self.name}: the log-probs of an answer are of other tokens than the answer's")
-        return Completion(token_ids=tokens, log_probs=[log_prob for log_prob, _, _ in scored], finish=reason)
+        return Completion(
+            token_ids=tokens,
+            log_probs=[log_prob for log_prob, _, _ in scored],
+            finish=reason,
+            drafting=_drafting(information),
+        )
 
     def abort(self) -> None:
         """End all requests as they are."""
@@ -206,6 +211,16 @@ def server_arguments(folder: Path, settings: Engine, index: int) -> dict[str, An
     if arguments.get("random_seed") is not None:
         arguments["random_seed"] += index  # or all servers would draw alike
     return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _drafting(information: dict[str, Any]) -> Drafting | None:
+    if "spec_verify_ct" not in information:
+        return None
+    return Drafting(
+        passes=information["spec_verify_ct"],
+        drafted=information["spec_num_proposed_drafts"],
+        accepted=information["spec_num_correct_drafts"],
+    )
 
 
 def _free_port() -> int:
