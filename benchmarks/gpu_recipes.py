@@ -1,0 +1,226 @@
+"""Take GRPO steps at a recipe's true size with random weights, by the pipeline's own rules, and record every phase.
+
+For each model: a checkpoint of the true shape, `snakemake train_X` until enough rollouts are done, and with
+``--evaluate`` the base model's scores. A random model's answers earn nothing, so a small entropy bonus gives the
+gradient; they hardly ever end by themselves, so every response has the length that is asked for. The run is killed
+after its last rollout instead of saved, which would take 14 bytes of disk a parameter. What is done already is not
+done again: give the same command once more where a machine's time ran out.
+
+    PYTHONPATH=workflow_scripts python benchmarks/gpu_recipes.py --models 4B 9B 27B 35B_A3B --response 2048
+
+On fewer GPUs than the recipe's say how it shrinks: ``--gpus 1 --change '{"parallel": {"tensor": 1}}'``.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from gpu_training import PEAK_FLOPS
+from record import record
+
+from configuration.loading import load
+from configuration.memory import CONTEXT_GIB, GIB, estimate
+from configuration.schema import Model
+from configuration.shape import architecture_of
+
+ROOT = Path(__file__).resolve().parents[1]
+PHASES = ("rollout", "train", "sync", "sleep_wake")
+PROMPT = 20  # tokens, about: the problems are sums
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["4B", "9B", "27B", "35B_A3B"])
+    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
+    parser.add_argument("--response", type=int, default=2048, help="tokens of every response")
+    parser.add_argument("--rollouts", type=int, default=4, help="the first one warms up and is not counted")
+    parser.add_argument("--evaluate", action="store_true", help="score the base weights: 30 problems x 16 samples")
+    parser.add_argument("--change", type=json.loads, default={}, help="JSON: settings of every model")
+    parser.add_argument("--folder", type=Path, default=Path("results/random"), help="for checkpoints and results")
+    arguments = parser.parse_args()
+    for name in arguments.models:
+        overrides = settings(name, arguments)
+        model = load(ROOT / "config" / "config.yaml", ROOT / "config" / "models", overrides).models[name]
+        make_checkpoint(name, arguments.folder)
+        run = Run(name, arguments, overrides)
+        if not run.recorded("step_seconds"):
+            run.train()
+            run.record_steps(model)
+        if arguments.evaluate and not run.recorded("evaluation_seconds"):
+            run.evaluate()
+
+
+def settings(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the pipeline is given on top of the recipe."""
+    changes = {
+        "source": {"folder": str((arguments.folder / name).absolute())},
+        "hardware": {"gpus": arguments.gpus, "cores": len(os.sched_getaffinity(0))},
+        "algorithm": {"entropy_coefficient": 1e-4},
+        "training": {"dataset": "sums-train", "rollouts": 1000, "save_interval": 1000},
+        "validation": {"interval": 0},
+        "sampling": {"max_response_tokens": arguments.response},
+        "evaluation": {"datasets": ["thirty-sums"], "max_response_tokens": arguments.response},
+    }
+    for section, values in arguments.change.items():
+        changes[section] = changes.get(section, {}) | values
+    return {
+        "models": [name],
+        "run": f"responses-of-{arguments.response}",
+        "results": str(arguments.folder / "results"),
+        "preflight": "warn",
+        "datasets": {
+            "thirty-sums": {
+                "problems": {"split": "evaluation", "seed": 0, "rows": 30},
+                "file": "thirty-sums.jsonl",
+            }
+        },
+        "per_model": {name: changes},
+    }
+
+
+def make_checkpoint(name: str, folder: Path) -> None:
+    """A checkpoint of the model's true shape, unless it is there."""
+    if not (folder / name / "model.safetensors.index.json").exists():
+        subprocess.run(
+            [sys.executable, Path(__file__).with_name("random_checkpoint.py"), name, folder / name], check=True
+        )
+
+
+class Run:
+    """One model's run and its figures."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
+        self.name, self.arguments = name, arguments
+        self.results = arguments.folder / "results"
+        self.results.mkdir(parents=True, exist_ok=True)
+        self.configuration = self.results / f"{name}-{overrides['run']}.yaml"
+        self.configuration.write_text(yaml.safe_dump(overrides))
+        self.grpo = self.results / name / "grpo" / overrides["run"]
+        self.figures = self.results / f"{name}-{overrides['run']}.json"  # which figures were recorded
+
+    def recorded(self, figure: str) -> bool:
+        return self.figures.exists() and figure in json.loads(self.figures.read_text())
+
+    def note_recorded(self, figure: str) -> None:
+        done = json.loads(self.figures.read_text()) if self.figures.exists() else []
+        self.figures.write_text(json.dumps([*done, figure]))
+
+    def snakemake(self, target: str) -> subprocess.Popen:
+        command = [
+            sys.executable,
+            "-m",
+            "snakemake",
+            "--cores",
+            "all",
+            "--configfile",
+            self.configuration,
+            "--",
+            target,
+        ]
+        return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+
+    def train(self) -> None:
+        """Until enough rollouts are done, then end everything at once."""
+        shutil.rmtree(self.grpo, ignore_errors=True)
+        process = self.snakemake(f"train_{self.name}")
+        try:
+            while len(self.steps()) < self.arguments.rollouts:
+                if process.poll() is not None:
+                    sys.exit(f"error: {self.name}: training ended by itself, status {process.returncode}")
+                time.sleep(1)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def steps(self) -> list[dict[str, float]]:
+        """The metrics of the rollouts so far."""
+        return [
+            row
+            for file in self.grpo.glob("*/metrics.jsonl")
+            for row in map(json.loads, file.read_text().splitlines())
+            if "seconds_step" in row
+        ]
+
+    def record_steps(self, model: Model) -> None:
+        """Figures of the median step, the first one left out."""
+        steps, gpus = self.steps()[1:], self.arguments.gpus
+        median = {name: statistics.median(row[name] for row in steps) for name in steps[0]}
+        tokens = median["tokens_per_second"] * median["seconds_step"]
+        rollout = model.training.prompts_per_rollout * model.training.samples_per_prompt
+        note = {
+            "steps": len(steps),
+            "responses": rollout,
+            "response_tokens": self.arguments.response,
+            "parallel": model.parallel.model_dump(),
+            "recompute": model.training.recompute,
+            "tokens_a_pack": model.training.max_tokens_per_gpu,
+            "cpu_offload": model.optimizer.cpu_offload,
+            "engines": gpus // model.engine.gpus_per_engine,
+        }
+
+        def figure(name: str, value: float, unit: str, **more: Any) -> None:
+            record(name, self.name, value, unit, gpus=gpus, file="gpu_recipes", **more, **note)
+
+        phases = {phase: round(median[f"seconds_{phase}"], 3) for phase in PHASES}
+        rate = tokens / median["seconds_train"] / gpus
+        figure("step_seconds", median["seconds_step"], "s", **phases)
+        figure("train_mfu", 6 * architecture_of(model).active_parameters() * rate / PEAK_FLOPS, "share")
+        figure("train_tokens_per_second_per_gpu", rate, "tokens/s")
+        figure("step_tokens_per_second_per_gpu", tokens / median["seconds_step"] / gpus, "tokens/s")
+        figure(
+            "rollout_tokens_per_second_per_gpu",
+            rollout * median["response_length_mean"] / median["seconds_rollout"] / gpus,
+            "tokens/s",
+        )
+        figure("weight_sync_seconds", median["seconds_sync"], "s")
+        figure("logprob_mean_abs_diff", max(row["log_prob_diff"] for row in steps), "nats")
+        peak = max(row["gpu_memory_gib"] for row in steps) + CONTEXT_GIB
+        expected = estimate(model, torch.cuda.get_device_properties(0).total_memory / GIB).training
+        figure("memory_estimate_error", (expected - peak) / peak, "share", peak_gib=peak, estimated_gib=expected)
+        figure("host_memory_gib", max(row["host_memory_gib"] for row in steps), "GiB")
+        for name in ("idle_share", "acceptance_length", "expert_imbalance"):
+            if name in median:
+                figure(name, median[name], "tokens" if name == "acceptance_length" else "share")
+        self.note_recorded("step_seconds")
+
+    def evaluate(self) -> None:
+        """The time of the base weights' evaluation, with its servers' start."""
+        scores = self.results / self.name / "eval" / "thirty-sums" / "base.json"
+        command = [
+            sys.executable,
+            "-m",
+            "snakemake",
+            "--cores",
+            "all",
+            "--configfile",
+            self.configuration,
+            "--",
+            scores,
+        ]
+        began = time.perf_counter()
+        subprocess.run(command, cwd=ROOT, check=True)
+        record(
+            "evaluation_seconds",
+            self.name,
+            time.perf_counter() - began,
+            "s",
+            gpus=self.arguments.gpus,
+            file="gpu_recipes",
+            answers=30 * 16,
+            response_tokens=self.arguments.response,
+        )
+        self.note_recorded("evaluation_seconds")
+
+
+if __name__ == "__main__":
+    main()
