@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--change", type=json.loads, default={}, help="JSON: settings of every model")
     parser.add_argument("--folder", type=Path, default=Path("results/random"), help="for checkpoints and results")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: asked to end"))  # and end what was started
     for name in arguments.models:
         overrides = settings(name, arguments)
         model = load(ROOT / "config" / "config.yaml", ROOT / "config" / "models", overrides).models[name]

@@ -12,6 +12,7 @@ import torch
 from checkpoints.manifest import versions
 
 RESULTS = Path(__file__).parent / "results"
+COMMAND = shlex.join(["python", *sys.argv])  # now: a script that is run in this process sets its own
 
 
 def record(name: str, model: str, value: float, unit: str, *, gpus: int = 0, file: str | None = None, **note) -> None:
@@ -23,7 +24,7 @@ def record(name: str, model: str, value: float, unit: str, *, gpus: int = 0, fil
         "hardware": torch.cuda.get_device_name() if gpus else f"{platform.machine()} CPU",
         "value": float(f"{value:.5g}"),
         "unit": unit,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": COMMAND,
         "versions": versions(),
         "date": datetime.now(UTC).date().isoformat(),
         "note": note,

@@ -107,12 +107,11 @@ def trl(folder: Path, steps: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=6)
-    steps, command = parser.parse_args().steps, sys.argv
+    steps = parser.parse_args().steps
     with tempfile.TemporaryDirectory() as temporary:
         folder = grpo_run.prepare(Path(temporary), layers=8, hidden=256, head_dim=64, rows=256)
         parameters = sum(tensor.numel() for tensor in load_file(next((folder / "hub").glob("*.safetensors"))).values())
         theirs, ours = statistics.median(trl(folder, steps)[1:]), statistics.median(milepost(folder, steps)[1:])
-    sys.argv = command  # the training set its own
     shape = {"threads": torch.get_num_threads(), "checkpoint_parameters": parameters, "samples": PROMPTS * SAMPLES}
     shape["new_tokens"] = NEW_TOKENS
     record("step_seconds", "tiny 8x256", ours, "s", file="step_against_trl", engine="milepost", **shape)

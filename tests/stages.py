@@ -44,6 +44,15 @@ def torchrun(processes: int, *arguments: str, **options) -> subprocess.Completed
     return done
 
 
+def flip_a_bit(file: Path) -> bytes:
+    """Damage a file in its middle; what it held before."""
+    whole = file.read_bytes()
+    content = bytearray(whole)
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return whole
+
+
 def assert_same_files(one: Path, other: Path) -> None:
     """Both folders hold the same files, byte for byte."""
     names = {path.relative_to(one) for path in one.rglob("*") if path.is_file()}

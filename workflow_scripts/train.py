@@ -97,7 +97,7 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
     weights.require(digests=first)
     architecture, hub = Architecture.from_folder(hub_manifest.root), HubCheckpoint(hub_manifest.root)
     if fault := shape_fault(architecture, settings.parallel, settings.experts, on_gpu=settings.hardware.gpus > 0):
-        raise UserError(f"{'.'.join(fault.key)}: {fault.message}")
+        raise UserError(str(fault))
     training = settings.training
     model = build_model(
         architecture,

@@ -131,6 +131,22 @@ def test_the_declared_shapes_have_the_parameters_of_their_names(root, name):
     assert 5 < needed.training < 141 and needed.weights < needed.gradients
 
 
+def test_the_memory_estimate_is_within_a_tenth_of_every_measured_peak(root):
+    lines = [json.loads(line) for line in (root / "benchmarks/results/gpu_training.jsonl").read_text().splitlines()]
+    peaks = [(line["model"], line["note"]) for line in lines if line["name"] == "memory_estimate_error"]
+    assert len(peaks) > 2
+    for name, note in peaks:
+        changes = {
+            "hardware": {"gpus": 1},
+            "parallel": {"tensor": 1, "expert": 1},
+            "engine": {"gpus_per_engine": 1, "expert_parallel": 1},
+            "optimizer": {"cpu_offload": note["cpu_offload"]},
+            "training": {"max_tokens_per_gpu": note["tokens_a_pack"], "recompute": note["recompute"]},
+        }
+        model = configured(root, {"per_model": {name: changes}}).models[name]
+        assert estimate(model, 141).training == pytest.approx(note["peak_gib"], rel=0.1), note
+
+
 def test_preflight_says_everything_that_is_missing_at_once(root):
     model = configured(root).models["27B"]
     laptop = Machine(gpus=(), host_memory_gib=16, free_disk_gib=100, missing_packages=("sglang",))

@@ -18,7 +18,7 @@ from common.errors import UserError
 from qwen3_5.architecture import Architecture
 from qwen3_5.build import build_model, finalize, initialize
 from qwen3_5.packed import pack
-from stages import assert_same_files, call, convert_arguments, export_arguments, vouch
+from stages import assert_same_files, call, convert_arguments, export_arguments, flip_a_bit, vouch
 from tiny_hub import DENSE, MOE, make_tiny_hub, write_weights
 
 VARIANTS = {
@@ -138,10 +138,7 @@ def test_a_weight_that_became_nan_is_not_exported(monkeypatch, tmp_path):
 def test_a_download_with_a_flipped_bit_is_not_converted(monkeypatch, tmp_path):
     make_tiny_hub(tmp_path / "hub")
     download = vouch(tmp_path / "hub", tmp_path / "download.json")
-    weights = tmp_path / "hub" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
+    flip_a_bit(tmp_path / "hub" / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.safetensors: its sha256 is not"):
         call(monkeypatch, convert.main, convert_arguments(download, tmp_path / "torch_dist"))
     assert not (tmp_path / "torch_dist").exists() and not (tmp_path / "torch_dist.json").exists()

@@ -13,6 +13,7 @@ from grpo.optimizer import CpuAdam
 from grpo.run_state import Progress
 from qwen3_5.build import build_model, finalize, initialize
 from qwen3_5_reference import reference
+from stages import flip_a_bit
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +77,12 @@ def test_an_interrupted_save_leaves_the_last_checkpoint_the_newest(tmp_path, tra
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, trained, damage, capsys):
     save(tmp_path, 1, trained)
     victim = save(tmp_path, 2, trained) / "optimizer" / "rank-00000.safetensors"
-    content = bytearray(victim.read_bytes())
     if damage == "missing file":
         victim.unlink()
     elif damage == "cut file":
-        victim.write_bytes(content[:-1])
+        victim.write_bytes(victim.read_bytes()[:-1])
     else:
-        content[-1] ^= 1
-        victim.write_bytes(content)
+        flip_a_bit(victim)
     assert run_state.newest(tmp_path).name == "checkpoint-000001"
     assert "checkpoint-000002 is damaged" in capsys.readouterr().err
     save(tmp_path, 2, trained)

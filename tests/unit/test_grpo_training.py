@@ -14,7 +14,7 @@ import grpo_run
 from checkpoints.manifest import read_manifest
 from grpo import run_state
 from qwen3_5.build import finalize
-from stages import unmeasured
+from stages import flip_a_bit, unmeasured
 
 GRADINGS_BEFORE_ROLLOUT_4 = 5  # validation, rollouts 1 and 2, validation, rollout 3
 
@@ -132,10 +132,7 @@ def test_bad_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(prepar
 
 def test_a_flipped_bit_in_the_starting_weights_is_found_and_named(prepared, tmp_path):
     file = next(file for file in (prepared / "torch_dist").iterdir() if file.suffix == ".distcp")
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    whole = file.read_bytes()
-    file.write_bytes(content)
+    whole = flip_a_bit(file)
     try:
         assert f"{file.name}: its sha256 is not the one" in ended(grpo_run.arguments(prepared, tmp_path / "work"))
     finally:

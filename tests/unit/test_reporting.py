@@ -24,6 +24,7 @@ from reporting.report import HEAD, TAIL, shortened
 from reporting.results import pairs, read_scores, read_trainings
 from reporting.tables import difference_table, in_words, markdown, points, readable_scores, score_table
 from rewards.math import Grader
+from stages import flip_a_bit
 
 SCRIPTS = Path(__file__).parents[2] / "workflow_scripts"
 PROBLEMS, SAMPLES = 30, 8
@@ -206,10 +207,7 @@ def test_scores_by_different_protocols_or_of_different_problems_are_not_paired(r
 
 def test_a_flipped_bit_in_the_samples_is_found_and_named(tmp_path):
     (score,) = read_scores([evaluate(tmp_path, "4B", "base", 0.5, 1)])
-    file = score.manifest.root / "base.jsonl"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    flip_a_bit(score.manifest.root / "base.jsonl")
     with pytest.raises(UserError, match=r"base\.jsonl: its sha256 is not the one"):
         score.read_samples({(0, 0)})
 

@@ -41,6 +41,7 @@ from torch.futures import Future
 from checkpoints.folders import finish_folder, partial_folder, start_folder
 from common.errors import UserError
 from common.files import require_room
+from qwen3_5.experts import is_expert
 from qwen3_5.model import bare
 
 MAX_FILES = 8  # of one rank
@@ -91,7 +92,7 @@ def whole_bytes(model: nn.Module) -> int:
     )
     total = 0
     for parameter in model.parameters():
-        if not getattr(parameter, "allreduce", True):  # Megatron-Core's mark of an expert's weight
+        if is_expert(parameter):
             total += parameter.nbytes * routed
         else:
             total += parameter.nbytes * (tensor if getattr(parameter, "tensor_model_parallel", False) else 1)

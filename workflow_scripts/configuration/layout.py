@@ -13,8 +13,11 @@ Rule = tuple[str, str, bool]  # the key, what is allowed, whether it is broken
 class Fault(NamedTuple):
     """A setting that can't be: its key, and what is allowed."""
 
-    key: tuple[str, ...]
+    key: str
     message: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}"
 
 
 def processes(model: Model) -> int:
@@ -30,7 +33,7 @@ def data_parallel(model: Model) -> int:
 
 def fault(model: Model) -> Fault | None:
     """The first setting of the layout that can't be, or None."""
-    return next((Fault(tuple(key.split(".")), message) for key, message, wrong in _rules(model) if wrong), None)
+    return next((Fault(key, message) for key, message, wrong in _rules(model) if wrong), None)
 
 
 def _rules(model: Model) -> Iterator[Rule]:
@@ -76,7 +79,7 @@ def _rules(model: Model) -> Iterator[Rule]:
     if (architecture := architecture_of(model)) and (
         found := shape_fault(architecture, parallel, model.experts, on_gpu=hardware.gpus > 0)
     ):
-        yield ".".join(found.key), found.message, True
+        yield *found, True
 
 
 def shape_fault(architecture: Architecture, parallel: Parallel, experts: Experts, *, on_gpu: bool) -> Fault | None:
@@ -84,7 +87,7 @@ def shape_fault(architecture: Architecture, parallel: Parallel, experts: Experts
     rules = [*_dense_rules(architecture, parallel)]
     if architecture.is_moe:
         rules += _expert_rules(architecture, parallel, experts, on_gpu)
-    return next((Fault(tuple(key.split(".")), message) for key, message, wrong in rules if wrong), None)
+    return next((Fault(key, message) for key, message, wrong in rules if wrong), None)
 
 
 def _dense_rules(architecture: Architecture, parallel: Parallel) -> Iterator[Rule]:

@@ -108,7 +108,7 @@ def _model(name: str, own: Layer, base: Layer, user: Layer, datasets: dict[str, 
             layers.append(Layer(f"{layer.origin}: per_model: {name}", particular))
     model = _check(Model, layers)
     if fault := layout.fault(model):
-        raise UserError(f"{_origin(layers, fault.key)}: {'.'.join(fault.key)}: {fault.message}")
+        raise UserError(f"{_origin(layers, tuple(fault.key.split('.')))}: {fault}")
     for key, names in (
         (("training", "dataset"), [model.training.dataset]),
         (("validation", "dataset"), [model.validation.dataset]),

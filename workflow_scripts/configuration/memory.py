@@ -36,8 +36,7 @@ def estimate(model: Model, gpu_memory_gib: float) -> GpuMemory:
     """Estimate the memory of the fullest rank.
 
     Per parameter held: 2 bytes of bf16 weights, 4 of fp32 gradients, 12 of fp32 master weights and Adam moments, the
-    last shared over the data-parallel copies (none of it on the GPU where Adam runs on the CPU). Full recompute keeps
-    every layer's input and works on one layer at a time.
+    last shared over the data-parallel copies (none of it on the GPU where Adam runs on the CPU).
     """
     shape, parallel, training = architecture_of(model), model.parallel, model.training
     world = processes(model)
@@ -70,22 +69,27 @@ def _without_experts(shape: Architecture, mtp: int) -> int:
 
 
 def _activations_per_token(shape: Architecture, model: Model) -> float:
-    """Values a token keeps: the inputs of every layer, and one layer's working set with its gradients."""
+    """Values a token keeps for the backward pass: of every layer what recomputation leaves, and all of one layer."""
     parallel = model.parallel
-    shards = parallel.tensor if parallel.sequence else 1
-    kept = shape.num_layers / parallel.pipeline * shape.hidden_size / shards
+    hidden = 4 * shape.hidden_size / (parallel.tensor if parallel.sequence else 1)  # two residuals, two norms
     key = shape.linear_num_key_heads * shape.linear_key_head_dim
     value = shape.linear_num_value_heads * shape.linear_value_head_dim
-    linear = 6 * (2 * key + 2 * value) / parallel.tensor
-    full = 6 * (2 * shape.num_attention_heads + 2 * shape.num_query_groups) * shape.head_dim / parallel.tensor
+    # Projections, what the convolution gives and its cut into three, the delta rule's output and the gated one.
+    linear = (2 * key + 2 * value + 2 * (2 * key + value) + 2 * value) / parallel.tensor
+    query = shape.num_attention_heads * shape.head_dim
+    group = shape.num_query_groups * shape.head_dim
+    # Projections with the gate, rotated queries and keys, the output and the gated one.
+    full = (2 * query + 2 * group + query + group + 2 * query) / parallel.tensor
     if shape.is_moe:
         ffn = shape.experts_per_token * shape.expert_ffn_hidden_size + shape.shared_expert_ffn_hidden_size
-        mlp = 6 * (ffn + shape.experts_per_token * shape.hidden_size)
+        # Every expert has a copy of the token, and gives one back.
+        mlp = 3 * ffn + 2 * shape.experts_per_token * shape.hidden_size
     else:
-        mlp = 6 * shape.ffn_hidden_size / parallel.tensor
-    one_layer = 8 * shape.hidden_size + max(linear, full) + mlp
-    working = {"full": 1, "selective": 0.4 * shape.num_layers, "none": shape.num_layers}[model.training.recompute]
-    return kept + one_layer * max(1, working / parallel.pipeline)
+        mlp = 3 * shape.ffn_hidden_size / parallel.tensor
+    average = ((shape.full_attention_interval - 1) * linear + full) / shape.full_attention_interval
+    kept = {"full": hidden / 4, "selective": hidden + average, "none": hidden + average + mlp}
+    layers = shape.num_layers / parallel.pipeline
+    return layers * kept[model.training.recompute] + hidden + max(linear, full) + mlp
 
 
 def disk_gib(model: Model, stage: str) -> float:

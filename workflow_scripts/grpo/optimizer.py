@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from configuration.schema import Optimizer as Settings
+from qwen3_5.experts import is_expert
 
 
 class Optimizer(Protocol):
@@ -71,7 +72,7 @@ class CpuAdam:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters = {name: _master(p) for name, p in self.parameters.items()}
         of_kind = {
-            expert: {name: p for name, p in self.parameters.items() if _is_expert(p) == expert}
+            expert: {name: p for name, p in self.parameters.items() if is_expert(p) == expert}
             for expert in (False, True)
         }
         self.buffers = {expert: _buffer(parameters) for expert, parameters in of_kind.items()}
@@ -105,9 +106,9 @@ class CpuAdam:
             return
         sum_partial_gradients(self.parameters, self.gradients)
         data_parallel = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        for is_expert, group in ((False, data_parallel), (True, parallel_state.get_expert_data_parallel_group())):
-            if group.size() > 1 and self.buffers[is_expert].numel():
-                dist.all_reduce(self.buffers[is_expert], group=group)
+        for of_experts, group in ((False, data_parallel), (True, parallel_state.get_expert_data_parallel_group())):
+            if group.size() > 1 and self.buffers[of_experts].numel():
+                dist.all_reduce(self.buffers[of_experts], group=group)
 
     def step(self, learning_rate: float) -> float:
         norm = self._gradient_norm()
@@ -129,10 +130,10 @@ class CpuAdam:
 
     def _gradient_norm(self) -> float:
         """The 2-norm over all weights of the whole model, one that several ranks hold counted once."""
-        squares = {is_expert: torch.zeros((), dtype=torch.float64) for is_expert in (False, True)}
+        squares = {of_experts: torch.zeros((), dtype=torch.float64) for of_experts in (False, True)}
         for name, parameter in self.parameters.items():
             if _counts_here(parameter):
-                squares[_is_expert(parameter)] += self.gradients[name].norm(dtype=torch.float64) ** 2
+                squares[is_expert(parameter)] += self.gradients[name].norm(dtype=torch.float64) ** 2
         if dist.is_initialized():
             dist.all_reduce(squares[False], group=parallel_state.get_model_parallel_group())
             dist.all_reduce(squares[True], group=parallel_state.get_expert_tensor_model_pipeline_parallel_group())
@@ -183,18 +184,13 @@ def _accumulate_into(gradient: Tensor):
     return hook
 
 
-def _is_expert(parameter: nn.Parameter) -> bool:
-    """Megatron-Core marks weights that differ between data-parallel ranks, an expert's, with ``allreduce = False``."""
-    return not getattr(parameter, "allreduce", True)
-
-
 def _counts_here(parameter: nn.Parameter) -> bool:
     """Whether this rank's copy stands for the weight in the norm: a shard always does, of replicas the first."""
     if not dist.is_initialized() or getattr(parameter, "tensor_model_parallel", False):
         return True
     rank = (
         parallel_state.get_expert_tensor_parallel_rank()
-        if _is_expert(parameter)
+        if is_expert(parameter)
         else parallel_state.get_tensor_model_parallel_rank()
     )
     return rank == 0

@@ -96,6 +96,11 @@ class StackedWeight(nn.Module):
         set_tensor_model_parallel_attributes(self.weight, True, partition_dim, 1)
 
 
+def is_expert(parameter: Tensor) -> bool:
+    """Whether ranks that share all other weights hold different ones of it (Megatron-Core's mark)."""
+    return not getattr(parameter, "allreduce", True)
+
+
 def take_expert_load(model: nn.Module) -> Tensor | None:
     """Tokens that visited each expert in training since the last call, over all ranks: (layers, experts).
 

@@ -22,6 +22,9 @@ HEALTH = {
     "grad_norm": "gradient norm",
     "loss": "loss",
     "log_prob_diff": "|log-prob trainer − engine|",
+    "mtp_loss": "loss of the MTP layer",
+    "acceptance_length": "tokens a forward pass (drafting)",
+    "expert_load_max": "busiest expert, in even shares",
     "tokens_per_second": "tokens per second",
 }
 VALIDATION = "validation_average"
