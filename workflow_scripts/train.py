@@ -108,7 +108,14 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
         experts=settings.experts,
     )
     torch_dist.load(model, weights.root)
-    policy = Policy(model, training, settings.algorithm, settings.sampling, settings.mtp)
+    policy = Policy(
+        model,
+        training,
+        settings.algorithm,
+        settings.sampling,
+        settings.mtp,
+        replays_routing=settings.engine.replay_routing,
+    )
     optimizer = build_optimizer(model, settings.optimizer)
 
     saved = from_rank_0(run_state.newest(arguments.work) if first else None)
@@ -182,6 +189,7 @@ def start_driver(
         sampling=settings.sampling,
         stop_token_ids=stops,
         engine=engine,
+        replay_routing=settings.engine.replay_routing,
         tokenizer=tokenizer,
         grader=grader,
         cursor=cursor,

@@ -26,8 +26,8 @@ LAYOUTS = {
 }
 
 
-def sequences() -> list[TrainingSequence]:
-    """Random responses to prompts, equal prompts where of equal length."""
+def sequences(architecture: Architecture) -> list[TrainingSequence]:
+    """Random responses to prompts, equal prompts where of equal length, and random experts to visit."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(280, (30,), generator=generator)
     return [
@@ -35,9 +35,15 @@ def sequences() -> list[TrainingSequence]:
             ids=torch.cat([prompts[:prompt], torch.randint(280, (response,), generator=generator)]),
             log_probs=-4 + torch.randn(response, generator=generator),
             advantage=0.5 - index,
+            routing=experts(architecture, prompt + response, generator) if architecture.is_moe else None,
         )
         for index, (prompt, response) in enumerate(SHAPES)
     ]
+
+
+def experts(architecture: Architecture, tokens: int, generator: torch.Generator) -> torch.Tensor:
+    scores = torch.rand(tokens, architecture.num_layers, architecture.num_experts, generator=generator)
+    return scores.topk(architecture.experts_per_token).indices.flatten(1)
 
 
 def save_gradients(hub_folder: Path, parallel: Parallel, folder: Path) -> None:
@@ -60,9 +66,9 @@ def save_gradients(hub_folder: Path, parallel: Parallel, folder: Path) -> None:
     algorithm = Algorithm(entropy_coefficient=0.1, kl_coefficient=0.1)
     settings = Optimizer(learning_rate=0.0, clip_gradient_norm=0.0)
     mtp = Mtp(train=architecture.is_moe)  # without it prompts share their rows
-    policy = Policy(model, training, algorithm, Sampling(temperature=0.7), mtp)
+    policy = Policy(model, training, algorithm, Sampling(temperature=0.7), mtp, replays_routing=architecture.is_moe)
     learner = Learner(policy, CpuAdam(model, settings), settings)
-    metrics = learner.learn(sequences(), Progress())
+    metrics = learner.learn(sequences(architecture), Progress())
     for name, parameter in model.named_parameters():
         parameter.data.copy_(learner.optimizer.gradients[name])
     torch_dist.save(model, folder)

@@ -79,6 +79,13 @@ def test_a_fault_of_a_model_that_is_not_listed_waits_until_it_is_asked_for(root)
         configured(root, {"models": ["tiny"], "per_model": {"tiny": {"parallel": {"tensor": 5}}}})
 
 
+def test_routing_is_replayed_only_where_an_engine_hands_out_that_of_a_mixture_of_experts(root):
+    assert configured(root, {"per_model": {"35B_A3B": {"engine": {"replay_routing": True}}}}).models["35B_A3B"]
+    for name, reason in {"4B": "needs a mixture of experts", "tiny_moe": "needs kind: sglang"}.items():
+        with pytest.raises(UserError, match=f"engine.replay_routing: {reason}"):
+            configured(root, {"models": [name], "per_model": {name: {"engine": {"replay_routing": True}}}})
+
+
 def test_numbers_that_yaml_reads_as_text_are_numbers(root):
     configuration = configured(root, {"optimizer": {"learning_rate": "3e-6"}})
     assert configuration.models["9B"].optimizer.learning_rate == 3e-6

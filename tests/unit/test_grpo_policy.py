@@ -57,7 +57,7 @@ def sequences(shapes, seed=0):
 SHAPES = [(12, 9), (1, 70), (12, 3), (30, 1), (30, 20), (12, 33)]
 
 
-def policy(model, budget=10_000, mtp=None, batch=None, log_prob_chunk=16, **algorithm):
+def policy(model, budget=10_000, mtp=None, batch=None, log_prob_chunk=16, replays_routing=False, **algorithm):
     training = Training(
         dataset="d",
         prompts_per_rollout=1,
@@ -67,7 +67,8 @@ def policy(model, budget=10_000, mtp=None, batch=None, log_prob_chunk=16, **algo
         log_prob_chunk=log_prob_chunk,
         dtype="float32",
     )
-    return Policy(model, training, Algorithm(**algorithm), Sampling(temperature=TEMPERATURE), mtp or Mtp())
+    sampling = Sampling(temperature=TEMPERATURE)
+    return Policy(model, training, Algorithm(**algorithm), sampling, mtp or Mtp(), replays_routing=replays_routing)
 
 
 def row_counts(of, batch):

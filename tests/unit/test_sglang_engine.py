@@ -12,11 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from common.errors import UserError
 from configuration.schema import Engine, Speculation
 from rollout import sglang_engine
-from rollout.engine import Request, SamplingParams
+from rollout.engine import Drafting, Request, SamplingParams
 from rollout.sglang_engine import SglangEngine
 from rollout.sglang_server import Server, server_arguments
 
@@ -29,10 +30,12 @@ SERVER_ARGS = """
         model_path: str; host: str; port: int; api_key: str; tp_size: int; ep_size: int; base_gpu_id: int
         mem_fraction_static: float; enable_memory_saver: bool; skip_tokenizer_init: bool; enable_multimodal: bool
         mm_attention_backend: str; grammar_backend: str; log_level_http: str
-        cuda_graph_bs: Any = None; random_seed: Any = None
+        cuda_graph_bs: Any = None; random_seed: Any = None; enable_return_routed_experts: bool = False
+        speculative_algorithm: Any = None; speculative_num_steps: Any = None
+        speculative_eagle_topk: Any = None; speculative_num_draft_tokens: Any = None
 """
 HTTP_SERVER = """
-    import json, os, threading, time
+    import array, base64, json, os, threading, time
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     aborted = threading.Event()
@@ -54,7 +57,13 @@ HTTP_SERVER = """
                 wanted, seed = body["sampling_params"], body["sampling_params"]["sampling_seed"]
                 stopped = aborted.wait(0.02 * len(body["input_ids"]))
                 tokens = [seed, *body["input_ids"]][: wanted["max_new_tokens"]]
-                self.reply({"output_ids": tokens, "meta_info": {
+                extra = {}
+                if arguments.speculative_algorithm:
+                    extra |= {"spec_verify_ct": 5, "spec_num_proposed_drafts": 10, "spec_num_correct_drafts": 4}
+                if body.get("return_routed_experts"):
+                    visited = range(3 * (len(body["input_ids"]) + len(tokens) - 1))
+                    extra["routed_experts"] = base64.b64encode(array.array("i", visited).tobytes()).decode()
+                self.reply({"output_ids": tokens, "meta_info": extra | {
                     "finish_reason": {"type": "abort" if stopped else "length"},
                     "output_token_logprobs": [[-float(os.getpid()), token, None] for token in tokens]}})
 
@@ -92,8 +101,8 @@ def start(package, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(package))
     engines = []
 
-    def call(servers=1, **arguments):
-        settings = Engine(server_arguments=arguments)
+    def call(servers=1, settings=None, **arguments):
+        settings = settings or Engine(server_arguments=arguments)
         engine = SglangEngine(Path("model"), settings, [Server(Path("model"), settings, i) for i in range(servers)])
         engines.append(engine)
         engine.start()
@@ -126,6 +135,15 @@ def test_answers_come_in_the_order_of_requests_from_all_servers(start):
     assert [completion.token_ids for completion in completions] == [[1000 + n, n] for n in range(20)]
     assert processes(completions) == {pid(server) for server in engine.servers}
     assert sorted(seen) == list(range(20))
+
+
+def test_drafting_and_routing_are_handed_on(start):
+    engine = start(settings=Engine(speculation=Speculation(), replay_routing=True))
+    (completion,) = engine.generate(requests(1, length=4), SamplingParams(max_new_tokens=2, with_routing=True))
+    assert completion.drafting == Drafting(passes=5, drafted=10, accepted=4)
+    assert completion.routing.tolist() == torch.arange(15).view(5, 3).tolist()
+    (completion,) = engine.generate(requests(1), PARAMS)
+    assert completion.routing is None
 
 
 def test_a_server_that_dies_is_restarted_and_its_requests_are_asked_again(start, capsys):

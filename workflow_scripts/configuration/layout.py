@@ -68,6 +68,11 @@ def _rules(model: Model) -> Iterator[Rule]:
         f"{engine.expert_parallel} does not divide gpus_per_engine {engine.gpus_per_engine}",
         engine.gpus_per_engine % engine.expert_parallel != 0,
     )
+    yield (
+        "engine.replay_routing",
+        "needs kind: sglang, whose choice of experts is replayed",
+        engine.replay_routing and engine.kind != "sglang",
+    )
     yield "mtp.train", "needs conversion.mtp_num_layers: 1", model.mtp.train and not model.conversion.mtp_num_layers
     if world % dense == 0:
         yield (
@@ -76,9 +81,13 @@ def _rules(model: Model) -> Iterator[Rule]:
             training.global_batch % (world // dense) != 0,
         )
     yield "parallel.pipeline", "training takes 1; use tensor, context or expert parallelism", parallel.pipeline != 1
-    if (architecture := architecture_of(model)) and (
-        found := shape_fault(architecture, parallel, model.experts, on_gpu=hardware.gpus > 0)
-    ):
+    architecture = architecture_of(model)
+    yield (
+        "engine.replay_routing",
+        "needs a mixture of experts",
+        engine.replay_routing and architecture is not None and not architecture.is_moe,
+    )
+    if architecture and (found := shape_fault(architecture, parallel, model.experts, on_gpu=hardware.gpus > 0)):
         yield *found, True
 
 

@@ -241,6 +241,9 @@ class Engine(Section):
     cuda_graph_batch_sizes: list[PositiveInt] | None = None
     max_running_requests: PositiveInt | None = None
     speculation: Speculation | None = None
+    replay_routing: bool = Field(
+        False, description="a mixture of experts trains with the experts that the engine chose for each token"
+    )
     check_weights: bool = Field(
         False, description="after every sync make sure that the engine holds exactly what was sent; slow, for diagnosis"
     )

@@ -13,7 +13,7 @@ from grpo.samples import TrainingSequence
 
 PER_STEP = (
     *("loss", "mtp_loss", "grad_norm", "idle_share"),
-    *("expert_load_max", "expert_load_min", "expert_imbalance"),
+    *("expert_load_max", "expert_load_min", "expert_imbalance", "routing_agreement"),
 )
 MEANS = ("clip_fraction", "ratio", "kl", "entropy", "log_prob_diff")
 

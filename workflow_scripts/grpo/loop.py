@@ -44,6 +44,7 @@ class Driver:
     sampling: Sampling
     stop_token_ids: tuple[int, ...]
     engine: RolloutEngine
+    replay_routing: bool
     tokenizer: PreTrainedTokenizerBase
     grader: Grader
     cursor: PromptCursor
@@ -84,6 +85,7 @@ class Driver:
             top_p=self.sampling.top_p,
             top_k=self.sampling.top_k,
             stop_token_ids=self.stop_token_ids,
+            with_routing=self.replay_routing,
         )
         done = tqdm(total=len(requests), desc=f"rollout {number}", unit="sample", leave=False, mininterval=1)
         try:

@@ -75,11 +75,12 @@ class RunLog:
             self.wandb.finish()
 
 
-def expert_metrics(load: Tensor | None) -> dict[str, float]:
+def expert_metrics(load: Tensor | None, agreement: float | None) -> dict[str, float]:
     """How evenly experts are used, from the tokens that visited each: (layers, experts) or None.
 
     ``expert_load_max`` and ``_min`` are the busiest and the idlest expert's share as a multiple of an even one, means
     over the layers; ``expert_imbalance`` is the standard deviation over the mean, likewise.
+    ``routing_agreement`` is the share of the engine's choices of experts that the trainer would have made as well.
     """
     if load is None:
         return {}
@@ -88,6 +89,7 @@ def expert_metrics(load: Tensor | None) -> dict[str, float]:
         "expert_load_max": share.amax(dim=1).mean().item(),
         "expert_load_min": share.amin(dim=1).mean().item(),
         "expert_imbalance": share.std(dim=1, correction=0).mean().item(),
+        **({} if agreement is None else {"routing_agreement": agreement}),
     }
 
 

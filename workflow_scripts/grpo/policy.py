@@ -21,6 +21,7 @@ from qwen3_5.experts import take_expert_load
 from qwen3_5.model import hidden_states, output_weight
 from qwen3_5.mtp import mtp_loss
 from qwen3_5.packed import Packed, context_shard, pack
+from qwen3_5.routing import replay_routing, take_routing_agreement
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class MicroBatch:
         predicting: (N,) places, within this rank's rows, that predict a response token.
         targets: (N,) those next tokens.
         tokens: what the loss needs of them.
+        routing: (R / cp, layers, k) experts that this rank's rows visit; None to leave the choice to the routers.
     """
 
     input_ids: Tensor
@@ -50,19 +52,31 @@ class MicroBatch:
     predicting: Tensor
     targets: Tensor
     tokens: TokenBatch
+    routing: Tensor | None = None
 
 
 class Policy:
-    """A model together with the settings under which it samples and trains."""
+    """A model together with the settings under which it samples and trains.
+
+    With ``replays_routing`` every sequence says which experts its tokens visit, and the routers do as they are told.
+    """
 
     def __init__(
-        self, model: nn.Module, training: Training, algorithm: Algorithm, sampling: Sampling, mtp: Mtp
+        self,
+        model: nn.Module,
+        training: Training,
+        algorithm: Algorithm,
+        sampling: Sampling,
+        mtp: Mtp,
+        *,
+        replays_routing: bool = False,
     ) -> None:
         self.model, self.training, self.algorithm, self.sampling, self.mtp = model, training, algorithm, sampling, mtp
         self.device = next(model.parameters()).device
         self.reference = _copy_of(model) if _wants_reference(algorithm) else None
         # The MTP layer wants every token's next one, and an auxiliary loss wants every token counted.
         self.shares_prompts = not (mtp.train or model.config.moe_aux_loss_coeff)
+        self.replays_routing = replays_routing
 
     @property
     def learns_without_advantage(self) -> bool:
@@ -116,7 +130,17 @@ class Policy:
             predicting=predicting[mine],
             targets=input_ids[0, row_of_token[response_tokens[mine]]],
             tokens=TokenBatch(weights=columns[0], advantages=columns[1], rollout_log_probs=columns[2]),
+            routing=self._routing(sequences, packed) if self.replays_routing else None,
         )
+
+    def _routing(self, sequences: Sequence[TrainingSequence], packed: Packed) -> Tensor:
+        """The experts that this rank's rows are to visit, (R / cp, layers, k); padding visits the first ones."""
+        config = self.model.config
+        known = [sequence.routing.view(-1, config.num_layers, config.moe_router_topk) for sequence in sequences]
+        padding = len(packed.positions) - sum(map(len, known))
+        first = torch.arange(config.moe_router_topk, dtype=torch.int16).expand(padding, config.num_layers, -1)
+        experts = torch.cat([*known, first]).to(self.device).long()
+        return context_shard(packed.collect(experts), dim=0)
 
     def with_past_log_probs(self, batches: list[MicroBatch], old: bool) -> list[MicroBatch]:
         """Add the old log-probs, if asked for, and the reference's, if it is kept; before the first step."""
@@ -167,11 +191,14 @@ class Policy:
         idle = _idle_share(began, self.device)
         if ranks > 1:
             dist.all_reduce(together, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        return dict(zip(sums, together.tolist(), strict=True)) | idle | expert_metrics(take_expert_load(self.model))
+        of_experts = expert_metrics(take_expert_load(self.model), take_routing_agreement(self.model))
+        return dict(zip(sums, together.tolist(), strict=True)) | idle | of_experts
 
     def _forward(self, batch: MicroBatch, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Log-probs (N,) and entropy (N,) of the response tokens, and all hidden states (T / cp, H)."""
         ids, positions = context_shard(batch.input_ids), context_shard(batch.position_ids)
+        if batch.routing is not None:
+            replay_routing(self.model, batch.routing)
         hidden = hidden_states(self.model, ids, positions, batch.packed)
         log_probs, entropy = token_log_probs(
             hidden[batch.predicting],  # (N, H)

@@ -53,11 +53,13 @@ class TrainingSequence:
         ids: (P + R,) the tokens that were asked and those that were sampled, prompt first.
         log_probs: (R,) of the response tokens as they were sampled, fp32.
         advantage: of the whole response.
+        routing: (P + R, layers x k) experts to visit, layer after layer; None to leave the choice to the router.
     """
 
     ids: Tensor
     log_probs: Tensor
     advantage: float
+    routing: Tensor | None = None
 
     @property
     def prompt_length(self) -> int:
@@ -104,9 +106,15 @@ def to_training(samples: Sequence[Sample], group_size: int, epsilon: float) -> l
             ids=torch.tensor(sample.prompt.ids + sample.completion.token_ids),
             log_probs=torch.tensor(sample.completion.log_probs, dtype=torch.float32),
             advantage=advantage,
+            routing=_whole_routing(sample.completion.routing),
         )
         for sample, advantage in zip(samples, advantages, strict=True)
     ]
+
+
+def _whole_routing(routing: Tensor | None) -> Tensor | None:
+    """With a row for the last token, too: nobody reads what it computes, so it may visit the experts before it."""
+    return None if routing is None else torch.cat([routing, routing[-1:]])
 
 
 def statistics(samples: Sequence[Sample], group_size: int) -> dict[str, float]:

@@ -17,15 +17,17 @@ from torch import Tensor, nn
 
 from qwen3_5 import kernels
 from qwen3_5.dispatchers import AllGatherDispatcher, FlexDispatcher
+from qwen3_5.routing import Replay
 
 OWN_DISPATCHERS = {"allgather": AllGatherDispatcher, "flex": FlexDispatcher}
 
 
 class MoELayer(MegatronMoELayer):
-    """Megatron-Core's layer with a dispatcher of ours, for the names in `OWN_DISPATCHERS`."""
+    """Megatron-Core's layer with a dispatcher of ours, for the names in `OWN_DISPATCHERS`, and a router to be told."""
 
     def __init__(self, *args: Any, dispatcher: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.router.router_replay = Replay()
         if dispatcher in OWN_DISPATCHERS:
             self.token_dispatcher = OWN_DISPATCHERS[dispatcher](
                 self.num_local_experts,

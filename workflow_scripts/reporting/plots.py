@@ -25,6 +25,7 @@ HEALTH = {
     "mtp_loss": "loss of the MTP layer",
     "acceptance_length": "tokens a forward pass (drafting)",
     "expert_load_max": "busiest expert, in even shares",
+    "routing_agreement": "agreement on experts",
     "tokens_per_second": "tokens per second",
 }
 VALIDATION = "validation_average"

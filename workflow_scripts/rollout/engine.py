@@ -27,6 +27,7 @@ class SamplingParams:
         top_k: keep this many of the most likely tokens; -1 keeps all.
         presence_penalty: taken off the logit of each token that the response already holds (the prompt counts not).
         stop_token_ids: a response ends with the first of these that is sampled.
+        with_routing: say which experts every token visited; for an engine with ``replay_routing``.
     """
 
     max_new_tokens: int
@@ -35,6 +36,7 @@ class SamplingParams:
     top_k: int = -1
     presence_penalty: float = 0.0
     stop_token_ids: tuple[int, ...] = ()
+    with_routing: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,15 @@ class Completion:
             top-p and top-k.
         finish: ``stop`` when a stop token was sampled, ``length`` when ``max_new_tokens`` ran out.
         drafting: None where nothing drafts.
+        routing: (P + R - 1, layers x k) the experts that each token but the last visited, layer after layer; None
+            unless it was asked for.
     """
 
     token_ids: list[int]
     log_probs: list[float]
     finish: Literal["stop", "length"]
     drafting: Drafting | None = None
+    routing: Tensor | None = None
 
 
 class RolloutEngine(Protocol):

@@ -1,5 +1,6 @@
 """One SGLang server: a process of its own on the loopback interface, and the calls that the engine makes of it."""
 
+import base64
 import contextlib
 import http.client
 import json
@@ -14,6 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from common.errors import UserError
 from configuration.schema import Engine
@@ -139,6 +144,8 @@ class Server:
             "sampling_seed": request.seed % 2**31,  # heeded under enable_deterministic_inference
         }
         body = {"input_ids": request.prompt_ids, "sampling_params": sampling, "return_logprob": True}
+        if params.with_routing:
+            body["return_routed_experts"] = True
         answer = self.call("/generate", body)
         information = answer["meta_info"]
         reason = information["finish_reason"]["type"]
@@ -153,6 +160,7 @@ class Server:
             log_probs=[log_prob for log_prob, _, _ in scored],
             finish=reason,
             drafting=_drafting(information),
+            routing=_routing(information, len(request.prompt_ids) + len(tokens) - 1) if params.with_routing else None,
         )
 
     def abort(self) -> None:
@@ -207,6 +215,8 @@ def server_arguments(folder: Path, settings: Engine, index: int) -> dict[str, An
             "speculative_eagle_topk": speculation.top_k,
             "speculative_num_draft_tokens": speculation.draft_tokens,
         }
+    if settings.replay_routing:
+        arguments["enable_return_routed_experts"] = True
     arguments |= settings.server_arguments
     if arguments.get("random_seed") is not None:
         arguments["random_seed"] += index  # or all servers would draw alike
@@ -221,6 +231,12 @@ def _drafting(information: dict[str, Any]) -> Drafting | None:
         drafted=information["spec_num_proposed_drafts"],
         accepted=information["spec_num_correct_drafts"],
     )
+
+
+def _routing(information: dict[str, Any], tokens: int) -> Tensor:
+    """SGLang's int32 in base64, as int16."""
+    experts = np.frombuffer(base64.b64decode(information["routed_experts"]), dtype=np.int32)
+    return torch.from_numpy(experts.astype(np.int16)).view(tokens, -1)
 
 
 def _free_port() -> int:
