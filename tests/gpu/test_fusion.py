@@ -5,6 +5,7 @@ import torch
 
 from grpo.log_probs import token_log_probs
 from qwen3_5 import attention, gated_delta_net, kernels, norms
+from qwen3_5.copies import copy_rows, find_copies, sum_copies
 
 pytestmark = pytest.mark.gpu
 
@@ -71,3 +72,19 @@ def test_log_probs_and_their_gradients_are_right(temperature, with_entropy):
     expected, ours = found
     for here, right in zip(ours, expected, strict=True):
         assert (here - right).norm() < 0.01 * right.norm()
+
+
+@pytest.mark.parametrize("rows", [1000, 7])
+def test_copies_and_their_sums_are_right(rows):
+    owners = torch.arange(rows).repeat_interleave(torch.arange(rows) % 5)  # none to four each
+    owners = owners[torch.randperm(len(owners))]
+    found = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        copies = find_copies(owners.to(device), rows, 4)
+        inputs = [draw(rows, 512).to(device).requires_grad_(), draw(len(owners), 512).to(device).requires_grad_()]
+        outputs = copy_rows(inputs[0], copies), sum_copies(inputs[1], copies)
+        directions = [torch.linspace(-1, 1, x.numel()).view(x.shape).to(x) for x in outputs]
+        found.append([x.float().cpu() for x in (*outputs, *torch.autograd.grad(outputs, inputs, directions))])
+    for ours, right in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, right, rtol=0.01, atol=1e-6)

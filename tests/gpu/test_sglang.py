@@ -20,7 +20,12 @@ from tiny.tokenizer import train_tokenizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(1800)]
 VOCABULARY = 500
-ARGUMENTS = {"attention_backend": "triton", "sampling_backend": "pytorch", "cuda_graph_max_bs_decode": 16}
+ARGUMENTS = {
+    "attention_backend": "triton",
+    "sampling_backend": "pytorch",
+    "cuda_graph_max_bs_decode": 16,
+    "disable_prefill_cuda_graph": True,  # half a minute of every start
+}
 
 
 def settings(**changes) -> Engine:
@@ -43,7 +48,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folders):
-    running = start_engine(folders / "one", settings())
+    running = start_engine(folders / "one", settings(server_arguments={"disable_prefill_cuda_graph": False}))
     yield running
     running.close()
 

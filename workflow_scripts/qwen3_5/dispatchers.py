@@ -17,6 +17,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoETokenDispatcher
 from torch import Tensor
 
+from qwen3_5.copies import copy_rows, find_copies, sum_copies
+
 
 class FlexDispatcher(MoETokenDispatcher):
     """Dispatch over the ranks of expert times expert-tensor parallelism, whatever the split between the two."""
@@ -39,28 +41,36 @@ class FlexDispatcher(MoETokenDispatcher):
         self.shape = tokens.shape
         # Expert-tensor ranks hold cuts of the same experts, so each of them is sent the same.
         chosen = self._by_rank(routing_map)  # (S, ranks, E)
-        rank, self.token_sent = chosen.any(-1).T.nonzero(as_tuple=True)  # sorted by rank
-        self.sent = torch.bincount(rank, minlength=chosen.shape[1])  # (ranks,)
-        weights = self._by_rank(probs).masked_fill(~chosen, -1)
-        return tokens.reshape(-1, tokens.shape[-1])[self.token_sent], weights[self.token_sent, rank]
+        visits = chosen.any(-1)  # (S, ranks)
+        # How many tokens go to each rank and how many copies it makes of them, there and here: the one wait of the
+        # layer for the GPU. Sizes known, nothing else has to be asked of it.
+        there = torch.stack([visits.sum(0), chosen.sum((0, 2))], dim=1)  # (ranks, 2)
+        here = torch.empty_like(there)
+        dist.all_to_all_single(here, there, group=self.tp_ep_group)
+        (self.sent, _), (self.received, copies) = torch.stack([there, here]).transpose(1, 2).tolist()
+        self.visitor_count = sum(copies)
+        rank, token = visits.T.nonzero_static(size=sum(self.sent)).unbind(1)  # sorted by rank
+        number, ranks, local = chosen.shape
+        self.travellers = find_copies(token, number, min(ranks, self.config.moe_router_topk * self.tp_size))
+        weights = self._by_rank(probs).masked_fill(~chosen, -1).view(number * ranks, local)
+        return copy_rows(tokens.reshape(number, -1), self.travellers), weights.index_select(0, token * ranks + rank)
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Exchange: (sent, hidden), (sent, E) to (received, hidden), (received, E)."""
-        received = torch.empty_like(self.sent)
-        dist.all_to_all_single(received, self.sent, group=self.tp_ep_group)
-        self.sent, self.received = self.sent.tolist(), received.tolist()
         return self._exchange(hidden_states), self._exchange(probs)
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Copy every token for its experts here, sorted by expert: (n, hidden), tokens per expert (E,), (n,)."""
-        expert, self.token_received = (probs >= 0).T.nonzero(as_tuple=True)
-        self.received_tokens = len(hidden_states)
-        tokens_per_expert = torch.bincount(expert, minlength=self.num_local_experts)
-        return hidden_states[self.token_received], tokens_per_expert, probs[self.token_received, expert]
+        wanted = (probs >= 0).T  # (E, received)
+        expert, token = wanted.nonzero_static(size=self.visitor_count).unbind(1)  # sorted by expert
+        local, number = wanted.shape
+        self.visitors = find_copies(token, number, min(local, self.config.moe_router_topk))
+        chosen = probs.flatten().index_select(0, token * local + expert)
+        return copy_rows(hidden_states, self.visitors), wanted.sum(1), chosen
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Sum the outputs of a token's experts here: (n, hidden) to (received, hidden)."""
-        return _sum_rows(hidden_states, self.token_received, self.received_tokens)
+        return sum_copies(hidden_states, self.visitors)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Exchange back: (received, hidden) to (sent, hidden)."""
@@ -68,7 +78,7 @@ class FlexDispatcher(MoETokenDispatcher):
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Sum what a token's ranks made of it: (sent, hidden) to (S, 1, hidden)."""
-        return _sum_rows(hidden_states, self.token_sent, self.shape[:-1].numel()).view(self.shape)
+        return sum_copies(hidden_states, self.travellers).view(self.shape)
 
     def _by_rank(self, values: Tensor) -> Tensor:
         """(S, experts) to (S, ranks, E), ranks in the order of the group: expert-tensor rank fastest."""
@@ -97,9 +107,3 @@ class AllGatherDispatcher(MoEAllGatherTokenDispatcher):
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """(longest S, hidden) to (S, 1, hidden)."""
         return super().combine_postprocess(hidden_states)[: self.tokens]
-
-
-def _sum_rows(rows: Tensor, index: Tensor, length: int) -> Tensor:
-    """Sum rows of equal ``index``, in fp32: (n, hidden) to (length, hidden)."""
-    total = torch.zeros(length, rows.shape[-1], dtype=torch.float32, device=rows.device)
-    return total.index_add(0, index, rows.float()).to(rows.dtype)

@@ -1,7 +1,7 @@
 """Elementwise arithmetic as one kernel: torch compiles it for GPUs, and the CPU runs it as it stands.
 
-Half of a training step goes to arithmetic that moves memory and hardly computes. In one kernel a chain of it reads its
-input once and writes its result once, and what is fp32 in between never leaves the registers.
+Operation by operation, half of a training step goes to arithmetic that moves memory and hardly computes. In one kernel
+a chain of it reads its input once and writes its result once, and what is fp32 in between never leaves the registers.
 """
 
 import functools
@@ -36,5 +36,8 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    import torch._inductor.config  # slow, and of no use without a GPU
+
     torch._dynamo.config.recompile_limit = _VARIANTS
+    torch._inductor.config.compile_threads = 1  # else every training process starts one a core, for a kernel or two
     return torch.compile(function, dynamic=False)
