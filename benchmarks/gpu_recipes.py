@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import yaml
 from gpu_training import PEAK_FLOPS
@@ -47,18 +48,22 @@ def main() -> None:
     parser.add_argument("--evaluate", action="store_true", help="score the base weights: 30 problems x 16 samples")
     parser.add_argument("--change", type=json.loads, default={}, help="JSON: settings of every model")
     parser.add_argument("--folder", type=Path, default=Path("results/random"), help="for checkpoints and results")
+    parser.add_argument("--keep-weights", action="store_true", help="else each model's go when its figures are there")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: asked to end"))  # and end what was started
     for name in arguments.models:
         overrides = settings(name, arguments)
         model = load(ROOT / "config" / "config.yaml", ROOT / "config" / "models", overrides).models[name]
-        make_checkpoint(name, arguments.folder)
         run = Run(name, arguments, overrides)
         if not run.recorded("step_seconds"):
+            make_checkpoint(name, arguments.folder)
             run.train()
             run.record_steps(model)
         if arguments.evaluate and not run.recorded("evaluation_seconds"):
+            make_checkpoint(name, arguments.folder)
             run.evaluate()
+        if not arguments.keep_weights:
+            run.remove_weights()
 
 
 def settings(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -116,18 +121,10 @@ class Run:
         done = json.loads(self.figures.read_text()) if self.figures.exists() else []
         self.figures.write_text(json.dumps([*done, figure]))
 
-    def snakemake(self, target: str) -> subprocess.Popen:
-        command = [
-            sys.executable,
-            "-m",
-            "snakemake",
-            "--cores",
-            "all",
-            "--configfile",
-            self.configuration,
-            "--",
-            target,
-        ]
+    def snakemake(self, target: str | Path) -> subprocess.Popen:
+        """Start it, in a group of processes of its own."""
+        options = ["--cores", "all", "--configfile", self.configuration]
+        command = [sys.executable, "-m", "snakemake", *options, "--", target]
         return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
 
     def train(self) -> None:
@@ -189,27 +186,25 @@ class Run:
         expected = estimate(model, torch.cuda.get_device_properties(0).total_memory / GIB).training
         figure("memory_estimate_error", (expected - peak) / peak, "share", peak_gib=peak, estimated_gib=expected)
         figure("host_memory_gib", max(row["host_memory_gib"] for row in steps), "GiB")
+        converted = pd.read_csv(self.results / "benchmarks" / self.name / "convert.tsv", sep="\t")
+        figure("convert_seconds", converted["s"].iloc[-1], "s")
         for name in ("idle_share", "acceptance_length", "expert_imbalance"):
             if name in median:
                 figure(name, median[name], "tokens" if name == "acceptance_length" else "share")
         self.note_recorded("step_seconds")
 
+    def remove_weights(self) -> None:
+        """The checkpoint, its links and its conversion: two models' may be more than a disk holds."""
+        for folder in (self.arguments.folder / self.name, *(self.results / "hub").glob(f"{self.name}@*")):
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(self.results / self.name, ignore_errors=True)
+
     def evaluate(self) -> None:
         """The time of the base weights' evaluation, with its servers' start."""
         scores = self.results / self.name / "eval" / "thirty-sums" / "base.json"
-        command = [
-            sys.executable,
-            "-m",
-            "snakemake",
-            "--cores",
-            "all",
-            "--configfile",
-            self.configuration,
-            "--",
-            scores,
-        ]
         began = time.perf_counter()
-        subprocess.run(command, cwd=ROOT, check=True)
+        if status := self.snakemake(scores).wait():
+            sys.exit(f"error: {self.name}: the evaluation failed, status {status}")
         record(
             "evaluation_seconds",
             self.name,
