@@ -12,6 +12,7 @@ On fewer GPUs than the recipe's say how it shrinks: ``--gpus 1 --change '{"paral
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,24 +123,27 @@ class Run:
         done = json.loads(self.figures.read_text()) if self.figures.exists() else []
         self.figures.write_text(json.dumps([*done, figure]))
 
-    def snakemake(self, target: str | Path) -> subprocess.Popen:
-        """Start it, in a group of processes of its own."""
+    @contextlib.contextmanager
+    def snakemake(self, target: str | Path) -> Iterator[subprocess.Popen]:
+        """It runs; what still does in the end is killed with all that it started."""
         options = ["--cores", "all", "--configfile", self.configuration]
         command = [sys.executable, "-m", "snakemake", *options, "--", target]
-        return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     def train(self) -> None:
         """Until enough rollouts are done, then end everything at once."""
         shutil.rmtree(self.grpo, ignore_errors=True)
-        process = self.snakemake(f"train_{self.name}")
-        try:
+        with self.snakemake(f"train_{self.name}") as process:
             while len(self.steps()) < self.arguments.rollouts:
                 if process.poll() is not None:
                     sys.exit(f"error: {self.name}: training ended by itself, status {process.returncode}")
                 time.sleep(1)
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
     def steps(self) -> list[dict[str, float]]:
         """The metrics of the rollouts so far."""
@@ -203,8 +208,9 @@ class Run:
         """The time of the base weights' evaluation, with its servers' start."""
         scores = self.results / self.name / "eval" / "thirty-sums" / "base.json"
         began = time.perf_counter()
-        if status := self.snakemake(scores).wait():
-            sys.exit(f"error: {self.name}: the evaluation failed, status {status}")
+        with self.snakemake(scores) as process:
+            if status := process.wait():
+                sys.exit(f"error: {self.name}: the evaluation failed, status {status}")
         record(
             "evaluation_seconds",
             self.name,
