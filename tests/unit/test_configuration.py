@@ -10,7 +10,7 @@ from common.errors import UserError
 from configuration.json_schema import derived
 from configuration.loading import load, merge
 from configuration.memory import estimate
-from configuration.preflight import Machine, shortcomings
+from configuration.preflight import Machine, check_jobs, shortcomings
 from configuration.shape import architecture_of
 
 
@@ -156,13 +156,22 @@ def test_the_memory_estimate_is_within_a_tenth_of_every_measured_peak(root):
 
 def test_preflight_says_everything_that_is_missing_at_once(root):
     model = configured(root).models["27B"]
-    laptop = Machine(gpus=(), host_memory_gib=16, free_disk_gib=100, missing_packages=("sglang",))
+    laptop = Machine(gpus=(), host_memory_gib=16, free_disk_gib=100, missing_packages=("sglang",), has_compiler=False)
     assert shortcomings(model, laptop) == [
         "needs 8 GPUs and this machine has none",
         "needs 448 GiB of memory and there are 16",
         "needs sglang, not installed: run `make setup` on the GPU machine",
+        "needs a C compiler, gcc or clang: install one, or name yours in the variable CC",
     ]
     node = Machine(gpus=(141.0,) * 8, host_memory_gib=1500, free_disk_gib=4000, missing_packages=())
     assert shortcomings(model, node) == []
     small = Machine(gpus=(24.0,) * 8, host_memory_gib=1500, free_disk_gib=4000, missing_packages=())
     assert "lower training.max_tokens_per_gpu or raise parallel.tensor" in shortcomings(model, small)[0]
+
+
+def test_preflight_refuses_or_warns(root, capsys):
+    jobs = [("train", {"model": "9B"})]
+    with pytest.raises(UserError, match="9B needs 8 GPUs .*preflight: warn starts it all the same"):
+        check_jobs(jobs, configured(root))
+    check_jobs(jobs, configured(root, {"preflight": "warn"}))
+    assert capsys.readouterr().err.startswith("warning: 9B needs 8 GPUs")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from configuration.memory import GIB, disk_gib, estimate
 from configuration.schema import Model
 
 GPU_PACKAGES = ("sglang", "fla", "tilelang")
+COMPILERS = ("gcc", "clang")  # with one of them Triton builds what starts its kernels
 HEAVY = {"train", "evaluate"}  # the stages that take the recipe's GPUs and host memory
 
 
@@ -25,6 +27,7 @@ class Machine:
     host_memory_gib: float
     free_disk_gib: float
     missing_packages: tuple[str, ...]
+    has_compiler: bool = True
 
     @classmethod
     def here(cls, results: str) -> "Machine":
@@ -33,6 +36,7 @@ class Machine:
             host_memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB,
             free_disk_gib=free_bytes(results) / GIB,
             missing_packages=tuple(name for name in GPU_PACKAGES if importlib.util.find_spec(name) is None),
+            has_compiler="CC" in os.environ or any(map(shutil.which, COMPILERS)),
         )
 
 
@@ -86,6 +90,8 @@ def shortcomings(model: Model, machine: Machine) -> list[str]:
         faults.append(
             f"needs {', '.join(machine.missing_packages)}, not installed: run `make setup` on the GPU machine"
         )
+    if hardware.gpus and not machine.has_compiler:
+        faults.append(f"needs a C compiler, {' or '.join(COMPILERS)}: install one, or name yours in the variable CC")
     if hardware.gpus and machine.gpus and model.architecture:
         memory = min(machine.gpus)
         needed = estimate(model, memory)
