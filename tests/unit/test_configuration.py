@@ -169,9 +169,10 @@ def test_preflight_says_everything_that_is_missing_at_once(root):
     assert "lower training.max_tokens_per_gpu or raise parallel.tensor" in shortcomings(model, small)[0]
 
 
-def test_preflight_refuses_or_warns(root, capsys):
+def test_preflight_refuses_or_warns(root, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     jobs = [("train", {"model": "9B"})]
-    with pytest.raises(UserError, match="9B needs 8 GPUs .*preflight: warn starts it all the same"):
+    with pytest.raises(UserError, match=r"9B needs 8 GPUs .*preflight: warn starts it all the same"):
         check_jobs(jobs, configured(root))
     check_jobs(jobs, configured(root, {"preflight": "warn"}))
     assert capsys.readouterr().err.startswith("warning: 9B needs 8 GPUs")
