@@ -11,8 +11,8 @@ from megatron.core import parallel_state
 from checkpoints import mapping, torch_dist
 from checkpoints.safetensors_io import HubCheckpoint
 from configuration.schema import Algorithm, Experts, Mtp, Optimizer, Parallel, Sampling, Training
+from grpo.cpu_optimizer import CpuAdam
 from grpo.learner import Learner
-from grpo.optimizer import CpuAdam
 from grpo.policy import Policy
 from grpo.run_state import Progress
 from grpo.samples import TrainingSequence

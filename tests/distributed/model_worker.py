@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import qwen3_5_reference as reference
 from configuration.schema import Experts, Parallel
-from grpo.optimizer import sum_partial_gradients
+from grpo.partial_gradients import sum_partial_gradients
 from qwen3_5.build import build_model, initialize
 from qwen3_5.model import hidden_states, output_weight
 from qwen3_5.mtp import mtp_loss

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load, save
 
 from configuration.schema import Optimizer as Settings
-from grpo.optimizer import CpuAdam, build_optimizer
+from grpo.cpu_optimizer import CpuAdam
+from grpo.optimizer import build_optimizer
 from qwen3_5.build import build_model
 from qwen3_5_reference import load as load_weights
 from qwen3_5_reference import megatron_names, reference

@@ -8,7 +8,8 @@ from safetensors.torch import load, save
 from torch import nn
 
 from configuration.schema import Optimizer as Settings
-from grpo.optimizer import CpuAdam, learning_rate_at
+from grpo.cpu_optimizer import CpuAdam
+from grpo.optimizer import learning_rate_at
 
 
 class Toy(nn.Module):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from configuration.schema import Algorithm, Mtp, Optimizer, Sampling, Training
+from grpo.cpu_optimizer import CpuAdam
 from grpo.learner import Learner
-from grpo.optimizer import CpuAdam
 from grpo.policy import Policy, StepTotals
 from grpo.run_state import Progress
 from grpo.samples import TrainingSequence

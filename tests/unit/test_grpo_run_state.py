@@ -8,8 +8,8 @@ import torch
 from common.errors import UserError
 from configuration.schema import Optimizer as Settings
 from grpo import run_state
+from grpo.cpu_optimizer import CpuAdam
 from grpo.metrics import METRICS, SAMPLES, JsonLines, truncate_logs
-from grpo.optimizer import CpuAdam
 from grpo.run_state import Progress
 from qwen3_5.build import build_model, finalize, initialize
 from qwen3_5_reference import reference

@@ -21,8 +21,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from configuration.schema import Optimizer as Settings
-from grpo.optimizer import sum_partial_gradients
 from grpo.parked_memory import ParkedMemory
+from grpo.partial_gradients import sum_partial_gradients
 from qwen3_5.model import Qwen3_5
 
 STATE = ("step", "exp_avg", "exp_avg_sq")
