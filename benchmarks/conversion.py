@@ -42,15 +42,12 @@ def main() -> None:
     copied, _ = timed(["cp", "-r", str(arguments.folder), str(arguments.scratch / "copy")], arguments.folder)
     shutil.rmtree(arguments.scratch / "copy")
     note = {"bytes": size, "copy_seconds": round(copied, 1)}
-    for name, module, options, source in (
-        ("convert", "convert", to_torch_dist, arguments.folder),
-        ("export", "export", to_hub, torch_dist),
-    ):
-        seconds, peak = timed([sys.executable, "-m", module, *options], source)
+    for name, options, source in (("convert", to_torch_dist, arguments.folder), ("export", to_hub, torch_dist)):
+        seconds, peak = timed([sys.executable, "-m", name, *options], source)
         note |= {f"{name}_seconds": round(seconds, 1)}
         record(f"{name}_share_of_copy", arguments.model, copied / seconds, "share", file="conversion", **note)
         record("host_memory_gib", arguments.model, peak, "GiB", file="conversion", stage=name, bytes=size)
-    for file in (arguments.scratch / "hub").iterdir():
+    for file in hub.iterdir():
         original = (arguments.folder / file.name).resolve()
         assert subprocess.run(["cmp", file, original], check=False).returncode == 0, file
     shutil.rmtree(arguments.scratch)

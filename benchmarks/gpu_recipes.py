@@ -31,14 +31,13 @@ import yaml
 from gpu_training import PEAK_FLOPS
 from record import record
 
-from configuration.loading import load
+from configuration.loading import load, merge
 from configuration.memory import CONTEXT_GIB, GIB, estimate
 from configuration.schema import Model
 from configuration.shape import architecture_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("rollout", "train", "sync", "sleep_wake")
-PROMPT = 20  # tokens, about: the problems are sums
 
 
 def main() -> None:
@@ -79,8 +78,6 @@ def settings(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "sampling": {"max_response_tokens": arguments.response},
         "evaluation": {"datasets": ["thirty-sums"], "max_response_tokens": arguments.response},
     }
-    for section, values in arguments.change.items():
-        changes[section] = changes.get(section, {}) | values
     return {
         "models": [name],
         "run": f"responses-of-{arguments.response}",
@@ -92,7 +89,7 @@ def settings(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 "file": "thirty-sums.jsonl",
             }
         },
-        "per_model": {name: changes},
+        "per_model": {name: merge(changes, arguments.change)},
     }
 
 

@@ -31,11 +31,11 @@ class Replay:
         self, scores: Tensor, topk: int, groups: int | None, group_topk: int | None, choose: Callable
     ) -> tuple[Tensor, Tensor]:
         """Scores and indices (tokens, k) of the experts to visit."""
-        own, indices = choose(scores, topk, num_groups=groups, group_topk=group_topk)
         if self.experts is None:
-            return own, indices
-        if torch.is_grad_enabled():
-            same = (indices[:, :, None] == self.experts[:, None]).any(-1)
+            return choose(scores, topk, num_groups=groups, group_topk=group_topk)
+        if torch.is_grad_enabled():  # what trains, once
+            _, own = choose(scores, topk, num_groups=groups, group_topk=group_topk)
+            same = (own[:, :, None] == self.experts[:, None]).any(-1)
             counts = torch.stack([same.sum(), torch.full_like(same.sum(), same.numel())])
             self.agreement = counts if self.agreement is None else self.agreement + counts
         return scores.gather(1, self.experts), self.experts
