@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=4, help="the first one warms up and is not counted")
     parser.add_argument("--evaluate", action="store_true", help="score the base weights: 30 problems x 16 samples")
     parser.add_argument("--change", type=json.loads, default={}, help="JSON: settings of every model")
+    parser.add_argument("--prepare", action="store_true", help="checkpoints and conversions only, which take no GPU")
     parser.add_argument("--folder", type=Path, default=Path("results/random"), help="for checkpoints and results")
     parser.add_argument("--keep-weights", action="store_true", help="else each model's go when its figures are there")
     arguments = parser.parse_args()
@@ -56,6 +57,10 @@ def main() -> None:
         overrides = settings(name, arguments)
         model = load(ROOT / "config" / "config.yaml", ROOT / "config" / "models", overrides).models[name]
         run = Run(name, arguments, overrides)
+        if arguments.prepare:
+            make_checkpoint(name, arguments.folder)
+            run.convert()
+            continue
         if not run.recorded("step_seconds"):
             make_checkpoint(name, arguments.folder)
             run.train()
@@ -132,6 +137,12 @@ class Run:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+    def convert(self) -> None:
+        """To Megatron's torch_dist."""
+        with self.snakemake(self.results / self.name / "convert.json") as process:
+            if status := process.wait():
+                sys.exit(f"error: {self.name}: the conversion failed, status {status}")
 
     def train(self) -> None:
         """Until enough rollouts are done, then end everything at once."""

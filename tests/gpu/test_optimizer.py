@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load, save
 
 from configuration.schema import Optimizer as Settings
+from grpo import offloaded_adam
 from grpo.cpu_optimizer import CpuAdam
 from grpo.optimizer import build_optimizer
 from qwen3_5.build import build_model
@@ -12,6 +13,12 @@ from qwen3_5_reference import load as load_weights
 from qwen3_5_reference import megatron_names, reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_process")]
+
+
+@pytest.fixture(autouse=True)
+def many_pieces(monkeypatch):
+    """Let small weights, too, pass through the host in pieces."""
+    monkeypatch.setattr(offloaded_adam, "PIECE", 1000)
 
 
 def models(kind="dense", dtype=torch.bfloat16):

@@ -2,8 +2,8 @@
 
 Gradients are accumulated and reduce-scattered in fp32; master weights and Adam's moments are shared out over the
 data-parallel ranks. With ``cpu_offload`` both live on the CPU and Adam runs there, while copies go both ways
-(Megatron-Core's HybridDeviceOptimizer). Its precision-aware mode reads the fp32 gradients of bf16 weights as they are,
-so that no master copy stays on the GPU; moments are fp32 there too: narrower ones need Transformer Engine's Adam.
+(`grpo.offloaded_adam`). The DistributedOptimizer's precision-aware mode hands over the fp32 gradients of bf16 weights
+as they are, so that no master copy stays on the GPU; moments are fp32: narrower ones need Transformer Engine's Adam.
 """
 
 import copy
@@ -16,11 +16,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from configuration.schema import Optimizer as Settings
+from grpo.offloaded_adam import OffloadedAdam
 from grpo.parked_memory import ParkedMemory
 from grpo.partial_gradients import sum_partial_gradients
 from qwen3_5.model import Qwen3_5
@@ -49,11 +49,14 @@ class GpuAdam:
             expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_group().size(),
         )
         self.buffered = DistributedDataParallel(config, reduction, model, full_param_layout=layout)
-        with torch.no_grad():  # its shards of fp32 weights are plain views then, which the hybrid optimizer insists on
+        with torch.no_grad():  # its shards of fp32 weights are plain views then
             self.optimizer = get_megatron_optimizer(
                 _config(settings, model.config.params_dtype), [self.buffered], use_gloo_process_groups=False
             )
-        if not settings.cpu_offload:
+        if settings.cpu_offload:
+            for part in self.optimizer.chained_optimizers:
+                part.optimizer = OffloadedAdam(part.optimizer.param_groups, settings)
+        else:
             for group in self.optimizer.param_groups:  # torch's default needs temporaries as large as the weights
                 group["fused"], group["foreach"] = True, False
         self._memory = ParkedMemory()
@@ -94,12 +97,15 @@ class GpuAdam:
         self.buffered.offload_grad_buffers(empty_cache=False)
         self._memory.park(self._movable_state())
         if weights:
-            self._memory.park(buffers)
+            self._memory.park(buffers, keep=not self.settings.cpu_offload)  # or else the host has them in fp32
         torch.cuda.empty_cache()
         dist.barrier()
 
     def wake(self, weights_only: bool = False) -> None:
-        self._memory.unpark(self._weight_buffers())
+        if self._memory.unpark(self._weight_buffers()) and self.settings.cpu_offload:
+            for part in self.optimizer.chained_optimizers:
+                part.optimizer.write_weights()
+            self.buffered.start_param_sync(force_sync=True)
         if not weights_only:
             self._memory.unpark(self._movable_state())
             self.buffered.restore_grad_buffers()
@@ -123,24 +129,20 @@ class GpuAdam:
     def _slots(self) -> Iterator[tuple[str, Tensor, dict]]:
         """(key, master weight, the torch optimizer's states by master weight), always in the same order."""
         for number, part in enumerate(self.optimizer.chained_optimizers):
-            inner = part.optimizer
-            hybrid = isinstance(inner, HybridDeviceOptimizer)
-            holders = [inner, *(inner.sub_optimizers if hybrid else [])]
-            states = {
-                parameter: holder.state
-                for holder in holders
-                for group in holder.param_groups
-                for parameter in group["params"]
-            }
-            for group_number, group in enumerate(inner.param_groups):
-                for index, parameter in enumerate(group["params"]):
-                    master = inner.param_to_inner_param[parameter] if hybrid else parameter
-                    yield f"{number}.{group_number}.{index}", master, states[master]
+            slots = part.optimizer.slots() if self.settings.cpu_offload else _slots_of(part.optimizer)
+            for key, master, states in slots:
+                yield f"{number}.{key}", master, states
+
+
+def _slots_of(adam: torch.optim.AdamW) -> Iterator[tuple[str, Tensor, dict]]:
+    for number, group in enumerate(adam.param_groups):
+        for index, master in enumerate(group["params"]):
+            yield f"{number}.{index}", master, adam.state
 
 
 def _config(settings: Settings, dtype: torch.dtype) -> OptimizerConfig:
     """The settings in Megatron-Core's words; clipping is done here, learning rate and decay are set at each step."""
-    return OptimizerConfig(
+    config = OptimizerConfig(
         optimizer="adam",
         lr=settings.learning_rate,
         weight_decay=settings.weight_decay,
@@ -151,8 +153,8 @@ def _config(settings: Settings, dtype: torch.dtype) -> OptimizerConfig:
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=True,
-        optimizer_cpu_offload=settings.cpu_offload,
-        optimizer_offload_fraction=1.0,
-        overlap_cpu_optimizer_d2h_h2d=settings.cpu_offload,
-        use_precision_aware_optimizer=settings.cpu_offload,
     )
+    # What its constructor grants to Transformer Engine's Adam and to its own offloading alone: the DistributedOptimizer
+    # makes no fp32 weights, and leaves the gradients of the others in ``decoupled_grad``.
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = settings.cpu_offload
+    return config

@@ -11,10 +11,11 @@ PAGE = 4096  # bytes, the unit in which the host's memory is locked
 
 
 class _Away(NamedTuple):
-    """A storage without memory: a tensor that keeps it alive, and its bytes."""
+    """A storage without memory: a tensor that keeps it alive, its size in bytes, and where they are kept, if so."""
 
     tensor: Tensor
-    host: Tensor
+    size: int
+    host: Tensor | None
 
 
 class ParkedMemory:
@@ -27,30 +28,40 @@ class ParkedMemory:
     def __init__(self) -> None:
         self._away: dict[int, _Away] = {}
         self._host: dict[int, Tensor] = {}
-        weakref.finalize(self, _unlock, self._host)
+        weakref.finalize(self, lambda host: unlock(host.values()), self._host)
 
-    def park(self, tensors: Iterable[Tensor]) -> None:
-        """Send the storages of CUDA ``tensors`` away; those that are away already stay so."""
+    def park(self, tensors: Iterable[Tensor], *, keep: bool = True) -> None:
+        """Send the storages of CUDA ``tensors`` away; those that are away already stay so.
+
+        What is not to be kept comes back with nothing that means anything in it.
+        """
         leaving = {key: t for t in tensors if (key := _key(t)) not in self._away}
+        if keep:
+            for key, tensor in leaving.items():
+                self._copy_out(key, _bytes(tensor))
+            torch.cuda.synchronize()
         for key, tensor in leaving.items():
-            content = _bytes(tensor)
-            if key in self._host and len(self._host[key]) != len(content):  # an earlier storage that lay here
-                _unlock({key: self._host.pop(key)})
-            if key not in self._host:
-                self._host[key] = _locked(len(content))
-            self._host[key].copy_(content, non_blocking=True)
-        torch.cuda.synchronize()
-        for key, tensor in leaving.items():
-            self._away[key] = _Away(tensor, self._host[key])
-            tensor.untyped_storage().resize_(0)
+            storage = tensor.untyped_storage()
+            self._away[key] = _Away(tensor, storage.nbytes(), self._host[key] if keep else None)
+            storage.resize_(0)
 
-    def unpark(self, tensors: Iterable[Tensor]) -> None:
-        """Bring the storages of ``tensors`` back, those that are away."""
-        for key in {_key(tensor) for tensor in tensors} & set(self._away):
-            tensor, host = self._away.pop(key)
-            tensor.untyped_storage().resize_(len(host))
-            _bytes(tensor).copy_(host, non_blocking=True)
+    def _copy_out(self, key: int, content: Tensor) -> None:
+        if key in self._host and len(self._host[key]) != len(content):  # an earlier storage that lay here
+            unlock([self._host.pop(key)])
+        if key not in self._host:
+            self._host[key] = locked(len(content))
+        self._host[key].copy_(content, non_blocking=True)
+
+    def unpark(self, tensors: Iterable[Tensor]) -> bool:
+        """Bring the storages of ``tensors`` back, those that are away; whether there were any."""
+        coming = {_key(tensor) for tensor in tensors} & set(self._away)
+        for key in coming:
+            tensor, size, host = self._away.pop(key)
+            tensor.untyped_storage().resize_(size)
+            if host is not None:
+                _bytes(tensor).copy_(host, non_blocking=True)
         torch.cuda.synchronize()
+        return bool(coming)
 
     def on_host(self, tensor: Tensor) -> Tensor:
         """The values of a contiguous tensor, wherever they are now, on the CPU."""
@@ -72,7 +83,7 @@ def _bytes(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
-def _locked(size: int) -> Tensor:
+def locked(size: int) -> Tensor:
     """Host memory of ``size`` bytes, on pages of its own, that the GPU can copy to and from by itself.
 
     (torch's pinned memory is rounded up to a power of two.)
@@ -84,8 +95,8 @@ def _locked(size: int) -> Tensor:
     return memory
 
 
-def _unlock(locked: dict[int, Tensor]) -> None:
-    """Undo `_locked`; the memory may be given to others afterwards, who could not lock it again."""
-    for memory in locked.values():
+def unlock(memories: Iterable[Tensor]) -> None:
+    """Undo `locked`; the memory may be given to others afterwards, who could not lock it again."""
+    for memory in memories:
         if len(memory):
             torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
