@@ -146,6 +146,8 @@ class Run:
 
     def train(self) -> None:
         """Until enough rollouts are done, then end everything at once."""
+        if len(self.steps()) >= self.arguments.rollouts:
+            return  # an earlier command ended before it could record them
         shutil.rmtree(self.grpo, ignore_errors=True)
         with self.snakemake(f"train_{self.name}") as process:
             while len(self.steps()) < self.arguments.rollouts:
