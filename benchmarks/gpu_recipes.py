@@ -32,7 +32,7 @@ from gpu_training import PEAK_FLOPS
 from record import record
 
 from configuration.loading import load, merge
-from configuration.memory import CONTEXT_GIB, GIB, estimate
+from configuration.memory import CONTEXT_GIB, GIB, estimate, recompute_within
 from configuration.schema import Model
 from configuration.shape import architecture_of
 
@@ -167,6 +167,7 @@ class Run:
     def record_steps(self, model: Model) -> None:
         """Figures of the median step, the first one left out."""
         steps, gpus = self.steps()[1:], self.arguments.gpus
+        shape, memory = architecture_of(model), torch.cuda.get_device_properties(0).total_memory / GIB
         median = {name: statistics.median(row[name] for row in steps) for name in steps[0]}
         tokens = median["tokens_per_second"] * median["seconds_step"]
         rollout = model.training.prompts_per_rollout * model.training.samples_per_prompt
@@ -175,8 +176,8 @@ class Run:
             "responses": rollout,
             "response_tokens": self.arguments.response,
             "parallel": model.parallel.model_dump(),
-            "recompute": model.training.recompute,
-            "tokens_a_pack": model.training.max_tokens_per_gpu,
+            "recompute": recompute_within(shape, model, memory),
+            "tokens_a_pack": model.training.max_tokens_per_gpu * model.parallel.tensor * model.parallel.context,
             "cpu_offload": model.optimizer.cpu_offload,
             "engines": gpus // model.engine.gpus_per_engine,
         }
@@ -184,10 +185,10 @@ class Run:
         def figure(name: str, value: float, unit: str, **more: Any) -> None:
             record(name, self.name, value, unit, gpus=gpus, file="gpu_recipes", **more, **note)
 
-        phases = {phase: round(median[f"seconds_{phase}"], 3) for phase in PHASES}
+        phases = {phase: round(median[f"seconds_{phase}"], 3) for phase in (*PHASES, "optimizer")}
         rate = tokens / median["seconds_train"] / gpus
         figure("step_seconds", median["seconds_step"], "s", **phases)
-        figure("train_mfu", 6 * architecture_of(model).active_parameters() * rate / PEAK_FLOPS, "share")
+        figure("train_mfu", 6 * shape.active_parameters() * rate / PEAK_FLOPS, "share")
         figure("train_tokens_per_second_per_gpu", rate, "tokens/s")
         figure("step_tokens_per_second_per_gpu", tokens / median["seconds_step"] / gpus, "tokens/s")
         figure(
@@ -198,7 +199,7 @@ class Run:
         figure("weight_sync_seconds", median["seconds_sync"], "s")
         figure("logprob_mean_abs_diff", max(row["log_prob_diff"] for row in steps), "nats")
         peak = max(row["gpu_memory_gib"] for row in steps) + CONTEXT_GIB
-        expected = estimate(model, torch.cuda.get_device_properties(0).total_memory / GIB).training
+        expected = estimate(shape, model, memory).training
         figure("memory_estimate_error", (expected - peak) / peak, "share", peak_gib=peak, estimated_gib=expected)
         figure("host_memory_gib", max(row["host_memory_gib"] for row in steps), "GiB")
         converted = pd.read_csv(self.results / "benchmarks" / self.name / "convert.tsv", sep="\t")

@@ -1,22 +1,27 @@
-"""Time training steps of a model of true shape with random weights on one GPU, and compare its memory with preflight's.
+"""Time training steps of a model of true shape with random weights, and compare its memory with preflight's.
 
 A step is everything between a rollout's sequences and new weights: forward and backward over packs with GRPO's loss,
 and the optimizer. Model FLOPs utilisation is 6 N D over the time and 989 TFLOP/s, recompute not counted.
 
     PYTHONPATH=workflow_scripts python benchmarks/gpu_training.py --model 4B --budgets 8192 16384 32768
+    PYTHONPATH=workflow_scripts torchrun --nproc-per-node 4 benchmarks/gpu_training.py --model 27B --tensor 4
 """
 
 import argparse
 import gc
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from record import record
 
 from configuration.loading import load
-from configuration.memory import GIB, estimate
-from configuration.schema import Model, Mtp
+from configuration.memory import GIB, estimate, recompute_within
+from configuration.schema import Model, Mtp, Parallel
 from configuration.shape import architecture_of
 from grpo.learner import Learner
 from grpo.optimizer import build_optimizer
@@ -36,11 +41,14 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=[8192, 16384, 32768])
     parser.add_argument("--recompute", nargs="+", default=["full", "selective", "none"])
     parser.add_argument("--response", type=int, default=1024, help="tokens of a response; its prompt has 200")
-    parser.add_argument("--packs", type=int, default=4, help="packs a step")
+    parser.add_argument("--packs", type=int, default=4, help="packs a step of each data-parallel rank")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after two that are not")
     parser.add_argument("--cpu-offload", action="store_true")
+    parser.add_argument("--tensor", type=int, default=1, help="GPUs that share every matrix")
+    parser.add_argument("--expert", type=int, default=1, help="GPUs that share the experts")
+    parser.add_argument("--profile", action="store_true", help="say what a step's kernels take, and what stays idle")
     arguments = parser.parse_args()
-    initialize()
+    initialize(Parallel(tensor=arguments.tensor, expert=arguments.expert, sequence=arguments.tensor > 1))
     for recompute in arguments.recompute:
         for budget in arguments.budgets:
             try:
@@ -53,11 +61,12 @@ def main() -> None:
 
 
 def settings(arguments: argparse.Namespace, recompute: str, budget: int) -> Model:
-    """The model's own recipe on one GPU, with this budget."""
+    """The model's own recipe on these GPUs, with this budget."""
     changes = {
-        "hardware": {"gpus": 1},
-        "parallel": {"tensor": 1, "expert": 1},
+        "hardware": {"gpus": int(os.environ.get("WORLD_SIZE", 1))},
+        "parallel": {"tensor": arguments.tensor, "expert": arguments.expert, "sequence": arguments.tensor > 1},
         "engine": {"gpus_per_engine": 1, "expert_parallel": 1},
+        "conversion": {"processes": 1},
         "optimizer": {"cpu_offload": arguments.cpu_offload},
         "training": {"max_tokens_per_gpu": budget, "recompute": recompute},
     }
@@ -70,7 +79,8 @@ def settings(arguments: argparse.Namespace, recompute: str, budget: int) -> Mode
 def measure(arguments: argparse.Namespace, model: Model) -> None:
     architecture, training = architecture_of(model), model.training
     torch.cuda.reset_peak_memory_stats()
-    network = build_model(architecture, recompute=training.recompute)
+    recompute = recompute_within(architecture, model, torch.cuda.get_device_properties(0).total_memory / GIB)
+    network = build_model(architecture, model.parallel, recompute=recompute, experts=model.experts)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             parameter.zero_() if parameter.dim() == 1 else parameter.normal_(std=0.02)
@@ -78,7 +88,9 @@ def measure(arguments: argparse.Namespace, model: Model) -> None:
                 parameter.fill_(1)
     policy = Policy(network, training, model.algorithm, model.sampling, Mtp())
     learner = Learner(policy, build_optimizer(network, model.optimizer), model.optimizer)
-    sequences = made_up(architecture.vocab_size, arguments.response, arguments.packs * training.max_tokens_per_gpu)
+    gpus = dist.get_world_size()
+    budget = arguments.packs * training.max_tokens_per_gpu * gpus
+    sequences = made_up(architecture.vocab_size, arguments.response, budget)
     tokens = sum(len(sequence.ids) for sequence in sequences)
     progress, seconds = Progress(), []
     for _ in range(2 + arguments.steps):
@@ -88,31 +100,53 @@ def measure(arguments: argparse.Namespace, model: Model) -> None:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     assert progress.bad_steps == 0, metrics
-    rate = tokens / min(seconds[2:])
+    if arguments.profile:
+        profile(lambda: learner.learn(sequences, progress))
+    rate = tokens / min(seconds[2:]) / gpus
     free, total = torch.cuda.mem_get_info()
     used = (total - free) / GIB - (torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()) / GIB
-    expected = estimate(model, total / GIB).training
+    expected = estimate(architecture, model, total / GIB).training
     note = {
-        "recompute": training.recompute,
-        "tokens_a_pack": training.max_tokens_per_gpu,
+        "recompute": recompute,
+        "tokens_a_pack": training.max_tokens_per_gpu * arguments.tensor,
+        "parallel": model.parallel.model_dump(),
         "response_tokens": arguments.response,
         "layers": architecture.num_layers,
         "cpu_offload": model.optimizer.cpu_offload,
     }
+    if dist.get_rank():
+        return
+    note |= {"step_seconds": round(min(seconds[2:]), 3), "optimizer_seconds": round(metrics["seconds_optimizer"], 3)}
     share = 6 * architecture.active_parameters() * rate / PEAK_FLOPS
-    record("train_mfu", arguments.model, share, "share", gpus=1, file="gpu_training", **note)
-    record("train_tokens_per_second_per_gpu", arguments.model, rate, "tokens/s", gpus=1, file="gpu_training", **note)
+    record("train_mfu", arguments.model, share, "share", gpus=gpus, file="gpu_training", **note)
+    record("train_tokens_per_second_per_gpu", arguments.model, rate, "tokens/s", gpus=gpus, file="gpu_training", **note)
     record(
         "memory_estimate_error",
         arguments.model,
         (expected - used) / used,
         "share",
-        gpus=1,
+        gpus=gpus,
         file="gpu_training",
         peak_gib=round(used, 2),
         estimated_gib=round(expected, 2),
         **note,
     )
+
+
+def profile(step: Callable[[], Any]) -> None:
+    """Print which kernels a step's time goes to, and for how much of it the GPU had none to run."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        began = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+    if dist.get_rank() == 0:
+        events = profiler.key_averages()
+        busy = sum(event.self_device_time_total for event in events if event.device_type.name == "CUDA") / 1e6
+        print(f"profiled step: {seconds:.3f} s, kernels {busy:.3f} s", flush=True)
+        print(events.table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=80), flush=True)
+        print(events.table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=80), flush=True)
 
 
 def made_up(vocabulary: int, response: int, tokens: int, prompt: int = 200) -> list[TrainingSequence]:

@@ -28,6 +28,7 @@ from tiny.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 VISION = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "num_position_embeddings": 2304}
+INTO_RESIDUAL = ("o_proj.weight", "out_proj.weight", "down_proj", "down_proj.weight")
 SAFETENSORS_DTYPE = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
@@ -43,7 +44,8 @@ def main() -> None:
     config = true_config(Architecture.model_validate(settings["architecture"]), tokenizer)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     write_side_files(arguments.folder, config, tokenizer)
-    write_weights(arguments.folder, tensor_shapes(config), int(arguments.shard_gib * 2**30), arguments.seed)
+    layers = config["text_config"]["num_hidden_layers"]
+    write_weights(arguments.folder, tensor_shapes(config), layers, int(arguments.shard_gib * 2**30), arguments.seed)
 
 
 def true_config(shape: Architecture, tokenizer: Any) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def _one_by_one(name: str, shape: torch.Size) -> dict[str, torch.Size]:
     return {f"{prefix}.{expert}.{part}.weight": one for expert in range(shape[0]) for part in names}
 
 
-def write_weights(folder: Path, shapes: dict[str, torch.Size], shard_bytes: int, seed: int) -> None:
+def write_weights(folder: Path, shapes: dict[str, torch.Size], layers: int, shard_bytes: int, seed: int) -> None:
     """Draw the tensors one after the other, each straight into its shard."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
@@ -127,7 +129,7 @@ def write_weights(folder: Path, shapes: dict[str, torch.Size], shard_bytes: int,
             with (folder / file).open("wb") as stream:
                 stream.write(len(content).to_bytes(8, "little") + content)
                 for name in names:
-                    values = _draw(name, shapes[name], generator).cpu().view(-1).view(torch.uint8)
+                    values = _draw(name, shapes[name], layers, generator).cpu().view(-1).view(torch.uint8)
                     stream.write(memoryview(values.numpy()))
                     bar.update(len(values))
             weight_map |= dict.fromkeys(names, file)
@@ -139,8 +141,12 @@ def _dtype(name: str) -> torch.dtype:
     return torch.float32 if name.endswith(FLOAT32_TENSORS) else torch.bfloat16
 
 
-def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Values as a training would begin with: states that last, norms of one, small matrices."""
+def _draw(name: str, shape: torch.Size, layers: int, generator: torch.Generator) -> Tensor:
+    """Values as a training would begin with: states that last, norms of one, small matrices.
+
+    Those that add to the residual stream are smaller by the root of twice the layers (Radford et al. 2019, GPT-2).
+    Without that the rounding of bf16 grows from layer to layer, and no two programs agree on what the model says.
+    """
     device = generator.device
     if name.endswith("A_log"):
         values = torch.empty(shape, device=device).uniform_(1, 16, generator=generator).log()
@@ -152,7 +158,8 @@ def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     elif len(shape) == 1:
         values = torch.zeros(shape, device=device)
     else:
-        values = torch.empty(shape, dtype=_dtype(name), device=device).normal_(std=0.02, generator=generator)
+        spread = 0.02 / math.sqrt(2 * layers) if name.endswith(INTO_RESIDUAL) else 0.02
+        values = torch.empty(shape, dtype=_dtype(name), device=device).normal_(std=spread, generator=generator)
     return values.to(_dtype(name))
 
 

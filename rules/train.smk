@@ -22,8 +22,8 @@ rule train:
         runtime=7 * 24 * 60,
     params:
         provenance=proves("train"),
-        processes=lambda wildcards: processes(of_model(wildcards)),
-        launch=lambda wildcards: launcher(processes(of_model(wildcards))),
+        processes=lambda wildcards: processes(of_model(wildcards).hardware),
+        launch=lambda wildcards: launcher(processes(of_model(wildcards).hardware)),
         work=lambda wildcards, output: f"{Path(output[0]).parent}/{provenance.work(wildcards.model)}",
         validation=lambda wildcards, input: (
             f"--validation {input.validation}" if input.validation else ""

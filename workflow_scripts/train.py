@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from common.errors import UserError, run
 from common.files import hold
 from configuration import schema
 from configuration.layout import shape_fault
+from configuration.memory import GIB, recompute_within
 from evaluation.problems import load_problems
 from evaluation.scores import evaluate
 from grpo import metrics, run_state
@@ -99,11 +101,14 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
     if fault := shape_fault(architecture, settings.parallel, settings.experts, on_gpu=settings.hardware.gpus > 0):
         raise UserError(str(fault))
     training = settings.training
+    recompute = from_rank_0(recompute_within(architecture, settings, gpu_memory_gib()))
+    if first and training.recompute == "auto" and settings.hardware.gpus:
+        print(f"recompute: {recompute}, the least that fits {gpu_memory_gib():.0f} GiB a GPU", file=sys.stderr)
     model = build_model(
         architecture,
         settings.parallel,
         dtype=getattr(torch, training.dtype),
-        recompute=training.recompute,
+        recompute=recompute,
         mtp_num_layers=int(settings.mtp.train),
         experts=settings.experts,
     )
@@ -147,6 +152,11 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
         saved=saved,
     )
     return loop.run()
+
+
+def gpu_memory_gib() -> float:
+    """Of this process's GPU; without one there is no such limit."""
+    return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else math.inf
 
 
 def announce(work: Path) -> None:

@@ -13,7 +13,7 @@ from checkpoints.safetensors_io import HubCheckpoint
 from configuration.schema import Algorithm, Experts, Mtp, Optimizer, Parallel, Sampling, Training
 from grpo.cpu_optimizer import CpuAdam
 from grpo.learner import Learner
-from grpo.policy import Policy
+from grpo.policy import Policy, StepTotals
 from grpo.run_state import Progress
 from grpo.samples import TrainingSequence
 from qwen3_5.architecture import Architecture
@@ -69,11 +69,12 @@ def save_gradients(hub_folder: Path, parallel: Parallel, folder: Path) -> None:
     policy = Policy(model, training, algorithm, Sampling(temperature=0.7), mtp, replays_routing=architecture.is_moe)
     learner = Learner(policy, CpuAdam(model, settings), settings)
     metrics = learner.learn(sequences(architecture), Progress())
+    packs = policy.micro_batches(sequences(architecture), StepTotals(len(SHAPES), sum(map(sum, SHAPES))))
     for name, parameter in model.named_parameters():
         parameter.data.copy_(learner.optimizer.gradients[name])
     torch_dist.save(model, folder)
     if dist.get_rank() == 0:
-        folder.with_suffix(".json").write_text(json.dumps(metrics))
+        folder.with_suffix(".json").write_text(json.dumps(metrics | {"packs": len(packs)}))
     parallel_state.destroy_model_parallel()
 
 

@@ -9,7 +9,7 @@ import yaml
 from common.errors import UserError
 from configuration.json_schema import derived
 from configuration.loading import load, merge
-from configuration.memory import estimate
+from configuration.memory import estimate, recompute_within
 from configuration.preflight import Machine, check_jobs, shortcomings
 from configuration.shape import architecture_of
 
@@ -134,24 +134,48 @@ PARAMETERS = {"4B": 4.2e9, "9B": 9.0e9, "27B": 26.9e9, "35B_A3B": 34.7e9}
 def test_the_declared_shapes_have_the_parameters_of_their_names(root, name):
     model = configured(root).models[name]
     assert architecture_of(model).parameters() == pytest.approx(PARAMETERS[name], rel=0.02)
-    needed = estimate(model, 141)
+    needed = estimate(architecture_of(model), model, 141)
     assert 5 < needed.training < 141 and needed.weights < needed.gradients
 
 
 def test_the_memory_estimate_is_within_a_tenth_of_every_measured_peak(root):
-    lines = [json.loads(line) for line in (root / "benchmarks/results/gpu_training.jsonl").read_text().splitlines()]
-    peaks = [(line["model"], line["note"]) for line in lines if line["name"] == "memory_estimate_error"]
-    assert len(peaks) > 2
-    for name, note in peaks:
+    files = [root / "benchmarks/results" / f"{name}.jsonl" for name in ("gpu_training", "gpu_recipes")]
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    peaks = [line for line in lines if line["name"] == "memory_estimate_error"]
+    assert len(peaks) > 5
+    for name, gpus, note in ((line["model"], line["gpus"], line["note"]) for line in peaks):
+        parallel = note.get("parallel", {"tensor": 1, "expert": 1})
         changes = {
-            "hardware": {"gpus": 1},
-            "parallel": {"tensor": 1, "expert": 1},
+            "hardware": {"gpus": gpus},
+            "parallel": parallel,
             "engine": {"gpus_per_engine": 1, "expert_parallel": 1},
+            "conversion": {"processes": 1},
             "optimizer": {"cpu_offload": note["cpu_offload"]},
-            "training": {"max_tokens_per_gpu": note["tokens_a_pack"], "recompute": note["recompute"]},
+            "training": {
+                "max_tokens_per_gpu": note["tokens_a_pack"] // parallel["tensor"],
+                "recompute": note["recompute"],
+            },
         }
         model = configured(root, {"per_model": {name: changes}}).models[name]
-        assert estimate(model, 141).training == pytest.approx(note["peak_gib"], rel=0.1), note
+        assert estimate(architecture_of(model), model, 141).training == pytest.approx(note["peak_gib"], rel=0.1), note
+
+
+@pytest.mark.parametrize(
+    ("name", "on_80_gib", "on_141_gib"),
+    [
+        ("4B", "none", "none"),
+        ("9B", "full", "none"),
+        ("27B", "full", "selective"),
+        ("35B_A3B", "full", "none"),
+    ],
+)
+def test_no_more_is_recomputed_than_memory_asks_for(root, name, on_80_gib, on_141_gib):
+    model = configured(root).models[name]
+    shape = architecture_of(model)
+    assert [recompute_within(shape, model, memory) for memory in (80, 141)] == [on_80_gib, on_141_gib]
+    told = configured(root, {"per_model": {name: {"training": {"recompute": "full"}}}}).models[name]
+    assert recompute_within(shape, told, 141) == "full"
+    assert estimate(shape, told, 141).activations < estimate(shape, model, 141).activations
 
 
 def test_preflight_says_everything_that_is_missing_at_once(root):

@@ -137,7 +137,7 @@ SHARED = {
     "training.samples_per_prompt": 8,
     "training.global_batch": 256,
     "training.rollouts": 3000,
-    "training.recompute": "full",
+    "training.recompute": "auto",  # a choice, says the table: what is fastest within memory
     "training.save_interval": 20,
     "sampling.max_response_tokens": 8192,
     "sampling.temperature": 1.0,

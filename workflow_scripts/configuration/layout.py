@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from configuration.schema import Experts, Model, Parallel
+from configuration.schema import Experts, Hardware, Model, Parallel
 from configuration.shape import architecture_of
 from qwen3_5.architecture import Architecture
 
@@ -20,15 +20,15 @@ class Fault(NamedTuple):
         return f"{self.key}: {self.message}"
 
 
-def processes(model: Model) -> int:
+def processes(hardware: Hardware) -> int:
     """Training processes: one a GPU, or as many as configured on CPU."""
-    return model.hardware.processes or model.hardware.gpus or 1
+    return hardware.processes or hardware.gpus or 1
 
 
 def data_parallel(model: Model) -> int:
     """Copies of the dense part of the model over all processes."""
     parallel = model.parallel
-    return processes(model) // (parallel.tensor * parallel.pipeline * parallel.context)
+    return processes(model.hardware) // (parallel.tensor * parallel.pipeline * parallel.context)
 
 
 def fault(model: Model) -> Fault | None:
@@ -39,7 +39,7 @@ def fault(model: Model) -> Fault | None:
 def _rules(model: Model) -> Iterator[Rule]:
     """Cheapest to explain first."""
     parallel, hardware, engine, training = model.parallel, model.hardware, model.engine, model.training
-    world, dense = processes(model), parallel.tensor * parallel.pipeline * parallel.context
+    world, dense = processes(hardware), parallel.tensor * parallel.pipeline * parallel.context
     routed = parallel.expert * parallel.expert_tensor * parallel.pipeline
     yield (
         "engine.kind",

@@ -1,14 +1,28 @@
 """How much memory and disk a recipe takes, estimated from the shape of its model before anything is fetched."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
+from configuration import schema
 from configuration.layout import processes
-from configuration.schema import Model
+from configuration.schema import Recompute
 from configuration.shape import architecture_of
 from qwen3_5.architecture import Architecture
 
 GIB = 2**30
 CONTEXT_GIB = 1.5  # CUDA context, NCCL's buffers and kernels of one process
+LEFT_FREE = 0.2  # of a GPU: the first step, which tunes kernels, took 10 GiB more; and the engine keeps a context
+
+
+class Settings(Protocol):
+    """The sections of the configuration that memory depends on."""
+
+    hardware: schema.Hardware
+    training: schema.Training
+    parallel: schema.Parallel
+    optimizer: schema.Optimizer
+    mtp: schema.Mtp
+    engine: schema.Engine
 
 
 @dataclass(frozen=True)
@@ -32,31 +46,43 @@ class GpuMemory:
         return self.engine + CONTEXT_GIB
 
 
-def estimate(model: Model, gpu_memory_gib: float) -> GpuMemory:
+def recompute_within(shape: Architecture, settings: Settings, gpu_memory_gib: float) -> Recompute:
+    """The fastest way to train that fits: the recomputation that is asked for, or with ``auto`` the least that fits."""
+    if settings.training.recompute != "auto":
+        return settings.training.recompute
+    room = (1 - LEFT_FREE) * gpu_memory_gib
+    fitting = (way for way in ("none", "selective") if _estimate(shape, settings, way, gpu_memory_gib).training < room)
+    return next(fitting, "full")
+
+
+def estimate(shape: Architecture, settings: Settings, gpu_memory_gib: float) -> GpuMemory:
     """Estimate the memory of the fullest rank.
 
     Per parameter held: 2 bytes of bf16 weights, 4 of fp32 gradients, 12 of fp32 master weights and Adam moments, the
     last shared over the data-parallel copies (none of it on the GPU where Adam runs on the CPU).
     """
-    shape, parallel, training = architecture_of(model), model.parallel, model.training
-    world = processes(model)
-    mtp = model.conversion.mtp_num_layers
+    return _estimate(shape, settings, recompute_within(shape, settings, gpu_memory_gib), gpu_memory_gib)
+
+
+def _estimate(shape: Architecture, settings: Settings, recompute: Recompute, gpu_memory_gib: float) -> GpuMemory:
+    parallel, training = settings.parallel, settings.training
+    world, mtp = processes(settings.hardware), int(settings.mtp.train)
     routed = shape.parameters(mtp) - _without_experts(shape, mtp)
     dense_here = (shape.parameters(mtp) - routed) / (parallel.tensor * parallel.pipeline)
     routed_here = routed / (parallel.expert * parallel.expert_tensor * parallel.pipeline)
     dense_copies = world // (parallel.tensor * parallel.pipeline)
     routed_copies = world // (parallel.expert * parallel.expert_tensor * parallel.pipeline)
-    states = 0 if model.optimizer.cpu_offload else 12 * (dense_here / dense_copies + routed_here / routed_copies)
+    states = 0 if settings.optimizer.cpu_offload else 12 * (dense_here / dense_copies + routed_here / routed_copies)
     width = 2 if training.dtype == "bfloat16" else 4
-    tokens = training.max_tokens_per_gpu / parallel.context
+    tokens = training.max_tokens_per_gpu * parallel.tensor  # of a pack, without those of other context-parallel ranks
     return GpuMemory(
         weights=width * (dense_here + routed_here) / GIB,
         gradients=4 * (dense_here + routed_here) / GIB,
         optimizer=states / GIB,
-        activations=tokens * width * _activations_per_token(shape, model) / GIB,
+        activations=tokens * width * _activations_per_token(shape, parallel, recompute) / GIB,
         # logits of one chunk, their softmax and their gradient, in fp32
         logits=3 * 4 * training.log_prob_chunk * shape.vocab_size / parallel.tensor / GIB,
-        engine=model.engine.mem_fraction_static * gpu_memory_gib,
+        engine=settings.engine.mem_fraction_static * gpu_memory_gib,
     )
 
 
@@ -68,9 +94,8 @@ def _without_experts(shape: Architecture, mtp: int) -> int:
     return shape.parameters(mtp) - (shape.num_layers + mtp) * shape.num_experts * one_expert
 
 
-def _activations_per_token(shape: Architecture, model: Model) -> float:
+def _activations_per_token(shape: Architecture, parallel: schema.Parallel, recompute: Recompute) -> float:
     """Values a token keeps for the backward pass: of every layer what recomputation leaves, and all of one layer."""
-    parallel = model.parallel
     hidden = 4 * shape.hidden_size / (parallel.tensor if parallel.sequence else 1)  # two residuals, two norms
     key = shape.linear_num_key_heads * shape.linear_key_head_dim
     value = shape.linear_num_value_heads * shape.linear_value_head_dim
@@ -89,10 +114,10 @@ def _activations_per_token(shape: Architecture, model: Model) -> float:
     average = ((shape.full_attention_interval - 1) * linear + full) / shape.full_attention_interval
     kept = {"full": hidden / 4, "selective": hidden + average, "none": hidden + average + mlp}
     layers = shape.num_layers / parallel.pipeline
-    return layers * kept[model.training.recompute] + hidden + max(linear, full) + mlp
+    return layers * kept[recompute] + hidden + max(linear, full) + mlp
 
 
-def disk_gib(model: Model, stage: str) -> float:
+def disk_gib(model: schema.Model, stage: str) -> float:
     """Disk that one stage's results take: bf16 weights, and for training the checkpoints with fp32 Adam states."""
     if model.architecture is None:
         return 0.0

@@ -13,6 +13,7 @@ from common.files import free_bytes
 from configuration.loading import Configuration
 from configuration.memory import GIB, disk_gib, estimate
 from configuration.schema import Model
+from configuration.shape import architecture_of
 
 GPU_PACKAGES = ("sglang", "fla", "tilelang")
 COMPILERS = ("gcc", "clang")  # with one of them Triton builds what starts its kernels
@@ -94,7 +95,7 @@ def shortcomings(model: Model, machine: Machine) -> list[str]:
         faults.append(f"needs a C compiler, {' or '.join(COMPILERS)}: install one, or name yours in the variable CC")
     if hardware.gpus and machine.gpus and model.architecture:
         memory = min(machine.gpus)
-        needed = estimate(model, memory)
+        needed = estimate(architecture_of(model), model, memory)
         if max(needed.training, needed.rollout) > memory:
             faults.append(
                 f"needs about {needed.training:.0f} GiB a GPU to train and {needed.rollout:.0f} to roll out, and the"
@@ -117,7 +118,8 @@ def table(configuration: Configuration) -> str:
         model = configuration.models[name]
         disk = sum(disk_gib(model, stage) for stage in ("download", "convert", "train", "export"))
         if model.architecture and model.hardware.gpus:
-            m = estimate(model, min(machine.gpus) if machine.gpus else model.hardware.gpu_memory_gib)
+            memory = min(machine.gpus) if machine.gpus else model.hardware.gpu_memory_gib
+            m = estimate(architecture_of(model), model, memory)
             columns = f"{m.weights:9.1f}{m.gradients:7.1f}{m.optimizer:7.1f}{m.activations:8.1f}{m.logits:8.1f}"
             columns += f"{m.training:10.1f}{m.rollout:9.1f}"
         else:

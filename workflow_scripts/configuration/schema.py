@@ -165,6 +165,9 @@ class Optimizer(Section):
     )
 
 
+Recompute = Literal["full", "selective", "none"]
+
+
 class Training(Section):
     dataset: Name
     prompts_per_rollout: PositiveInt = 32
@@ -172,9 +175,13 @@ class Training(Section):
     global_batch: PositiveInt = 256
     rollouts: PositiveInt = 3000
     seed: int = 1234
-    max_tokens_per_gpu: PositiveInt = 9216
+    max_tokens_per_gpu: PositiveInt = Field(
+        9216, description="tokens of a pack for each GPU that shares it (tensor x context parallel)"
+    )
     log_prob_chunk: PositiveInt = Field(1024, description="tokens whose logits exist at one time")
-    recompute: Literal["full", "selective", "none"] = "full"
+    recompute: Literal["auto"] | Recompute = Field(
+        "auto", description="activations that the backward pass makes again; auto: the fewest that fit the GPU's memory"
+    )
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     save_interval: PositiveInt = 20
     keep_checkpoints: PositiveInt = Field(2, description="the last N stay, and the best besides")

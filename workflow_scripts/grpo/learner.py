@@ -1,6 +1,7 @@
 """Learning from one rollout: its optimizer steps, and which of them are skipped for what reason."""
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from grpo.run_state import Progress
 from grpo.samples import TrainingSequence
 
 PER_STEP = (
-    *("loss", "mtp_loss", "grad_norm", "idle_share"),
+    *("loss", "mtp_loss", "grad_norm", "idle_share", "seconds_optimizer"),
     *("expert_load_max", "expert_load_min", "expert_imbalance", "routing_agreement"),
 )
 MEANS = ("clip_fraction", "ratio", "kl", "entropy", "log_prob_diff")
@@ -64,10 +65,12 @@ class Learner:
     def _step(self, step: Step, progress: Progress) -> dict[str, float]:
         self.optimizer.zero_grad()
         report = self.policy.accumulate_gradients(step.batches, step.totals)
+        began = time.perf_counter()
         self.optimizer.reduce()
         report["learning_rate"] = learning_rate_at(progress.optimizer_step + 1, self.settings)
         finite = math.isfinite(report["loss"])
         report["grad_norm"] = self.optimizer.step(report["learning_rate"]) if finite else math.nan
+        report["seconds_optimizer"] = time.perf_counter() - began
         if math.isfinite(report["grad_norm"]):
             progress.optimizer_step += 1
             progress.bad_steps_in_a_row = 0

@@ -58,16 +58,17 @@ class OffloadedAdam:
 
     def __init__(self, param_groups: list[dict[str, Any]], settings: Settings) -> None:
         self.param_groups = param_groups
+        longest = max((len(shard) for group in param_groups for shard in group["params"]), default=0)
+        size = 4 * min(longest, PIECE)
+        self._gradients, self._weights = ([_Buffer(locked(size)) for _ in range(2)] for _ in range(2))
+        self._incoming, self._outgoing = torch.cuda.Stream(), torch.cuda.Stream()
+        weakref.finalize(self, unlock, [buffer.memory for buffer in self._gradients + self._weights])
         self.pieces = [
-            _piece(shard, slice(start, min(start + PIECE, len(shard))), group, settings)
+            self._piece(shard, slice(start, min(start + PIECE, len(shard))), group, settings)
             for group in param_groups
             for shard in group["params"]
             for start in range(0, len(shard), PIECE)
         ]
-        size = 4 * max((len(piece.master) for piece in self.pieces), default=0)
-        self._gradients, self._weights = ([_Buffer(locked(size)) for _ in range(2)] for _ in range(2))
-        self._incoming, self._outgoing = torch.cuda.Stream(), torch.cuda.Stream()
-        weakref.finalize(self, unlock, [buffer.memory for buffer in self._gradients + self._weights])
 
     @torch.no_grad()
     def step(self) -> None:
@@ -101,6 +102,13 @@ class OffloadedAdam:
         for number, piece in enumerate(self.pieces):
             yield str(number), piece.master, piece.adam.state
 
+    def _piece(self, shard: Tensor, rows: slice, group: dict[str, Any], settings: Settings) -> _Piece:
+        weights = shard[rows].detach()
+        # Through locked memory: to pageable memory a GPU copies many times slower.
+        master = nn.Parameter(self._weights[0].like(weights).copy_(weights).to(torch.float32, copy=True))
+        adam = torch.optim.AdamW([master], betas=settings.betas, eps=settings.epsilon, fused=True)
+        return _Piece(shard, rows, group, master, adam)
+
     def _begin(self) -> None:
         for stream in (self._incoming, self._outgoing):
             stream.wait_stream(torch.cuda.current_stream())
@@ -125,9 +133,3 @@ class OffloadedAdam:
         with torch.cuda.stream(self._outgoing):
             weights.copy_(rounded, non_blocking=True)
             buffer.done.record()
-
-
-def _piece(shard: Tensor, rows: slice, group: dict[str, Any], settings: Settings) -> _Piece:
-    master = nn.Parameter(shard[rows].detach().float().cpu())
-    adam = torch.optim.AdamW([master], betas=settings.betas, eps=settings.epsilon, fused=True)
-    return _Piece(shard, rows, group, master, adam)

@@ -95,7 +95,8 @@ class Policy:
         """This rank's packs of an optimizer step's sequences; every data-parallel rank gets equally many."""
         ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         lengths = [len(sequence.ids) for sequence in sequences]
-        packs = pack_sequences(lengths, self.training.max_tokens_per_gpu, ranks)[rank]
+        sharing = parallel_state.get_tensor_model_parallel_world_size() * _context_size()  # GPUs that take one pack
+        packs = pack_sequences(lengths, self.training.max_tokens_per_gpu * sharing, ranks)[rank]
         return [self._micro_batch([sequences[index] for index in indices], totals) for indices in packs]
 
     def _micro_batch(self, sequences: Sequence[TrainingSequence], totals: StepTotals) -> MicroBatch:

@@ -4,7 +4,6 @@ import logging
 import os
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -15,12 +14,10 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from common.errors import UserError
-from configuration.schema import Experts, Parallel
+from configuration.schema import Experts, Parallel, Recompute
 from qwen3_5.architecture import Architecture
 from qwen3_5.model import Qwen3_5
 from qwen3_5.specs import decoder_spec, mtp_spec
-
-Recompute = Literal["full", "selective", "none"]
 
 # The first step may compile kernels on some ranks while others wait in a collective.
 _TIMEOUT = timedelta(minutes=60)
