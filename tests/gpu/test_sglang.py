@@ -1,5 +1,6 @@
 """SGLang itself behind the engine's interface: what it answers, what it holds, and how it survives."""
 
+import math
 import os
 import signal
 import threading
@@ -10,9 +11,15 @@ import torch
 from transformers import AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
+from checkpoints import mapping
 from checkpoints.safetensors_io import HubCheckpoint
 from common.errors import UserError
 from configuration.schema import Engine, Speculation, TinyModel
+from grpo.log_probs import token_log_probs
+from qwen3_5.architecture import Architecture
+from qwen3_5.build import build_model
+from qwen3_5.model import hidden_states, output_weight
+from qwen3_5.packed import pack
 from rollout import sglang_engine
 from rollout.engine import Request, SamplingParams, start_engine
 from tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
@@ -34,12 +41,14 @@ def settings(**changes) -> Engine:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two checkpoints of one shape with different weights, and a mixture of experts."""
+    """Two checkpoints of one shape with different weights, a mixture of experts, and two as deep as the recipes'."""
     tokenizer, root = train_tokenizer(), tmp_path_factory.mktemp("hub")
     for name, tiny in {
         "one": TinyModel(kind="dense", hidden=256, head_dim=64),
         "other": TinyModel(kind="dense", hidden=256, head_dim=64, seed=1),
         "moe": TinyModel(kind="moe", hidden=256, head_dim=64),
+        "deep dense": TinyModel(kind="dense", layers=64, hidden=512, head_dim=64),
+        "deep moe": TinyModel(kind="moe", layers=40, hidden=512, head_dim=64),
     }.items():
         config = model_config(tiny, tokenizer)
         write_checkpoint(root / name, config, hub_tensors(tiny, random_model(tiny, config)), tokenizer)
@@ -98,6 +107,40 @@ def check(folder, engine, **params):
 def test_log_probs_are_transformers(folders, engine, params):
     completions = check(folders / "one", engine, **params)
     assert all(len(completion.token_ids) == 48 and completion.finish == "length" for completion in completions)
+
+
+@torch.no_grad()
+def trainer_log_probs(folder, asked, completions, device):
+    """Of the sampled tokens under the model that trains: in bf16 on the GPU, in fp32 on the CPU."""
+    architecture, hub = Architecture.from_folder(folder), HubCheckpoint(folder)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = build_model(architecture, dtype=dtype).to(device)
+    mapping.from_hub(model, architecture, hub)
+    rows = [request.prompt_ids + completion.token_ids for request, completion in zip(asked, completions, strict=True)]
+    ids, positions, packed = pack(rows, device=device)
+    ends = torch.tensor([len(row) for row in rows]).cumsum(0).tolist()
+    sampled = torch.cat([torch.arange(end - len(c.token_ids), end) for end, c in zip(ends, completions, strict=True)])
+    hidden = hidden_states(model, ids, positions, packed)[sampled.to(device) - 1]
+    targets = ids[0, sampled.to(device)]
+    return token_log_probs(hidden, output_weight(model), targets, temperature=1.0, chunk=256)[0].cpu()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("kind", ["deep dense", "deep moe"])
+def test_engine_and_trainer_differ_by_bf16_s_rounding_alone(folders, kind):
+    """Over many random layers rounding grows, for the one as for the other; no more than that may part them."""
+    engine = start_engine(folders / kind, settings())
+    asked = requests(5, 64, 130, 40)
+    completions = engine.generate(asked, SamplingParams(max_new_tokens=64))
+    engine.close()
+    sampled = torch.cat([torch.tensor(completion.log_probs) for completion in completions])
+    trained, exact = (trainer_log_probs(folders / kind, asked, completions, device) for device in ("cuda", "cpu"))
+    of_engine, of_trainer, between = (
+        (one - other).abs().mean().item() for one, other in ((sampled, exact), (trained, exact), (sampled, trained))
+    )
+    print(f"{kind}: from fp32 the engine {of_engine:.4f}, the trainer {of_trainer:.4f}; from another {between:.4f}")
+    assert of_engine < 2 * of_trainer and of_trainer < 2 * of_engine
+    assert between < 1.5 * math.hypot(of_engine, of_trainer)
 
 
 def test_a_stop_token_ends_an_answer_and_is_in_it(engine):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors import safe_open
 import make_tiny
 from checkpoints.manifest import Manifest, read_manifest
 from common.files import read_json
+from tiny.checkpoint import lengthen_memory
 
 STEPS = 2
 
@@ -82,6 +84,12 @@ def test_the_parts_of_the_architecture_are_there_under_the_hub_s_names(made):
         assert tensors["mtp.layers.0.mlp.experts.7.up_proj.weight"].shape == (64, 128)
         assert tensors["mtp.layers.0.mlp.experts.7.down_proj.weight"].shape == (128, 64)
         assert f"{layer}.0.mlp.shared_expert_gate.weight" in tensors
+
+
+def test_every_state_decays_though_a_rate_of_zero_was_drawn():
+    layer = SimpleNamespace(A_log=torch.tensor([-torch.inf, 2.0]), dt_bias=torch.empty(2))
+    lengthen_memory(layer)
+    assert layer.A_log.isfinite().all() and layer.A_log[1] == 2.0
 
 
 def test_the_same_settings_give_the_same_bytes_and_another_seed_others(made, tmp_path):

@@ -130,12 +130,12 @@ def random_model(tiny: TinyModel, config: dict[str, Any]) -> PreTrainedModel:
         model = Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(**config)).float()
     for layer in model.model.language_model.layers:
         if hasattr(layer, "linear_attn"):
-            _lengthen_memory(layer.linear_attn)
+            lengthen_memory(layer.linear_attn)
     return model
 
 
 @torch.no_grad()
-def _lengthen_memory(linear_attention: nn.Module) -> None:
+def lengthen_memory(linear_attention: nn.Module) -> None:
     """Draw ``dt_bias`` so that states last for tens to thousands of tokens; Transformers' start forgets within one.
 
     A state decays by exp(-A softplus(a + dt_bias)) a token, with A up to 16 and a near 0 at first. As in Mamba, the
@@ -143,6 +143,7 @@ def _lengthen_memory(linear_attention: nn.Module) -> None:
     """
     step = torch.empty_like(linear_attention.dt_bias).uniform_(math.log(0.001), math.log(0.1)).exp()
     linear_attention.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+    linear_attention.A_log.clamp_(min=math.log(0.001))  # transformers may draw an A of 0
 
 
 def hub_tensors(tiny: TinyModel, model: PreTrainedModel) -> dict[str, Tensor]:
