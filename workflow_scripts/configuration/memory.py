@@ -114,7 +114,9 @@ def _activations_per_token(shape: Architecture, parallel: schema.Parallel, recom
     average = ((shape.full_attention_interval - 1) * linear + full) / shape.full_attention_interval
     kept = {"full": hidden / 4, "selective": hidden + average, "none": hidden + average + mlp}
     layers = shape.num_layers / parallel.pipeline
-    return layers * kept[recompute] + hidden + max(linear, full) + mlp
+    # Whole on every tensor-parallel rank: what a projection gathers, the final hidden states and their gradient.
+    whole = 3 * shape.hidden_size if parallel.tensor > 1 else 0
+    return layers * kept[recompute] + hidden + max(linear, full) + mlp + whole
 
 
 def disk_gib(model: schema.Model, stage: str) -> float:

@@ -74,11 +74,9 @@ class OffloadedAdam:
     def step(self) -> None:
         """Update all weights from their gradients."""
         self._begin()
+        self._fetch_gradient(0)
         for number, piece in enumerate(self.pieces):
-            if number == 0:
-                self._fetch_gradient(0)
-            if number + 1 < len(self.pieces):
-                self._fetch_gradient(number + 1)
+            self._fetch_gradient(number + 1)
             gradient = self._gradients[number % 2]
             gradient.done.synchronize()
             piece.master.grad = gradient.like(piece.master)
@@ -117,7 +115,9 @@ class OffloadedAdam:
         torch.cuda.current_stream().wait_stream(self._outgoing)
 
     def _fetch_gradient(self, number: int) -> None:
-        """Let a piece's gradient come into its buffer, which the CPU has done with."""
+        """Let a piece's gradient, if there is such a piece, come into its buffer, which the CPU has done with."""
+        if number >= len(self.pieces):
+            return
         piece, buffer = self.pieces[number], self._gradients[number % 2]
         with torch.cuda.stream(self._incoming):
             gradient = piece.shard.decoupled_grad[piece.rows]
