@@ -286,6 +286,9 @@ class Evaluation(Section):
     enable_thinking: bool = True
     seed: int = 42
     pass_at: list[PositiveInt] = [1, 4, 16]
+    mem_fraction_static: Share = Field(
+        0.85, description="in place of the engine's own: no training shares the GPUs here, so more answers run at once"
+    )
     bootstrap_samples: PositiveInt = 10000
 
     @model_validator(mode="after")
