@@ -15,15 +15,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_collection_modifyitems(items):
-    """GPU tests are skipped, visibly, where there is no GPU."""
-    if not any("gpu" in item.keywords for item in items):
+    """GPU tests are skipped, visibly, where there are too few GPUs: ``gpu`` wants one, ``gpu(n)`` n of them."""
+    marks = {item: mark for item in items if (mark := item.get_closest_marker("gpu"))}
+    if not marks:
         return
     import torch
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+    for item, mark in marks.items():
+        (wanted,) = mark.args or (1,)
+        if torch.cuda.device_count() < wanted:
+            needs = "an NVIDIA GPU" if wanted == 1 else f"{wanted} NVIDIA GPUs"
+            item.add_marker(pytest.mark.skip(reason=f"needs {needs}"))
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from checkpoints import mapping
 from checkpoints.safetensors_io import HubCheckpoint
 from common.errors import UserError
 from configuration.schema import Engine, Speculation, TinyModel
+from gpu.sglang_arguments import ARGUMENTS
 from grpo.log_probs import token_log_probs
 from qwen3_5.architecture import Architecture
 from qwen3_5.build import build_model
@@ -27,12 +28,6 @@ from tiny.tokenizer import train_tokenizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(1800)]
 VOCABULARY = 500
-ARGUMENTS = {
-    "attention_backend": "triton",
-    "sampling_backend": "pytorch",
-    "cuda_graph_max_bs_decode": 16,
-    "disable_prefill_cuda_graph": True,  # half a minute of every start
-}
 
 
 def settings(**changes) -> Engine:

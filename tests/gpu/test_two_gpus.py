@@ -1,0 +1,68 @@
+"""Training that two GPUs share, on the SGLang engines of the same GPUs; and what a killed rank costs."""
+
+import json
+import os
+import sys
+import time
+
+import psutil
+import pytest
+
+import grpo_run
+from checkpoints.manifest import read_manifest
+from gpu.sglang_arguments import ARGUMENTS
+from stages import torchrun
+
+pytestmark = [pytest.mark.gpu(2), pytest.mark.slow, pytest.mark.timeout(1800)]
+LAYOUTS = {
+    "dense": {"parallel": {"tensor": 2}},  # two engines, each of which gets its weights from both ranks
+    "moe": {"parallel": {"expert": 2}, "engine": {"gpus_per_engine": 2, "expert_parallel": 2}},
+}
+ENGINE = {
+    "kind": "sglang",
+    "mem_fraction_static": 0.3,
+    "check_weights": True,
+    "server_arguments": ARGUMENTS | {"enforce_disable_flashinfer_allreduce_fusion": True},
+}
+
+
+@pytest.fixture
+def environment(root):
+    paths = [root / "workflow_scripts", root / "tests"]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "4"}
+
+
+def logged(work) -> list[dict]:
+    rows = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_two_gpus_train_and_go_on_after_a_rank_was_killed(root, tmp_path, environment, kind):
+    grpo_run.prepare(tmp_path, kind, hidden=256, head_dim=64)
+    grpo_run.convert_model(tmp_path)
+    command_line = grpo_run.arguments(
+        tmp_path,
+        tmp_path / "run",
+        training={"rollouts": 4, "save_interval": 1, "dtype": "bfloat16"},
+        validation={"interval": 0},
+        hardware={"gpus": 2},
+        parallel=LAYOUTS[kind]["parallel"],
+        engine=ENGINE | LAYOUTS[kind].get("engine", {}),
+    )
+    script = str(root / "tests" / "grpo_run.py")
+    with (tmp_path / "log").open("wb") as log:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        run = psutil.Popen([*launcher, script, *command_line], env=environment, stdout=log, stderr=log)
+        while not (tmp_path / "run" / "checkpoint-000002").exists():
+            assert run.poll() is None, (tmp_path / "log").read_text()[-6000:]
+            time.sleep(0.05)
+        next(process for process in run.children() if process.environ().get("RANK") == "1").kill()
+        assert run.wait(timeout=120) != 0
+    before = len(logged(tmp_path / "run"))
+    assert before < 4
+    torchrun(2, script, *command_line, env=environment)
+    read_manifest(tmp_path / "run.json").require(digests=True)
+    rows = logged(tmp_path / "run")
+    assert [row["rollout"] for row in rows] == [1, 2, 3, 4]
+    assert max(row["log_prob_diff"] for row in rows) < 0.02
