@@ -1,9 +1,12 @@
 """Run states are whole or absent, damaged ones are passed over, and old ones go only once a new one is there."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from common.errors import UserError
 from configuration.schema import Optimizer as Settings
@@ -42,6 +45,27 @@ def save(work, rollout, trained, score=None):
 
 def names(work):
     return sorted(path.name for path in work.iterdir())
+
+
+def test_stored_tensors_are_read_one_at_a_time(tmp_path):
+    """A checkpoint's optimizer states fill half of a node's memory, and the optimizer holds its own already."""
+    tensors = {f"state.{number}": torch.full((2**22,), float(number)) for number in range(12)}  # 16 MiB each
+    save_file(tensors, tmp_path / "states.safetensors")
+    before, most = anonymous_memory(), 0
+    stored = run_state.StoredTensors(tmp_path / "states.safetensors")
+    assert set(stored) == set(tensors) and len(stored) == 12 and "other" not in stored
+    for name, expected in tensors.items():
+        assert name in stored and torch.equal(stored[name], expected)
+        most = max(most, anonymous_memory() - before)
+    assert most < 4 * 2**24
+    with pytest.raises(KeyError):
+        stored["other"]
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that are no file's."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", status)[1])
 
 
 def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, trained):

@@ -1,6 +1,7 @@
 """The optimizer on the CPU: fp32 gradients in one buffer, all-reduced, and torch's fused Adam."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -100,7 +101,7 @@ class CpuAdam:
                 state[f"master.{name}"] = master.data
         return state
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for name, master in self.masters.items():
             if f"master.{name}" in state:
                 master.data.copy_(state[f"master.{name}"])

@@ -9,7 +9,7 @@ as they are, so that no master copy stays on the GPU; moments are fp32: narrower
 import copy
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -85,7 +85,7 @@ class GpuAdam:
     def state_dict(self) -> dict[str, Tensor]:
         return {name: self._memory.on_host(tensor) for name, tensor in self._state()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for key, master, states in self._slots():
             master.data.copy_(state[f"master.{key}"])
             states[master] = {

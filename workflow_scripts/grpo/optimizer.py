@@ -4,6 +4,7 @@ The training loop knows `Optimizer` alone. On CPU it is `grpo.cpu_optimizer`'s; 
 Megatron-Core's own gradient buffers and DistributedOptimizer, which insist on CUDA tensors.
 """
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class Optimizer(Protocol):
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's state by name, everything that the next step depends on."""
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from `state_dict` of the same model under the same parallel layout."""
 
     def sleep(self, weights: bool = True) -> None:

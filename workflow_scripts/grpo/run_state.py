@@ -13,15 +13,16 @@ no pointer can disagree with them; a damaged one is put out of the way.
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from checkpoints import torch_dist
 from checkpoints.folders import finish_folder, partial_folder, start_folder
@@ -88,10 +89,35 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
     if not file.is_file():
         raise UserError(f"{file}: missing: the run was saved by fewer processes; resume with as many as it had")
     torch_dist.load(model, folder / "weights")
-    state = load_file(file)
-    torch.set_rng_state(state.pop(RANDOM_STATE))
+    state = StoredTensors(file)
+    torch.set_rng_state(state[RANDOM_STATE])
     optimizer.load_state_dict(state)
     return read_progress(folder)
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file by name, each read when it is asked for.
+
+    Adam's states on the CPU fill half of a node's memory: there is no room for a second copy of them.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = safe_open(file, framework="pt")
+        self._names = dict.fromkeys(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def read_progress(folder: Path) -> Progress:
