@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from common.errors import UserError
 from common.files import free_bytes
 from configuration.loading import Configuration
-from configuration.memory import GIB, disk_gib, estimate
+from configuration.memory import GIB, disk_gib, estimate, recompute_within
 from configuration.schema import Model
 from configuration.shape import architecture_of
 
@@ -112,18 +112,19 @@ def table(configuration: Configuration) -> str:
         f"here: {gpus}, {machine.host_memory_gib:.0f} GiB of memory, {machine.free_disk_gib:.0f} GiB of disk free",
         "",
         f"{'':10}{'GPUs':>5}{'weights':>9}{'grads':>7}{'Adam':>7}{'activ.':>8}{'logits':>8}{'training':>10}{'rollout':>9}"
-        f"{'host':>7}{'disk':>7}   GiB; the first seven of one rank",
+        f"{'recompute':>11}{'host':>7}{'disk':>7}   GiB; the first seven of one rank",
     ]
     for name in configuration.listed:
         model = configuration.models[name]
         disk = sum(disk_gib(model, stage) for stage in ("download", "convert", "train", "export"))
         if model.architecture and model.hardware.gpus:
             memory = min(machine.gpus) if machine.gpus else model.hardware.gpu_memory_gib
-            m = estimate(architecture_of(model), model, memory)
+            shape = architecture_of(model)
+            m = estimate(shape, model, memory)
             columns = f"{m.weights:9.1f}{m.gradients:7.1f}{m.optimizer:7.1f}{m.activations:8.1f}{m.logits:8.1f}"
-            columns += f"{m.training:10.1f}{m.rollout:9.1f}"
+            columns += f"{m.training:10.1f}{m.rollout:9.1f}{recompute_within(shape, model, memory):>11}"
         else:
-            columns = f"{'':58}"
+            columns = f"{'':69}"
         faults = shortcomings(model, machine)
         if disk > machine.free_disk_gib:
             faults.append(f"needs {disk:.0f} GiB of disk")
