@@ -201,8 +201,9 @@ class Policy:
         if batch.routing is not None:
             replay_routing(self.model, batch.routing)
         hidden = hidden_states(self.model, ids, positions, batch.packed)
+        # Where samples share a row, the gradient of hidden[rows] is summed in whatever order the CPU's threads come.
         log_probs, entropy = token_log_probs(
-            hidden[batch.predicting],  # (N, H)
+            hidden.index_select(0, batch.predicting),  # (N, H)
             output_weight(self.model),
             batch.targets,
             temperature=self.sampling.temperature,
