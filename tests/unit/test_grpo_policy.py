@@ -82,6 +82,27 @@ def learner(of, rate=0.0):
     )
 
 
+def test_gradients_are_the_same_bit_for_bit_however_threads_come():
+    """The row of a prompt's last token predicts the first one of all its samples: their gradients meet there."""
+    of = policy(models("dense")[1])
+    batch = sequences([(12, 2 + number % 3) for number in range(400)])
+    totals = StepTotals(len(batch), sum(sequence.response_length for sequence in batch))
+    batches, threads = of.micro_batches(batch, totals), torch.get_num_threads()
+
+    def gradients():
+        of.model.zero_grad()
+        of.accumulate_gradients(batches, totals)
+        return [p.grad.clone() for p in of.model.parameters() if p.grad is not None]
+
+    torch.set_num_threads(2)
+    try:
+        first = gradients()
+        for _ in range(5):
+            assert all(map(torch.equal, first, gradients()))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def plain_gradients(architecture, model, batch, algorithm):
     """The loss as the papers write it: sequence by sequence, full logits, float64; at the old policy itself."""
     total = 0.0
