@@ -37,7 +37,7 @@ from configuration.schema import Model
 from configuration.shape import architecture_of
 
 ROOT = Path(__file__).resolve().parents[1]
-PHASES = ("rollout", "train", "sync", "sleep_wake")
+PHASES = ("rollout", "train", "optimizer", "sync", "sleep_wake")  # the optimizer's is a part of train's
 
 
 def main() -> None:
@@ -185,7 +185,7 @@ class Run:
         def figure(name: str, value: float, unit: str, **more: Any) -> None:
             record(name, self.name, value, unit, gpus=gpus, file="gpu_recipes", **more, **note)
 
-        phases = {phase: round(median[f"seconds_{phase}"], 3) for phase in (*PHASES, "optimizer")}
+        phases = {phase: round(median[f"seconds_{phase}"], 3) for phase in PHASES}
         rate = tokens / median["seconds_train"] / gpus
         figure("step_seconds", median["seconds_step"], "s", **phases)
         figure("train_mfu", 6 * shape.active_parameters() * rate / PEAK_FLOPS, "share")

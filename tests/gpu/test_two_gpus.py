@@ -59,8 +59,7 @@ def test_two_gpus_train_and_go_on_after_a_rank_was_killed(root, tmp_path, enviro
             time.sleep(0.05)
         next(process for process in run.children() if process.environ().get("RANK") == "1").kill()
         assert run.wait(timeout=120) != 0
-    before = len(logged(tmp_path / "run"))
-    assert before < 4
+    assert len(logged(tmp_path / "run")) < 4
     torchrun(2, script, *command_line, env=environment)
     read_manifest(tmp_path / "run.json").require(digests=True)
     rows = logged(tmp_path / "run")
