@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--cpu-offload", action="store_true")
     parser.add_argument("--tensor", type=int, default=1, help="GPUs that share every matrix")
     parser.add_argument("--expert", type=int, default=1, help="GPUs that share the experts")
-    parser.add_argument("--profile", action="store_true", help="say what a step's kernels take, and what stays idle")
+    parser.add_argument("--profile", type=Path, help="write a step's trace there, and say what its kernels take")
     arguments = parser.parse_args()
     initialize(Parallel(tensor=arguments.tensor, expert=arguments.expert, sequence=arguments.tensor > 1))
     for recompute in arguments.recompute:
@@ -101,7 +101,7 @@ def measure(arguments: argparse.Namespace, model: Model) -> None:
         seconds.append(time.perf_counter() - start)
     assert progress.bad_steps == 0, metrics
     if arguments.profile:
-        profile(lambda: learner.learn(sequences, progress))
+        profile(lambda: learner.learn(sequences, progress), arguments.profile)
     rate = tokens / min(seconds[2:]) / gpus
     free, total = torch.cuda.mem_get_info()
     used = (total - free) / GIB - (torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()) / GIB
@@ -133,8 +133,8 @@ def measure(arguments: argparse.Namespace, model: Model) -> None:
     )
 
 
-def profile(step: Callable[[], Any]) -> None:
-    """Print which kernels a step's time goes to, and for how much of it the GPU had none to run."""
+def profile(step: Callable[[], Any], trace: Path) -> None:
+    """Print which kernels a step's time goes to, and how much of it they fill; write the first rank's trace."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         began = time.perf_counter()
@@ -146,6 +146,7 @@ def profile(step: Callable[[], Any]) -> None:
         busy = sum(event.self_device_time_total for event in events if event.device_type.name == "CUDA") / 1e6
         print(f"profiled step: {seconds:.3f} s, kernels {busy:.3f} s", flush=True)
         print(events.table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=80), flush=True)
+        profiler.export_chrome_trace(str(trace))
         print(events.table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=80), flush=True)
 
 

@@ -88,7 +88,7 @@ class SglangEngine:
         params: SamplingParams,
         on_done: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
-        """See `rollout.engine.RolloutEngine.generate`; requests are shared out in runs, so equal prompts meet."""
+        """See `rollout.engine.RolloutEngine.generate`."""
         self._awaken()
         completions: list[Completion | None] = [None] * len(requests)
         left = len(requests)
@@ -132,7 +132,7 @@ class SglangEngine:
 
         sglang_weights.send(_whole(self.folder, self.settings, named), deliver)
         if self._state == "awake":
-            self._on(servers, Server.flush)  # prefixes that the old weights read
+            self._on(servers, Server.flush)  # a user's radix cache holds what the old weights made of prompts
         for server in servers:
             server.holds_weights = server.alive
         self._sent = True

@@ -168,7 +168,7 @@ class Server:
         self.call("/abort_request", {"rid": "", "abort_all": True}, timeout=60)
 
     def flush(self) -> None:
-        """Forget cached prefixes, once nothing runs any more."""
+        """Forget what is cached, once nothing runs any more."""
         self.call("/flush_cache?timeout=60", {}, timeout=120)
 
     def release(self, *kinds: str) -> None:
@@ -202,6 +202,8 @@ def server_arguments(folder: Path, settings: Engine, index: int) -> dict[str, An
         sglang_launch.CUDA_GRAPH_BATCH_SIZES[0]: settings.cuda_graph_batch_sizes,
         "max_running_requests": settings.max_running_requests,
         "enable_memory_saver": True,
+        # It keeps up to five states of linear attention a request, which are large: a fifth of the requests would run.
+        "disable_radix_cache": True,
         "skip_tokenizer_init": True,
         "enable_multimodal": False,
         "mm_attention_backend": "sdpa",  # of the vision tower, which never runs
