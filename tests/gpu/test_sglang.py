@@ -52,7 +52,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folders):
-    running = start_engine(folders / "one", settings(server_arguments={"disable_prefill_cuda_graph": False}))
+    running = start_engine(folders / "one", settings())
     yield running
     running.close()
 

@@ -28,8 +28,9 @@ SERVER_ARGS = """
     @dataclasses.dataclass
     class ServerArgs:
         model_path: str; host: str; port: int; api_key: str; tp_size: int; ep_size: int; base_gpu_id: int
-        mem_fraction_static: float; enable_memory_saver: bool; disable_radix_cache: bool; skip_tokenizer_init: bool
-        enable_multimodal: bool; mm_attention_backend: str; grammar_backend: str; log_level_http: str
+        mem_fraction_static: float; enable_memory_saver: bool; disable_radix_cache: bool
+        disable_prefill_cuda_graph: bool; skip_tokenizer_init: bool; enable_multimodal: bool
+        mm_attention_backend: str; grammar_backend: str; log_level_http: str
         cuda_graph_bs: Any = None; random_seed: Any = None; enable_return_routed_experts: bool = False
         speculative_algorithm: Any = None; speculative_num_steps: Any = None
         speculative_eagle_topk: Any = None; speculative_num_draft_tokens: Any = None

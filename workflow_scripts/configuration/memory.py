@@ -107,16 +107,16 @@ def _activations_per_token(shape: Architecture, parallel: schema.Parallel, recom
     full = (2 * query + 2 * group + query + group + 2 * query) / parallel.tensor
     if shape.is_moe:
         ffn = shape.experts_per_token * shape.expert_ffn_hidden_size + shape.shared_expert_ffn_hidden_size
-        # Every expert has a copy of the token, and gives one back.
-        mlp = 3 * ffn + 2 * shape.experts_per_token * shape.hidden_size
+        copies = shape.experts_per_token * shape.hidden_size  # every expert keeps a copy of the token
+        mlp, passing = 3 * ffn + copies, copies  # and gives one back
     else:
-        mlp = 3 * shape.ffn_hidden_size / parallel.tensor
+        mlp, passing = 3 * shape.ffn_hidden_size / parallel.tensor, 0
     average = ((shape.full_attention_interval - 1) * linear + full) / shape.full_attention_interval
     kept = {"full": hidden / 4, "selective": hidden + average, "none": hidden + average + mlp}
     layers = shape.num_layers / parallel.pipeline
     # Whole on every tensor-parallel rank: what a projection gathers, the final hidden states and their gradient.
     whole = 3 * shape.hidden_size if parallel.tensor > 1 else 0
-    return layers * kept[recompute] + hidden + max(linear, full) + mlp + whole
+    return layers * kept[recompute] + hidden + max(linear, full) + mlp + passing + whole
 
 
 def disk_gib(model: schema.Model, stage: str) -> float:

@@ -15,21 +15,30 @@ from qwen3_5.fusion import fused
 class Copies(NamedTuple):
     """Which copies there are of ``R`` rows: ``owners`` (n,) says whose each is, ``places`` (R, most) where a row's are.
 
-    A row with fewer copies than ``most`` has n in the places that are left.
+    Places count from 1; a row with fewer copies than ``most`` has 0 in those that are left.
     """
 
     owners: Tensor
     places: Tensor
 
 
-def find_copies(owners: Tensor, rows: int, most: int) -> Copies:
-    """The copies whose rows are ``owners`` (n,), no row having more than ``most``; nothing here waits for the GPU."""
-    order = owners.argsort(stable=True)  # copies, by row
-    row = owners[order]
-    counts = owners.new_zeros(rows).index_add(0, owners, torch.ones_like(owners))
-    number = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts)[row]  # among the row's
-    places = owners.new_full((rows * most,), len(owners)).scatter(0, row * most + number, order)
-    return Copies(owners, places.view(rows, most))
+def find_copies(wanted: Tensor, count: int, most: int) -> tuple[Tensor, Copies]:
+    """A copy of each row for every reader that wants it, sorted by reader; nothing here waits for the GPU.
+
+    Args:
+        wanted: (R, readers), true where a reader wants a row.
+        count: n, how many are true.
+        most: at most so many readers want one row.
+
+    Returns:
+        the reader of each copy (n,), and the copies.
+    """
+    by_reader = wanted.T.contiguous()
+    readers, owners = by_reader.nonzero_static(size=count).unbind(1)
+    place = by_reader.flatten().cumsum(0).view_as(by_reader).T  # (R, readers)
+    number = wanted.cumsum(1).where(wanted, most + 1) - 1  # among the row's; the rest meet in a column that is cut off
+    places = owners.new_zeros(len(wanted), most + 1).scatter_(1, number, place)
+    return readers, Copies(owners, places[:, :most])
 
 
 def copy_rows(rows: Tensor, copies: Copies) -> Tensor:
@@ -72,7 +81,10 @@ def _sum(places: Tensor, values: Tensor) -> Tensor:
 
 @fused
 def _sum_of_some(places: Tensor, values: Tensor) -> Tensor:
-    there = places < values.shape[0]
-    chosen = values[places.clamp(max=values.shape[0] - 1)]  # (R, most, hidden)
-    chosen = chosen.to(torch.promote_types(values.dtype, torch.float32))
-    return torch.where(there[..., None], chosen, 0.0).sum(1).to(values.dtype)
+    wide = torch.promote_types(values.dtype, torch.float32)
+    # One place after the other: as a sum over a dimension the compiled kernel would not read along the rows.
+    parts = [
+        torch.where((place > 0)[:, None], values[(place - 1).clamp(min=0)], 0).to(wide)  # (R, hidden)
+        for place in places.unbind(1)
+    ]
+    return sum(parts[1:], parts[0]).to(values.dtype)

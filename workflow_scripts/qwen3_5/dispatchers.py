@@ -49,11 +49,12 @@ class FlexDispatcher(MoETokenDispatcher):
         dist.all_to_all_single(here, there, group=self.tp_ep_group)
         (self.sent, _), (self.received, copies) = torch.stack([there, here]).transpose(1, 2).tolist()
         self.visitor_count = sum(copies)
-        rank, token = visits.T.nonzero_static(size=sum(self.sent)).unbind(1)  # sorted by rank
         number, ranks, local = chosen.shape
-        self.travellers = find_copies(token, number, min(ranks, self.config.moe_router_topk * self.tp_size))
+        most = min(ranks, self.config.moe_router_topk * self.tp_size)
+        rank, self.travellers = find_copies(visits, sum(self.sent), most)
         weights = self._by_rank(probs).masked_fill(~chosen, -1).view(number * ranks, local)
-        return copy_rows(tokens.reshape(number, -1), self.travellers), weights.index_select(0, token * ranks + rank)
+        places = self.travellers.owners * ranks + rank
+        return copy_rows(tokens.reshape(number, -1), self.travellers), weights.index_select(0, places)
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Exchange: (sent, hidden), (sent, E) to (received, hidden), (received, E)."""
@@ -61,12 +62,10 @@ class FlexDispatcher(MoETokenDispatcher):
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Copy every token for its experts here, sorted by expert: (n, hidden), tokens per expert (E,), (n,)."""
-        wanted = (probs >= 0).T  # (E, received)
-        expert, token = wanted.nonzero_static(size=self.visitor_count).unbind(1)  # sorted by expert
-        local, number = wanted.shape
-        self.visitors = find_copies(token, number, min(local, self.config.moe_router_topk))
-        chosen = probs.flatten().index_select(0, token * local + expert)
-        return copy_rows(hidden_states, self.visitors), wanted.sum(1), chosen
+        wanted, local = probs >= 0, self.num_local_experts  # (received, E)
+        expert, self.visitors = find_copies(wanted, self.visitor_count, min(local, self.config.moe_router_topk))
+        chosen = probs.flatten().index_select(0, self.visitors.owners * local + expert)
+        return copy_rows(hidden_states, self.visitors), wanted.sum(0), chosen
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Sum the outputs of a token's experts here: (n, hidden) to (received, hidden)."""
@@ -82,8 +81,8 @@ class FlexDispatcher(MoETokenDispatcher):
 
     def _by_rank(self, values: Tensor) -> Tensor:
         """(S, experts) to (S, ranks, E), ranks in the order of the group: expert-tensor rank fastest."""
-        by_rank = values.reshape(len(values), self.ep_size, self.num_local_experts)
-        return by_rank.repeat_interleave(self.tp_size, 1)
+        by_rank = values.reshape(len(values), self.ep_size, 1, self.num_local_experts)
+        return by_rank.expand(-1, -1, self.tp_size, -1).flatten(1, 2)
 
     def _exchange(self, rows: Tensor) -> Tensor:
         return all_to_all(self.tp_ep_group, rows, self.received, self.sent)

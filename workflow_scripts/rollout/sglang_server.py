@@ -204,6 +204,8 @@ def server_arguments(folder: Path, settings: Engine, index: int) -> dict[str, An
         "enable_memory_saver": True,
         # It keeps up to five states of linear attention a request, which are large: a fifth of the requests would run.
         "disable_radix_cache": True,
+        # Half a minute of every start, and a prompt is read once where thousands of tokens are written.
+        "disable_prefill_cuda_graph": True,
         "skip_tokenizer_init": True,
         "enable_multimodal": False,
         "mm_attention_backend": "sdpa",  # of the vision tower, which never runs
