@@ -29,6 +29,8 @@ from tiny.tokenizer import train_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 VISION = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "num_position_embeddings": 2304}
 INTO_RESIDUAL = ("o_proj.weight", "out_proj.weight", "down_proj", "down_proj.weight")
+EMBEDDING = "model.language_model.embed_tokens.weight"
+FINAL_NORM = "model.language_model.norm.weight"
 SAFETENSORS_DTYPE = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
@@ -44,8 +46,7 @@ def main() -> None:
     config = true_config(Architecture.model_validate(settings["architecture"]), tokenizer)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     write_side_files(arguments.folder, config, tokenizer)
-    layers = config["text_config"]["num_hidden_layers"]
-    write_weights(arguments.folder, tensor_shapes(config), layers, int(arguments.shard_gib * 2**30), arguments.seed)
+    write_weights(arguments.folder, config, int(arguments.shard_gib * 2**30), arguments.seed)
 
 
 def true_config(shape: Architecture, tokenizer: Any) -> dict[str, Any]:
@@ -94,8 +95,9 @@ def _one_by_one(name: str, shape: torch.Size) -> dict[str, torch.Size]:
     return {f"{prefix}.{expert}.{part}.weight": one for expert in range(shape[0]) for part in names}
 
 
-def write_weights(folder: Path, shapes: dict[str, torch.Size], layers: int, shard_bytes: int, seed: int) -> None:
+def write_weights(folder: Path, config: dict[str, Any], shard_bytes: int, seed: int) -> None:
     """Draw the tensors one after the other, each straight into its shard."""
+    shapes = tensor_shapes(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
     shards: list[list[str]] = [[]]
@@ -129,7 +131,7 @@ def write_weights(folder: Path, shapes: dict[str, torch.Size], layers: int, shar
             with (folder / file).open("wb") as stream:
                 stream.write(len(content).to_bytes(8, "little") + content)
                 for name in names:
-                    values = _draw(name, shapes[name], layers, generator).cpu().view(-1).view(torch.uint8)
+                    values = _draw(name, shapes[name], config, generator).cpu().view(-1).view(torch.uint8)
                     stream.write(memoryview(values.numpy()))
                     bar.update(len(values))
             weight_map |= dict.fromkeys(names, file)
@@ -141,13 +143,15 @@ def _dtype(name: str) -> torch.dtype:
     return torch.float32 if name.endswith(FLOAT32_TENSORS) else torch.bfloat16
 
 
-def _draw(name: str, shape: torch.Size, layers: int, generator: torch.Generator) -> Tensor:
+def _draw(name: str, shape: torch.Size, config: dict[str, Any], generator: torch.Generator) -> Tensor:
     """Values as a training would begin with: states that last, norms of one, small matrices.
 
-    Those that add to the residual stream are smaller by the root of twice the layers (Radford et al. 2019, GPT-2).
-    Without that the rounding of bf16 grows from layer to layer, and no two programs agree on what the model says.
+    What adds to the residual stream is smaller by the root of twice the layers (Radford et al. 2019, GPT-2), and the
+    stream begins at 1: each layer adds a little to it. Else the rounding of bf16 sends tokens to other experts, each
+    layer the more of them, until no two programs agree on what the model says. Where the embedding also makes the
+    logits, the last layer adds a lot, or every token would be followed by itself.
     """
-    device = generator.device
+    device, text, tied = generator.device, config["text_config"], config["tie_word_embeddings"]
     if name.endswith("A_log"):
         values = torch.empty(shape, device=device).uniform_(1, 16, generator=generator).log()
     elif name.endswith("dt_bias"):
@@ -155,10 +159,18 @@ def _draw(name: str, shape: torch.Size, layers: int, generator: torch.Generator)
         values = step + torch.log(-torch.expm1(-step))
     elif name.endswith("linear_attn.norm.weight") or ("visual" in name and "norm" in name and name.endswith("weight")):
         values = torch.ones(shape, device=device)
+    elif name == FINAL_NORM and tied:  # it multiplies by 1 more than this, so logits spread by 1
+        values = torch.full(shape, shape[0] ** -0.5 - 1, device=device)
     elif len(shape) == 1:
         values = torch.zeros(shape, device=device)
     else:
-        spread = 0.02 / math.sqrt(2 * layers) if name.endswith(INTO_RESIDUAL) else 0.02
+        layers = text["num_hidden_layers"]
+        if name == EMBEDDING:
+            spread = 1.0
+        elif tied and name.endswith(f"layers.{layers - 1}.mlp.down_proj.weight"):
+            spread = 30 * text["intermediate_size"] ** -0.5
+        else:
+            spread = 0.02 / math.sqrt(2 * layers) if name.endswith(INTO_RESIDUAL) else 0.02
         values = torch.empty(shape, dtype=_dtype(name), device=device).normal_(std=spread, generator=generator)
     return values.to(_dtype(name))
 
