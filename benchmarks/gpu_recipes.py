@@ -32,7 +32,7 @@ from gpu_training import PEAK_FLOPS
 from record import record
 
 from configuration.loading import load, merge
-from configuration.memory import CONTEXT_GIB, GIB, estimate, recompute_within
+from configuration.memory import CONTEXT_GIB, GIB, estimate
 from configuration.schema import Model
 from configuration.shape import architecture_of
 
@@ -167,7 +167,8 @@ class Run:
     def record_steps(self, model: Model) -> None:
         """Figures of the median step, the first one left out."""
         steps, gpus = self.steps()[1:], self.arguments.gpus
-        shape, memory = architecture_of(model), torch.cuda.get_device_properties(0).total_memory / GIB
+        shape = architecture_of(model)
+        needed = estimate(shape, model, torch.cuda.get_device_properties(0).total_memory / GIB)
         median = {name: statistics.median(row[name] for row in steps) for name in steps[0]}
         tokens = median["tokens_per_second"] * median["seconds_step"]
         rollout = model.training.prompts_per_rollout * model.training.samples_per_prompt
@@ -176,7 +177,7 @@ class Run:
             "responses": rollout,
             "response_tokens": self.arguments.response,
             "parallel": model.parallel.model_dump(),
-            "recompute": recompute_within(shape, model, memory),
+            "recompute": needed.recompute,
             "tokens_a_pack": model.training.max_tokens_per_gpu * model.parallel.tensor * model.parallel.context,
             "cpu_offload": model.optimizer.cpu_offload,
             "engines": gpus // model.engine.gpus_per_engine,
@@ -199,8 +200,8 @@ class Run:
         figure("weight_sync_seconds", median["seconds_sync"], "s")
         figure("logprob_mean_abs_diff", max(row["log_prob_diff"] for row in steps), "nats")
         peak = max(row["gpu_memory_gib"] for row in steps) + CONTEXT_GIB
-        expected = estimate(shape, model, memory).training
-        figure("memory_estimate_error", (expected - peak) / peak, "share", peak_gib=peak, estimated_gib=expected)
+        error = (needed.training - peak) / peak
+        figure("memory_estimate_error", error, "share", peak_gib=peak, estimated_gib=needed.training)
         figure("host_memory_gib", max(row["host_memory_gib"] for row in steps), "GiB")
         converted = pd.read_csv(self.results / "benchmarks" / self.name / "convert.tsv", sep="\t")
         figure("convert_seconds", converted["s"].iloc[-1], "s")

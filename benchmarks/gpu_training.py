@@ -20,7 +20,7 @@ import torch.distributed as dist
 from record import record
 
 from configuration.loading import load
-from configuration.memory import GIB, estimate, recompute_within
+from configuration.memory import GIB, estimate
 from configuration.schema import Model, Mtp, Parallel
 from configuration.shape import architecture_of
 from grpo.learner import Learner
@@ -79,8 +79,8 @@ def settings(arguments: argparse.Namespace, recompute: str, budget: int) -> Mode
 def measure(arguments: argparse.Namespace, model: Model) -> None:
     architecture, training = architecture_of(model), model.training
     torch.cuda.reset_peak_memory_stats()
-    recompute = recompute_within(architecture, model, torch.cuda.get_device_properties(0).total_memory / GIB)
-    network = build_model(architecture, model.parallel, recompute=recompute, experts=model.experts)
+    expected = estimate(architecture, model, torch.cuda.get_device_properties(0).total_memory / GIB)
+    network = build_model(architecture, model.parallel, recompute=expected.recompute, experts=model.experts)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             parameter.zero_() if parameter.dim() == 1 else parameter.normal_(std=0.02)
@@ -105,9 +105,8 @@ def measure(arguments: argparse.Namespace, model: Model) -> None:
     rate = tokens / min(seconds[2:]) / gpus
     free, total = torch.cuda.mem_get_info()
     used = (total - free) / GIB - (torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()) / GIB
-    expected = estimate(architecture, model, total / GIB).training
     note = {
-        "recompute": recompute,
+        "recompute": expected.recompute,
         "tokens_a_pack": training.max_tokens_per_gpu * arguments.tensor,
         "parallel": model.parallel.model_dump(),
         "response_tokens": arguments.response,
@@ -123,12 +122,12 @@ def measure(arguments: argparse.Namespace, model: Model) -> None:
     record(
         "memory_estimate_error",
         arguments.model,
-        (expected - used) / used,
+        (expected.training - used) / used,
         "share",
         gpus=gpus,
         file="gpu_training",
         peak_gib=round(used, 2),
-        estimated_gib=round(expected, 2),
+        estimated_gib=round(expected.training, 2),
         **note,
     )
 

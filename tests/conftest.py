@@ -35,6 +35,13 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """For processes that tests start: the scripts' modules and the tests' on the path, one thread each."""
+    paths = [ROOT / "workflow_scripts", ROOT / "tests"]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
 def snakemake():
     """Run this repository's workflow: ``snakemake(*arguments, cwd=..., snakefile=...)`` -> CompletedProcess."""
 

@@ -3,7 +3,12 @@
 import json
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 from checkpoints.manifest import write_manifest
 
@@ -42,6 +47,20 @@ def torchrun(processes: int, *arguments: str, **options) -> subprocess.Completed
     done = subprocess.run([*command, *arguments], text=True, capture_output=True, timeout=500, **options)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return done
+
+
+def torchrun_and_kill_a_rank(due: Callable[[], bool], *arguments: str, **options) -> None:
+    """Run in two processes, the second of which is killed as soon as ``due`` says so; both must end."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    with tempfile.TemporaryFile("w+") as log:
+        run = psutil.Popen([*command, *arguments], stdout=log, stderr=log, **options)
+        while not due():
+            if run.poll() is not None:
+                log.seek(0)
+                raise AssertionError(log.read()[-6000:])
+            time.sleep(0.05)
+        next(process for process in run.children() if process.environ().get("RANK") == "1").kill()
+        assert run.wait(timeout=120) != 0
 
 
 def flip_a_bit(file: Path) -> bytes:

@@ -21,7 +21,7 @@ from common.errors import UserError, run
 from common.files import hold
 from configuration import schema
 from configuration.layout import shape_fault
-from configuration.memory import GIB, recompute_within
+from configuration.memory import GIB, estimate
 from evaluation.problems import load_problems
 from evaluation.scores import evaluate
 from grpo import metrics, run_state
@@ -101,7 +101,7 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
     if fault := shape_fault(architecture, settings.parallel, settings.experts, on_gpu=settings.hardware.gpus > 0):
         raise UserError(str(fault))
     training = settings.training
-    recompute = from_rank_0(recompute_within(architecture, settings, gpu_memory_gib()))
+    recompute = from_rank_0(estimate(architecture, settings, gpu_memory_gib()).recompute)
     if first and training.recompute == "auto" and settings.hardware.gpus:
         print(f"recompute: {recompute}, the least that fits {gpu_memory_gib():.0f} GiB a GPU", file=sys.stderr)
     model = build_model(

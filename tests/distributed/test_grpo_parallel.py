@@ -1,11 +1,7 @@
 """GRPO over several processes: every layout has the gradient of one process, and a whole run goes on when stopped."""
 
 import json
-import os
-import sys
-import time
 
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,14 +13,8 @@ from configuration.schema import Parallel
 from distributed.grpo_worker import LAYOUTS, save_gradients
 from qwen3_5.architecture import Architecture
 from qwen3_5.build import build_model, finalize, initialize
-from stages import torchrun, unmeasured
+from stages import torchrun, torchrun_and_kill_a_rank, unmeasured
 from tiny_hub import make_tiny_hub
-
-
-@pytest.fixture
-def environment(root):
-    paths = [root / "workflow_scripts", root / "tests"]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
 
 
 def gradients(folder, hub):
@@ -86,16 +76,12 @@ def test_two_processes_train_as_one_does(root, tmp_path, environment):
     # The same again, but the second rank is killed under way.
     killed = grpo_run.arguments(tmp_path, tmp_path / "killed", training={"rollouts": 2, "save_interval": 1})
     metrics = tmp_path / "killed" / "metrics.jsonl"
-    with (tmp_path / "log").open("wb") as log:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        run = psutil.Popen(
-            [*command, str(root / "tests" / "grpo_run.py"), *killed], env=environment, stdout=log, stderr=log
-        )
-        while not (metrics.exists() and '"loss"' in metrics.read_text()):
-            assert run.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.05)
-        next(process for process in run.children() if process.environ().get("RANK") == "1").kill()
-        assert run.wait(timeout=120) != 0
+    torchrun_and_kill_a_rank(
+        lambda: metrics.exists() and '"loss"' in metrics.read_text(),
+        str(root / "tests" / "grpo_run.py"),
+        *killed,
+        env=environment,
+    )
     torchrun(2, str(root / "tests" / "grpo_run.py"), *killed, env=environment)
     read_manifest(tmp_path / "killed.json").require(digests=True)
     for name in ("samples.jsonl", *(f"checkpoint-000002/optimizer/rank-0000{rank}.safetensors" for rank in (0, 1))):

@@ -1,7 +1,5 @@
 """Four processes, gloo: every parallel layout computes what one process computes."""
 
-import os
-
 import pytest
 
 from distributed.model_worker import LAYOUTS, single_process
@@ -11,11 +9,9 @@ from stages import torchrun
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_logits_and_every_gradient_equal_the_single_process(root, tmp_path, kind):
+def test_logits_and_every_gradient_equal_the_single_process(root, tmp_path, environment, kind):
     initialize()
     single_process(kind, tmp_path / "expected.pt")
     finalize()
-    paths = [root / "workflow_scripts", root / "tests"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
     worker = root / "tests" / "distributed" / "model_worker.py"
     torchrun(4, str(worker), kind, str(tmp_path / "expected.pt"), env=environment)

@@ -1,17 +1,10 @@
 """Weights over several processes: any layout can read what any other wrote, and gather it whole."""
 
-import os
-
 import pytest
 
 import export
 from stages import assert_same_files, call, convert_arguments, export_arguments, torchrun, vouch
 from tiny_hub import DENSE, MOE, make_tiny_hub
-
-
-@pytest.fixture
-def environment(root):
-    return os.environ | {"PYTHONPATH": str(root / "workflow_scripts"), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow

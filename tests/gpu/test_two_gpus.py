@@ -1,17 +1,13 @@
 """Training that two GPUs share, on the SGLang engines of the same GPUs; and what a killed rank costs."""
 
 import json
-import os
-import sys
-import time
 
-import psutil
 import pytest
 
 import grpo_run
 from checkpoints.manifest import read_manifest
 from gpu.sglang_arguments import ARGUMENTS
-from stages import torchrun
+from stages import torchrun, torchrun_and_kill_a_rank
 
 pytestmark = [pytest.mark.gpu(2), pytest.mark.slow, pytest.mark.timeout(1800)]
 LAYOUTS = {
@@ -24,12 +20,6 @@ ENGINE = {
     "check_weights": True,
     "server_arguments": ARGUMENTS | {"enforce_disable_flashinfer_allreduce_fusion": True},
 }
-
-
-@pytest.fixture
-def environment(root):
-    paths = [root / "workflow_scripts", root / "tests"]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "4"}
 
 
 def logged(work) -> list[dict]:
@@ -51,14 +41,8 @@ def test_two_gpus_train_and_go_on_after_a_rank_was_killed(root, tmp_path, enviro
         engine=ENGINE | LAYOUTS[kind].get("engine", {}),
     )
     script = str(root / "tests" / "grpo_run.py")
-    with (tmp_path / "log").open("wb") as log:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        run = psutil.Popen([*launcher, script, *command_line], env=environment, stdout=log, stderr=log)
-        while not (tmp_path / "run" / "checkpoint-000002").exists():
-            assert run.poll() is None, (tmp_path / "log").read_text()[-6000:]
-            time.sleep(0.05)
-        next(process for process in run.children() if process.environ().get("RANK") == "1").kill()
-        assert run.wait(timeout=120) != 0
+    saved = (tmp_path / "run" / "checkpoint-000002").exists
+    torchrun_and_kill_a_rank(saved, script, *command_line, env=environment)
     assert len(logged(tmp_path / "run")) < 4
     torchrun(2, script, *command_line, env=environment)
     read_manifest(tmp_path / "run.json").require(digests=True)

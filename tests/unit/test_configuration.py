@@ -9,7 +9,7 @@ import yaml
 from common.errors import UserError
 from configuration.json_schema import derived
 from configuration.loading import load, merge
-from configuration.memory import estimate, recompute_within
+from configuration.memory import estimate
 from configuration.preflight import Machine, check_jobs, shortcomings
 from configuration.shape import architecture_of
 
@@ -174,9 +174,9 @@ def test_the_memory_estimate_is_within_a_tenth_of_every_measured_peak(root):
 def test_no_more_is_recomputed_than_memory_asks_for(root, name, on_80_gib, on_141_gib):
     model = configured(root).models[name]
     shape = architecture_of(model)
-    assert [recompute_within(shape, model, memory) for memory in (80, 141)] == [on_80_gib, on_141_gib]
+    assert [estimate(shape, model, memory).recompute for memory in (80, 141)] == [on_80_gib, on_141_gib]
     told = configured(root, {"per_model": {name: {"training": {"recompute": "full"}}}}).models[name]
-    assert recompute_within(shape, told, 141) == "full"
+    assert estimate(shape, told, 141).recompute == "full"
     assert estimate(shape, told, 141).activations < estimate(shape, model, 141).activations
 
 

@@ -27,8 +27,13 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """Estimated peak of one training rank, in GiB, by what holds it; and of a rank while the engine generates."""
+    """Estimated peak of one training rank, in GiB, by what holds it; and of a rank while the engine generates.
 
+    Attributes:
+        recompute: what is recomputed: as the settings say, or with ``auto`` the least that fits.
+    """
+
+    recompute: Recompute
     weights: float
     gradients: float
     optimizer: float
@@ -46,22 +51,16 @@ class GpuMemory:
         return self.engine + CONTEXT_GIB
 
 
-def recompute_within(shape: Architecture, settings: Settings, gpu_memory_gib: float) -> Recompute:
-    """The fastest way to train that fits: the recomputation that is asked for, or with ``auto`` the least that fits."""
-    if settings.training.recompute != "auto":
-        return settings.training.recompute
-    room = (1 - LEFT_FREE) * gpu_memory_gib
-    fitting = (way for way in ("none", "selective") if _estimate(shape, settings, way, gpu_memory_gib).training < room)
-    return next(fitting, "full")
-
-
 def estimate(shape: Architecture, settings: Settings, gpu_memory_gib: float) -> GpuMemory:
     """Estimate the memory of the fullest rank.
 
     Per parameter held: 2 bytes of bf16 weights, 4 of fp32 gradients, 12 of fp32 master weights and Adam moments, the
     last shared over the data-parallel copies (none of it on the GPU where Adam runs on the CPU).
     """
-    return _estimate(shape, settings, recompute_within(shape, settings, gpu_memory_gib), gpu_memory_gib)
+    asked, room = settings.training.recompute, (1 - LEFT_FREE) * gpu_memory_gib
+    ways = ("none", "selective", "full") if asked == "auto" else (asked,)
+    estimates = [_estimate(shape, settings, way, gpu_memory_gib) for way in ways]
+    return next((memory for memory in estimates if memory.training < room), estimates[-1])
 
 
 def _estimate(shape: Architecture, settings: Settings, recompute: Recompute, gpu_memory_gib: float) -> GpuMemory:
@@ -76,6 +75,7 @@ def _estimate(shape: Architecture, settings: Settings, recompute: Recompute, gpu
     width = 2 if training.dtype == "bfloat16" else 4
     tokens = training.max_tokens_per_gpu * parallel.tensor  # of a pack, without those of other context-parallel ranks
     return GpuMemory(
+        recompute=recompute,
         weights=width * (dense_here + routed_here) / GIB,
         gradients=4 * (dense_here + routed_here) / GIB,
         optimizer=states / GIB,

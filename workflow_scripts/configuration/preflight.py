@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from common.errors import UserError
 from common.files import free_bytes
 from configuration.loading import Configuration
-from configuration.memory import GIB, disk_gib, estimate, recompute_within
+from configuration.memory import GIB, disk_gib, estimate
 from configuration.schema import Model
 from configuration.shape import architecture_of
 
@@ -119,10 +119,9 @@ def table(configuration: Configuration) -> str:
         disk = sum(disk_gib(model, stage) for stage in ("download", "convert", "train", "export"))
         if model.architecture and model.hardware.gpus:
             memory = min(machine.gpus) if machine.gpus else model.hardware.gpu_memory_gib
-            shape = architecture_of(model)
-            m = estimate(shape, model, memory)
+            m = estimate(architecture_of(model), model, memory)
             columns = f"{m.weights:9.1f}{m.gradients:7.1f}{m.optimizer:7.1f}{m.activations:8.1f}{m.logits:8.1f}"
-            columns += f"{m.training:10.1f}{m.rollout:9.1f}{recompute_within(shape, model, memory):>11}"
+            columns += f"{m.training:10.1f}{m.rollout:9.1f}{m.recompute:>11}"
         else:
             columns = f"{'':69}"
         faults = shortcomings(model, machine)

@@ -29,6 +29,10 @@ def initialize(parallel: Parallel | None = None, seed: int = 1234) -> torch.devi
     NCCL where there are GPUs, one a process; otherwise gloo. Returns this process's device.
     """
     parallel = parallel or Parallel()
+    if parallel.tensor > 1 and parallel.sequence:
+        # One queue, so that kernels start in the order they were given. Else the matrix product that a collective is
+        # to overlap with takes the whole GPU first, and the collective runs after it, alone.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = _choose_device()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
