@@ -41,7 +41,8 @@ RESULTS = settings.results
 shell.prefix(
     "set -euo pipefail; "
     f"export PATH='{Path(sys.executable).parent}':$PATH PYTHONPATH='{BASE}/workflow_scripts' "
-    "PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false; "
+    "PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false "
+    "THP_MEM_ALLOC_ENABLE=1; "  # torch takes memory in large pages: Adam's states are there twice as fast
     'logged() {{ (trap "" INT TERM; exec tee "$1"); }}; '
     "share() {{ echo $(( $1 > $2 ? $1 / $2 : 1 )); }}; "
     "use_gpus() {{ if [ $1 = 0 ]; then export CUDA_VISIBLE_DEVICES=; fi; }}; "
