@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -95,6 +96,8 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
         stack.enter_context(hold(arguments.work))
         arguments.work.mkdir(exist_ok=True)
     interrupts = stack.enter_context(Interrupts())  # not while it waits for another training's end
+    say = narrator(settings)
+    say("checking the weights")
     hub_manifest, weights = read_manifest(arguments.hub).require(), read_manifest(arguments.weights)
     weights.require(digests=first)
     architecture, hub = Architecture.from_folder(hub_manifest.root), HubCheckpoint(hub_manifest.root)
@@ -102,8 +105,9 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
         raise UserError(str(fault))
     training = settings.training
     recompute = from_rank_0(estimate(architecture, settings, gpu_memory_gib()).recompute)
-    if first and training.recompute == "auto" and settings.hardware.gpus:
-        print(f"recompute: {recompute}, the least that fits {gpu_memory_gib():.0f} GiB a GPU", file=sys.stderr)
+    if training.recompute == "auto":
+        say(f"recompute: {recompute}, the least that fits {gpu_memory_gib():.0f} GiB a GPU")
+    say("loading the weights")
     model = build_model(
         architecture,
         settings.parallel,
@@ -121,9 +125,12 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
         settings.mtp,
         replays_routing=settings.engine.replay_routing,
     )
+    say("preparing Adam's states")
     optimizer = build_optimizer(model, settings.optimizer)
 
     saved = from_rank_0(run_state.newest(arguments.work) if first else None)
+    if saved:
+        say(f"loading {saved.name}")
     progress = run_state.load(saved, model, optimizer) if saved else Progress()
     if progress.rollout > training.rollouts:
         raise UserError(
@@ -138,6 +145,7 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
         return saved
 
     optimizer.sleep()  # the engine takes its share of what is free when it starts
+    say("starting the engine")
     driver = start_driver(arguments, settings, hub_manifest, progress, interrupts, stack) if first else None
     engine = driver.engine if driver else None
     loop = Loop(
@@ -152,6 +160,14 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
         saved=saved,
     )
     return loop.run()
+
+
+def narrator(settings: Settings) -> Callable[[str], None]:
+    """What says where a start is, with the seconds since now: of one process, on GPUs, where a start takes minutes."""
+    if dist.get_rank() or not settings.hardware.gpus:
+        return lambda phase: None
+    began = time.monotonic()
+    return lambda phase: print(f"[{time.monotonic() - began:4.0f} s] {phase}", file=sys.stderr)
 
 
 def gpu_memory_gib() -> float:
