@@ -68,7 +68,7 @@ def main() -> None:
         "tokens_per_second": round(ours),
         "sglang_tokens_per_second": round(theirs),
     }
-    record("rollout_share_of_sglang", arguments.model, ours / theirs, "share", gpus=1, **note)
+    record("rollout_share_of_sglang", arguments.model, ours / theirs, "share", gpus=1, file="gpu_rollout", **note)
 
 
 def engine_rate(arguments: argparse.Namespace, settings: Engine, prompts: list[list[int]]) -> tuple[float, int]:

@@ -144,7 +144,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _draw(name: str, shape: torch.Size, config: dict[str, Any], generator: torch.Generator) -> Tensor:
-    """Values as a training would begin with: states that last, norms of one, small matrices.
+    """Values as a training would begin with: states that last, norms of one, matrices that keep the size of a row.
 
     What adds to the residual stream is smaller by the root of twice the layers (Radford et al. 2019, GPT-2), and the
     stream begins at 1: each layer adds a little to it. Else the rounding of bf16 sends tokens to other experts, each
@@ -164,13 +164,13 @@ def _draw(name: str, shape: torch.Size, config: dict[str, Any], generator: torch
     elif len(shape) == 1:
         values = torch.zeros(shape, device=device)
     else:
-        layers = text["num_hidden_layers"]
+        layers, spread = text["num_hidden_layers"], text["hidden_size"] ** -0.5
         if name == EMBEDDING:
             spread = 1.0
         elif tied and name.endswith(f"layers.{layers - 1}.mlp.down_proj.weight"):
             spread = 30 * text["intermediate_size"] ** -0.5
-        else:
-            spread = 0.02 / math.sqrt(2 * layers) if name.endswith(INTO_RESIDUAL) else 0.02
+        elif name.endswith(INTO_RESIDUAL):
+            spread /= math.sqrt(2 * layers)
         values = torch.empty(shape, dtype=_dtype(name), device=device).normal_(std=spread, generator=generator)
     return values.to(_dtype(name))
 

@@ -221,10 +221,10 @@ def _idle_share(began: float, device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         torch.cuda.synchronize()
     busy = torch.tensor([time.perf_counter() - began], dtype=torch.float64)  # on the CPU: over gloo
-    slowest = busy.clone()
-    dist.all_reduce(busy)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return {"idle_share": 1 - (busy / dist.get_world_size() / slowest).item()}
+    everyone = [torch.empty_like(busy) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, busy)
+    seconds = torch.cat(everyone)
+    return {"idle_share": 1 - (seconds.mean() / seconds.max()).item()}
 
 
 def _wants_reference(algorithm: Algorithm) -> bool:
