@@ -42,11 +42,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     settings = read_yaml(ROOT / "config" / "models" / f"{arguments.model}.yaml")
+    shape = Architecture.model_validate(settings["architecture"])
+    write_checkpoint(arguments.folder, shape, int(arguments.shard_gib * 2**30), arguments.seed)
+
+
+def write_checkpoint(folder: Path, shape: Architecture, shard_bytes: int, seed: int) -> None:
+    """A whole repository of a model of this shape."""
     tokenizer = train_tokenizer()
-    config = true_config(Architecture.model_validate(settings["architecture"]), tokenizer)
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    write_side_files(arguments.folder, config, tokenizer)
-    write_weights(arguments.folder, config, int(arguments.shard_gib * 2**30), arguments.seed)
+    config = true_config(shape, tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_side_files(folder, config, tokenizer)
+    write_weights(folder, config, shard_bytes, seed)
 
 
 def true_config(shape: Architecture, tokenizer: Any) -> dict[str, Any]:

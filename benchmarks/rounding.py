@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from random_checkpoint import ROOT, true_config, write_weights
+from random_checkpoint import ROOT, write_checkpoint
 from record import record
 from torch import Tensor
 
@@ -24,8 +24,6 @@ from qwen3_5.architecture import Architecture
 from qwen3_5.build import build_model, finalize, initialize
 from qwen3_5.model import hidden_states, output_weight
 from qwen3_5.packed import pack
-from tiny.checkpoint import write_side_files
-from tiny.tokenizer import train_tokenizer
 
 WIDTH = 512
 TOKENS = 1024
@@ -42,11 +40,8 @@ def main() -> None:
         narrow = {"hidden": WIDTH, "ffn": shape.ffn * WIDTH // shape.hidden}
         if shape.shared_expert_ffn:
             narrow["shared_expert_ffn"] = shape.shared_expert_ffn * WIDTH // shape.hidden
-        tokenizer = train_tokenizer()
-        config = true_config(shape.model_copy(update=narrow), tokenizer)
         with tempfile.TemporaryDirectory() as folder:
-            write_side_files(Path(folder), config, tokenizer)
-            write_weights(Path(folder), config, 2**31, seed=0)
+            write_checkpoint(Path(folder), shape.model_copy(update=narrow), 2**31, seed=0)
             exact, rounded = (
                 log_probs(Path(folder), dtype, arguments.stream) for dtype in (torch.float32, torch.bfloat16)
             )

@@ -41,19 +41,22 @@ def call(monkeypatch, main, arguments: list[str]) -> None:
     main()
 
 
+def launcher(processes: int) -> list[str]:
+    """The command that starts so many processes on this machine."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+
+
 def torchrun(processes: int, *arguments: str, **options) -> subprocess.CompletedProcess:
     """Run a module or a script in several processes of this machine; its output is shown if it fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run([*command, *arguments], text=True, capture_output=True, timeout=500, **options)
+    done = subprocess.run([*launcher(processes), *arguments], text=True, capture_output=True, timeout=500, **options)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return done
 
 
 def torchrun_and_kill_a_rank(due: Callable[[], bool], *arguments: str, **options) -> None:
     """Run in two processes, the second of which is killed as soon as ``due`` says so; both must end."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     with tempfile.TemporaryFile("w+") as log:
-        run = psutil.Popen([*command, *arguments], stdout=log, stderr=log, **options)
+        run = psutil.Popen([*launcher(2), *arguments], stdout=log, stderr=log, **options)
         while not due():
             if run.poll() is not None:
                 log.seek(0)
