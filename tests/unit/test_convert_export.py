@@ -253,12 +253,12 @@ print(resident("VmHWM") - before)
 """
 
 
-def test_conversion_takes_little_more_memory_than_the_weights(root, tmp_path):
+def test_conversion_takes_little_more_memory_than_the_weights(environment, tmp_path):
     make_tiny_hub(tmp_path / "hub", MOE, hidden=2048, layers=8, vocabulary=32768)
     download = vouch(tmp_path / "hub", tmp_path / "download.json")
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *convert_arguments(download, tmp_path / "torch_dist")],
-        env=os.environ | {"PYTHONPATH": str(root / "workflow_scripts"), "OMP_NUM_THREADS": "1"},
+        env=environment,
         text=True,
         capture_output=True,
         timeout=500,
