@@ -61,7 +61,7 @@ def timed(command: list[str], source: Path) -> tuple[float, float]:
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     began = time.perf_counter()
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, env=os.environ | {"THP_MEM_ALLOC_ENABLE": "1"})  # as the rules start it
     _, status, usage = os.wait4(process.pid, 0)
     os.sync()
     seconds = time.perf_counter() - began

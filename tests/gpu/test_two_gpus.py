@@ -20,6 +20,7 @@ ENGINE = {
     "check_weights": True,
     "server_arguments": ARGUMENTS | {"enforce_disable_flashinfer_allreduce_fusion": True},
 }
+LOG_PROB_DIFF = {"dense": 0.02, "moe": 0.03}  # rounding sends some tokens to other experts
 
 
 def logged(work) -> list[dict]:
@@ -48,4 +49,4 @@ def test_two_gpus_train_and_go_on_after_a_rank_was_killed(root, tmp_path, enviro
     read_manifest(tmp_path / "run.json").require(digests=True)
     rows = logged(tmp_path / "run")
     assert [row["rollout"] for row in rows] == [1, 2, 3, 4]
-    assert max(row["log_prob_diff"] for row in rows) < 0.02
+    assert max(row["log_prob_diff"] for row in rows) < LOG_PROB_DIFF[kind]
