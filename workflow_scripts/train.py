@@ -22,7 +22,7 @@ from common.errors import UserError, run
 from common.files import hold
 from configuration import schema
 from configuration.layout import shape_fault
-from configuration.memory import GIB, estimate
+from configuration.memory import GIB, beside, estimate
 from evaluation.problems import load_problems
 from evaluation.scores import evaluate
 from grpo import metrics, run_state
@@ -104,15 +104,17 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
     if fault := shape_fault(architecture, settings.parallel, settings.experts, on_gpu=settings.hardware.gpus > 0):
         raise UserError(str(fault))
     training = settings.training
-    recompute = from_rank_0(estimate(architecture, settings, gpu_memory_gib()).recompute)
+    memory = from_rank_0(estimate(architecture, settings, gpu_memory_gib()))
+    stay = from_rank_0(memory.lasts_beside_engine(gpu_memory_gib()))
     if training.recompute == "auto":
-        say(f"recompute: {recompute}, the least that fits {gpu_memory_gib():.0f} GiB a GPU")
+        say(f"recompute: {memory.recompute}, the least that fits {gpu_memory_gib():.0f} GiB a GPU")
+    say(f"while the engine generates weights and Adam's states {'stay on the GPU' if stay else 'wait on the host'}")
     say("loading the weights")
     model = build_model(
         architecture,
         settings.parallel,
         dtype=getattr(torch, training.dtype),
-        recompute=recompute,
+        recompute=memory.recompute,
         mtp_num_layers=int(settings.mtp.train),
         experts=settings.experts,
     )
@@ -126,7 +128,7 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
         replays_routing=settings.engine.replay_routing,
     )
     say("preparing Adam's states")
-    optimizer = build_optimizer(model, settings.optimizer)
+    optimizer = build_optimizer(model, settings.optimizer, stay=stay)
 
     saved = from_rank_0(run_state.newest(arguments.work) if first else None)
     if saved:
@@ -146,7 +148,10 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
 
     optimizer.sleep()  # the engine takes its share of what is free when it starts
     say("starting the engine")
-    driver = start_driver(arguments, settings, hub_manifest, progress, interrupts, stack) if first else None
+    engine_settings = beside(settings.engine, memory.lasting, gpu_memory_gib()) if stay else settings.engine
+    driver = None
+    if first:
+        driver = start_driver(arguments, settings, engine_settings, hub_manifest, progress, interrupts, stack)
     engine = driver.engine if driver else None
     loop = Loop(
         work=arguments.work,
@@ -189,6 +194,7 @@ def announce(work: Path) -> None:
 def start_driver(
     arguments: argparse.Namespace,
     settings: Settings,
+    engine_settings: schema.Engine,
     hub: Manifest,
     progress: Progress,
     interrupts: Interrupts,
@@ -202,7 +208,7 @@ def start_driver(
     cursor = PromptCursor(prompts, settings.training.seed)
     if progress.cursor:
         cursor.restore(progress.cursor)
-    engine = start_engine(hub.root, settings.engine)
+    engine = start_engine(hub.root, engine_settings)
     stack.callback(engine.close)
     grader = stack.enter_context(Grader(settings.reward))
     log = metrics.RunLog(arguments.work, progress.rollout + 1, settings.training.wandb_project)

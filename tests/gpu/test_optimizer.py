@@ -95,6 +95,23 @@ def test_a_saved_state_goes_on_bit_for_bit(cpu_offload):
 
 
 @pytest.mark.parametrize("cpu_offload", [False, True])
+def test_a_sleep_beside_which_all_else_stays_frees_the_gradients(cpu_offload):
+    gpu, cpu = models()
+    optimizer = build_optimizer(gpu, Settings(learning_rate=1e-3, cpu_offload=cpu_offload), stay=True)
+    step(gpu, cpu, optimizer, CpuAdam(cpu, Settings(learning_rate=1e-3)), 0)
+    weights = {name: (parameter.data_ptr(), parameter.detach().cpu()) for name, parameter in gpu.named_parameters()}
+    awake, gradients = torch.cuda.memory_allocated(), sum(4 * parameter.numel() for parameter in gpu.parameters())
+    optimizer.sleep()
+    assert awake - torch.cuda.memory_allocated() >= gradients
+    for name, parameter in gpu.named_parameters():
+        assert parameter.data_ptr() == weights[name][0] and torch.equal(parameter.cpu(), weights[name][1])
+    optimizer.wake()
+    optimizer.zero_grad()
+    optimizer.reduce()
+    assert optimizer.step(1e-3) == 0
+
+
+@pytest.mark.parametrize("cpu_offload", [False, True])
 def test_a_sleep_frees_the_gpu_and_forgets_nothing(cpu_offload):
     torch.cuda.empty_cache()
     empty = torch.cuda.memory_allocated()

@@ -9,7 +9,7 @@ import yaml
 from common.errors import UserError
 from configuration.json_schema import derived
 from configuration.loading import load, merge
-from configuration.memory import estimate
+from configuration.memory import beside, estimate
 from configuration.preflight import Machine, check_jobs, shortcomings
 from configuration.shape import architecture_of
 
@@ -178,6 +178,25 @@ def test_no_more_is_recomputed_than_memory_asks_for(root, name, on_80_gib, on_14
     told = configured(root, {"per_model": {name: {"training": {"recompute": "full"}}}}).models[name]
     assert estimate(shape, told, 141).recompute == "full"
     assert estimate(shape, told, 141).activations < estimate(shape, model, 141).activations
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "on_80_gib", "on_141_gib"),
+    [
+        ("4B", {}, False, True),
+        ("4B", {"hardware": {"gpus": 1}, "parallel": {"tensor": 1, "sequence": False}}, False, False),
+        ("27B", {}, True, True),
+        ("35B_A3B", {}, False, True),
+    ],
+)
+def test_weights_and_states_stay_where_the_engine_leaves_room(root, name, changes, on_80_gib, on_141_gib):
+    model = configured(root, {"per_model": {name: changes}}).models[name]
+    shape = architecture_of(model)
+    assert [estimate(shape, model, gib).lasts_beside_engine(gib) for gib in (80, 141)] == [on_80_gib, on_141_gib]
+    if on_141_gib:
+        kept = estimate(shape, model, 141).lasting
+        fraction = beside(model.engine, kept, 141).mem_fraction_static
+        assert fraction * (141 - kept) == pytest.approx(model.engine.mem_fraction_static * 141)
 
 
 def test_preflight_says_everything_that_is_missing_at_once(root):

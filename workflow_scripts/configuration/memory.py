@@ -11,6 +11,7 @@ from qwen3_5.architecture import Architecture
 
 GIB = 2**30
 CONTEXT_GIB = 1.5  # CUDA context, NCCL's buffers and kernels of one process
+BESIDE_GIB = 20.0  # what an engine takes beside its static memory: graphs, activations, workspaces, its context
 LEFT_FREE = 0.2  # of a GPU: the first step, which tunes kernels, took 10 GiB more; and the engine keeps a context
 
 
@@ -47,8 +48,17 @@ class GpuMemory:
 
     @property
     def rollout(self) -> float:
-        """The engine's share; the trainer keeps its context and no more."""
+        """The engine's share; the trainer keeps its context, and no more where that is all that there is room for."""
         return self.engine + CONTEXT_GIB
+
+    @property
+    def lasting(self) -> float:
+        """What training needs again in its next step."""
+        return self.weights + self.optimizer
+
+    def lasts_beside_engine(self, gpu_memory_gib: float) -> bool:
+        """Whether that can stay while the engine generates, and need not wait on the host."""
+        return self.rollout + BESIDE_GIB + self.lasting < gpu_memory_gib
 
 
 def estimate(shape: Architecture, settings: Settings, gpu_memory_gib: float) -> GpuMemory:
@@ -117,6 +127,12 @@ def _activations_per_token(shape: Architecture, parallel: schema.Parallel, recom
     # Whole on every tensor-parallel rank: what a projection gathers, the final hidden states and their gradient.
     whole = 3 * shape.hidden_size if parallel.tensor > 1 else 0
     return layers * kept[recompute] + hidden + max(linear, full) + mlp + passing + whole
+
+
+def beside(engine: schema.Engine, taken_gib: float, gpu_memory_gib: float) -> schema.Engine:
+    """The same memory for an engine that does not find ``taken_gib`` of the GPU free: its fraction is of the rest."""
+    fraction = engine.mem_fraction_static * gpu_memory_gib / (gpu_memory_gib - taken_gib)
+    return engine.model_copy(update={"mem_fraction_static": fraction})
 
 
 def disk_gib(model: schema.Model, stage: str) -> float:

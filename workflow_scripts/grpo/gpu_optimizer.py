@@ -34,9 +34,9 @@ class GpuAdam:
     The weights of ``model`` move into one buffer a type, of which they stay views.
     """
 
-    def __init__(self, model: Qwen3_5, settings: Settings) -> None:
+    def __init__(self, model: Qwen3_5, settings: Settings, stay: bool) -> None:
         logging.getLogger("megatron.core").setLevel(logging.ERROR)
-        self.settings = settings
+        self.settings, self.stay = settings, stay
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         reduction = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
         config = copy.copy(model.config)
@@ -93,11 +93,11 @@ class GpuAdam:
             }
 
     def sleep(self, weights: bool = True) -> None:
-        buffers = self._weight_buffers()
         self.buffered.offload_grad_buffers(empty_cache=False)
-        self._memory.park(self._movable_state())
-        if weights:
-            self._memory.park(buffers, keep=not self.settings.cpu_offload)  # or else the host has them in fp32
+        if not self.stay:
+            self._memory.park(self._movable_state())
+            if weights:  # where Adam runs on the CPU the host has them already, in fp32
+                self._memory.park(self._weight_buffers(), keep=not self.settings.cpu_offload)
         torch.cuda.empty_cache()
         dist.barrier()
 

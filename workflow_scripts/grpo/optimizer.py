@@ -33,19 +33,23 @@ class Optimizer(Protocol):
     def sleep(self, weights: bool = True) -> None:
         """Give back GPU memory: of gradients, which are lost, of states, and of the model's weights if ``weights``.
 
-        Every rank calls it; it returns when all have. What is asleep already stays so. Nothing to do on CPU.
+        States and weights keep theirs where the optimizer was built to ``stay``. Every rank calls it; it returns when
+        all have. What is asleep already stays so. Nothing to do on CPU.
         """
 
     def wake(self, weights_only: bool = False) -> None:
         """Take the memory again, contents as before; of ``weights_only`` the weights can be read, not trained."""
 
 
-def build_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
-    """The optimizer for the device that ``model``, its weights loaded, is on."""
+def build_optimizer(model: nn.Module, settings: Settings, *, stay: bool = False) -> Optimizer:
+    """The optimizer for the device that ``model``, its weights loaded, is on.
+
+    ``stay``: there is room for weights and states beside what runs while it sleeps.
+    """
     if next(model.parameters()).is_cuda:
         from grpo.gpu_optimizer import GpuAdam
 
-        return GpuAdam(model, settings)
+        return GpuAdam(model, settings, stay)
     from grpo.cpu_optimizer import CpuAdam
 
     return CpuAdam(model, settings)
