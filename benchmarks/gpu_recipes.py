@@ -62,8 +62,9 @@ def main() -> None:
             run.convert()
             continue
         if not run.recorded("step_seconds"):
-            make_checkpoint(name, arguments.folder)
-            run.train()
+            if len(run.steps()) < arguments.rollouts:  # else an earlier command ended before it could record them
+                make_checkpoint(name, arguments.folder)
+                run.train()
             run.record_steps(model)
         if arguments.evaluate and not run.recorded("evaluation_seconds"):
             make_checkpoint(name, arguments.folder)
@@ -146,8 +147,6 @@ class Run:
 
     def train(self) -> None:
         """Until enough rollouts are done, then end everything at once."""
-        if len(self.steps()) >= self.arguments.rollouts:
-            return  # an earlier command ended before it could record them
         shutil.rmtree(self.grpo, ignore_errors=True)
         with self.snakemake(f"train_{self.name}") as process:
             while len(self.steps()) < self.arguments.rollouts:
