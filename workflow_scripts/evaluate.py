@@ -59,7 +59,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         model.require(digests=True)
         tokenizer = load_tokenizer(model.root)
         stops = stop_token_ids(model.root, tokenizer)
-        engine = start_engine(model.root, engine_settings)
+        engine = start_engine(model.root, engine_settings, most=len(wanted) - len(samples))
         try:
             samples = sample_problems(engine, tokenizer, stops, problems, settings, arguments.samples, origin)
         finally:

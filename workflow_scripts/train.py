@@ -20,6 +20,7 @@ from checkpoints.manifest import Manifest, describe, read_manifest, write_manife
 from checkpoints.safetensors_io import HubCheckpoint
 from common.errors import UserError, run
 from common.files import hold
+from common.problems import Problem
 from configuration import schema
 from configuration.layout import shape_fault
 from configuration.memory import GIB, beside, estimate
@@ -208,7 +209,12 @@ def start_driver(
     cursor = PromptCursor(prompts, settings.training.seed)
     if progress.cursor:
         cursor.restore(progress.cursor)
-    engine = start_engine(hub.root, engine_settings)
+    problems = validation_problems(arguments, settings)
+    most = max(
+        settings.training.prompts_per_rollout * settings.training.samples_per_prompt,
+        len(problems) * settings.validation.samples_per_problem,
+    )
+    engine = start_engine(hub.root, engine_settings, most)
     stack.callback(engine.close)
     grader = stack.enter_context(Grader(settings.reward))
     log = metrics.RunLog(arguments.work, progress.rollout + 1, settings.training.wandb_project)
@@ -226,16 +232,26 @@ def start_driver(
         grader=grader,
         cursor=cursor,
         log=log,
-        validate=validator(arguments, settings, tokenizer, stops, grader),
+        validate=validator(arguments, settings, problems, tokenizer, stops, grader),
         validation_interval=settings.validation.interval,
         interrupts=interrupts,
         bar=bar,
     )
 
 
+def validation_problems(arguments: argparse.Namespace, settings: Settings) -> list[Problem]:
+    """Those of the evaluation during training; none if there is to be none."""
+    if not settings.validation.interval:
+        return []
+    if arguments.validation is None:
+        raise UserError("validation.interval is set, but no --validation set is given: give one, or set interval: 0")
+    return load_problems(read_manifest(arguments.validation))
+
+
 def validator(
     arguments: argparse.Namespace,
     settings: Settings,
+    problems: list[Problem],
     tokenizer: PreTrainedTokenizerBase,
     stops: tuple[int, ...],
     grader: Grader,
@@ -244,9 +260,6 @@ def validator(
     wanted = settings.validation
     if not wanted.interval:
         return lambda engine, rollout: {}
-    if arguments.validation is None:
-        raise UserError("validation.interval is set, but no --validation set is given: give one, or set interval: 0")
-    problems = load_problems(read_manifest(arguments.validation))
     protocol = schema.Evaluation(
         datasets=[wanted.dataset],
         samples_per_problem=wanted.samples_per_problem,

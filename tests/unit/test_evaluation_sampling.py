@@ -96,8 +96,9 @@ def test_run_that_was_cut_in_the_middle_of_a_line_ends_with_the_same_file(run, t
     samples.write_bytes(b"".join([lines[0], lines[4], lines[2], lines[6][:50]]))
     asked, start = [], evaluate.start_engine
 
-    def spy(*arguments):
-        engine = start(*arguments)
+    def spy(*arguments, most):
+        assert most == 4, "an engine makes room for no more"
+        engine = start(*arguments, most)
         generate = engine.generate
         engine.generate = lambda requests, *rest: asked.extend(requests) or generate(requests, *rest)
         return engine

@@ -32,6 +32,7 @@ SERVER_ARGS = """
         disable_prefill_cuda_graph: bool; skip_tokenizer_init: bool; enable_multimodal: bool
         mm_attention_backend: str; grammar_backend: str; log_level_http: str
         cuda_graph_bs: Any = None; random_seed: Any = None; enable_return_routed_experts: bool = False
+        max_running_requests: Any = None
         speculative_algorithm: Any = None; speculative_num_steps: Any = None
         speculative_eagle_topk: Any = None; speculative_num_draft_tokens: Any = None
 """
@@ -233,6 +234,15 @@ def test_a_restarted_server_is_given_the_weights_that_it_should_have(start):
     engine.weights_wanted = supply
     engine.generate(requests(2), PARAMS)
     assert engine.servers[0].holds_weights
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(None, 5), (3, 3), (512, 5)])
+def test_a_server_sets_memory_aside_for_its_share_of_the_requests(package, monkeypatch, wanted, expected):
+    monkeypatch.setenv("PYTHONPATH", str(package))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    engine = sglang_engine.start(Path("model"), Engine(max_running_requests=wanted), most=9)
+    engine.close()
+    assert [server._arguments["max_running_requests"] for server in engine.servers] == [expected] * 2
 
 
 def test_the_recipe_s_arguments_have_sglang_s_names():

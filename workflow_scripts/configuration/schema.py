@@ -246,7 +246,9 @@ class Engine(Section):
     expert_parallel: PositiveInt = 1
     mem_fraction_static: Share = 0.7
     cuda_graph_batch_sizes: list[PositiveInt] | None = None
-    max_running_requests: PositiveInt | None = None
+    max_running_requests: PositiveInt | None = Field(
+        None, description="of one engine; at most its share of a rollout or validation runs at once in any case"
+    )
     speculation: Speculation | None = None
     replay_routing: bool = Field(
         False, description="a mixture of experts trains with the experts that the engine chose for each token"

@@ -122,9 +122,13 @@ class RolloutEngine(Protocol):
         """End the engine and whatever it started."""
 
 
-def start_engine(folder: Path | str, settings: Engine) -> RolloutEngine:
-    """Start the engine of kind ``settings.kind`` with the checkpoint in ``folder`` (in the Hub's format)."""
-    return _module(settings).start(Path(folder), settings)
+def start_engine(folder: Path | str, settings: Engine, most: int | None = None) -> RolloutEngine:
+    """Start the engine of kind ``settings.kind`` with the checkpoint in ``folder`` (in the Hub's format).
+
+    ``most``: how many requests at most one `RolloutEngine.generate` will bring, if that is known. An engine that sets
+    memory aside for each has more for their tokens then.
+    """
+    return _module(settings).start(Path(folder), settings, most)
 
 
 def share_weights(folder: Path | str, settings: Engine, named: Iterable[tuple[str, Tensor]]) -> None:

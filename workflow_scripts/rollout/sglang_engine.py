@@ -38,15 +38,21 @@ MAX_RESTARTS = 3  # of one server within one call
 UPDATE_SECONDS = 600.0  # for one bucket of weights
 
 
-def start(folder: Path, settings: Engine) -> "SglangEngine":
+def start(folder: Path, settings: Engine, most: int | None = None) -> "SglangEngine":
     """Start the servers, all at once; `UserError` with the reason if one does not start.
 
-    They take the GPUs of the training's processes, or without such all that are visible.
+    They take the GPUs of the training's processes, or without such all that are visible. None runs more requests than
+    its share of ``most``: SGLang sets aside a state of linear attention for each that might run, 150 MB for 27B, and
+    would give half of its memory to states.
     """
     gpus = dist.get_world_size() if dist.is_initialized() else torch.cuda.device_count()
     count = gpus // settings.gpus_per_engine
     if not count:
         raise UserError(f"engine.gpus_per_engine: {settings.gpus_per_engine}, but only {gpus} GPUs are here: lower it")
+    if most:
+        share = -(-most // count)
+        running = min(share, settings.max_running_requests or share)
+        settings = settings.model_copy(update={"max_running_requests": running})
     engine = SglangEngine(folder, settings, [Server(folder, settings, index) for index in range(count)])
     try:
         engine.start()
