@@ -1,6 +1,9 @@
-"""The engine's throughput as a share of SGLang's own offline engine: same arguments, same requests, same GPU, in turns.
+"""The engine's throughput against SGLang's own offline engine, or with drafts against without them.
 
-PYTHONPATH=workflow_scripts python benchmarks/gpu_rollout.py --model 4B --folder results/random/4B
+The same arguments, requests and GPU, one after the other in one run.
+
+    PYTHONPATH=workflow_scripts python benchmarks/gpu_rollout.py --model 4B --folder results/random/4B
+    PYTHONPATH=workflow_scripts python benchmarks/gpu_rollout.py --model 35B_A3B --folder ... --drafting
 """
 
 import argparse
@@ -46,29 +49,33 @@ def main() -> None:
     parser.add_argument("--response", type=int, default=1024)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--mem-fraction", type=float, default=0.7)
-    parser.add_argument("--speculation", action="store_true")
+    parser.add_argument("--drafting", action="store_true", help="EAGLE on the MTP head against none, not SGLang's own")
     parser.add_argument("--server-arguments", type=json.loads, default={}, help="JSON")
     arguments = parser.parse_args()
     settings = Engine(
         mem_fraction_static=arguments.mem_fraction,
-        speculation=Speculation() if arguments.speculation else None,
+        max_running_requests=arguments.prompts,
+        speculation=Speculation() if arguments.drafting else None,
         server_arguments=arguments.server_arguments,
     )
     draw = random.Random(0)
     prompts = [[draw.randrange(1, 200000) for _ in range(arguments.prompt_tokens)] for _ in range(arguments.prompts)]
     ours, capacity = engine_rate(arguments, settings, prompts)
-    theirs = offline_rate(arguments, settings, prompts)
     note = {
         "prompts": arguments.prompts,
         "response_tokens": arguments.response,
         "mem_fraction_static": arguments.mem_fraction,
-        "speculation": arguments.speculation,
         "server_arguments": arguments.server_arguments,
         "running_at_once": capacity,
         "tokens_per_second": round(ours),
-        "sglang_tokens_per_second": round(theirs),
     }
-    record("rollout_share_of_sglang", arguments.model, ours / theirs, "share", gpus=1, file="gpu_rollout", **note)
+    if arguments.drafting:
+        theirs, _ = engine_rate(arguments, settings.model_copy(update={"speculation": None}), prompts)
+        name, note = "drafting_against_none", note | {"tokens_per_second_without": round(theirs)}
+    else:
+        theirs = offline_rate(arguments, settings, prompts)
+        name, note = "rollout_share_of_sglang", note | {"sglang_tokens_per_second": round(theirs)}
+    record(name, arguments.model, ours / theirs, "share", gpus=1, file="gpu_rollout", **note)
 
 
 def engine_rate(arguments: argparse.Namespace, settings: Engine, prompts: list[list[int]]) -> tuple[float, int]:
