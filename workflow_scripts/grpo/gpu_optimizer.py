@@ -79,6 +79,9 @@ class GpuAdam:
             self.buffered.scale_gradients(limit / (norm + 1e-6))
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = learning_rate, self.settings.weight_decay * group["wd_mult"]
+        if self.stay and not any(master in states for _, master, states in self._slots()):
+            # The first step makes the moments. In memory that activations have left they would keep all of it.
+            torch.cuda.empty_cache()
         self.optimizer.step_with_ready_grads()
         return norm
 
