@@ -29,12 +29,12 @@ def prepared(tmp_path_factory):
 
 
 @pytest.fixture
-def on_a_disk(root, tmp_path):
+def on_a_disk(environment, tmp_path):
     """Run a command on a disk of ``small`` KiB, and again on 100 MiB: what it said first, and what is there last."""
     disk = tmp_path / "disk"
     disk.mkdir()
 
-    def call(small: int, command: list[str], **environment: str) -> tuple[str, Path]:
+    def call(small: int, command: list[str], **more: str) -> tuple[str, Path]:
         run = shlex.join([sys.executable, *command])
         script = f"""
             mount -t tmpfs -o size={small}k tmpfs {disk}
@@ -44,9 +44,8 @@ def on_a_disk(root, tmp_path):
             {run} > {tmp_path}/second.log 2>&1; echo $? > {tmp_path}/second.code
             cp -a {disk}/. {tmp_path}/kept
         """
-        paths = [root / "workflow_scripts", root / "tests"]
-        environment |= os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "TQDM_DISABLE": "1"}
-        subprocess.run(["unshare", "-m", "bash", "-c", script], env=environment, check=True, timeout=300)
+        env = environment | {"TQDM_DISABLE": "1"} | more
+        subprocess.run(["unshare", "-m", "bash", "-c", script], env=env, check=True, timeout=300)
         first, second = (tmp_path / f"{name}.log" for name in ("first", "second"))
         assert (tmp_path / "first.code").read_text() == "1\n", first.read_text()
         assert "Traceback" not in first.read_text()

@@ -19,13 +19,12 @@ with hold(sys.argv[1]):
 
 
 @pytest.fixture
-def holder(root, tmp_path):
+def holder(environment, tmp_path):
     """Start another process that holds a result for some seconds."""
     started = []
 
     def start(seconds: float) -> subprocess.Popen:
         command = [sys.executable, "-c", HOLD, str(tmp_path / "result"), str(seconds)]
-        environment = os.environ | {"PYTHONPATH": str(root / "workflow_scripts")}
         started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
         assert started[-1].stdout.readline() == "held\n"
         return started[-1]
@@ -51,14 +50,14 @@ def test_a_killed_holder_leaves_nothing_behind(holder, tmp_path, capfd):
     assert not capfd.readouterr().err
 
 
-def test_a_second_snakemake_names_the_first_and_a_killed_one_leaves_no_lock(root, tmp_path, snakemake):
+def test_a_second_snakemake_names_the_first_and_a_killed_one_leaves_no_lock(root, tmp_path, environment, snakemake):
     left = tmp_path / ".snakemake/locks/0.output.lock"
     left.parent.mkdir(parents=True)
     left.touch()
     claim = "from pathlib import Path; from common.working_folder import claim; kept = claim(Path('.snakemake'));"
     first = subprocess.Popen(
         [sys.executable, "-c", claim + "print(); input()"],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root / "workflow_scripts")},
+        cwd=tmp_path, env=environment,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     first.stdout.readline()
