@@ -48,7 +48,7 @@ class GpuMemory:
 
     @property
     def rollout(self) -> float:
-        """The engine's share; the trainer keeps its context, and no more where that is all that there is room for."""
+        """The engine's share and the trainer's context, all of the trainer that has to stay."""
         return self.engine + CONTEXT_GIB
 
     @property

@@ -41,9 +41,9 @@ UPDATE_SECONDS = 600.0  # for one bucket of weights
 def start(folder: Path, settings: Engine, most: int | None = None) -> "SglangEngine":
     """Start the servers, all at once; `UserError` with the reason if one does not start.
 
-    They take the GPUs of the training's processes, or without such all that are visible. None runs more requests than
-    its share of ``most``: SGLang sets aside a state of linear attention for each that might run, 150 MB for 27B, and
-    would give half of its memory to states.
+    They take the GPUs of the training's processes, or without such all that are visible. No server runs more requests
+    than its share of ``most``: SGLang sets a state of linear attention aside for each that might run, 150 MB for 27B,
+    and left to itself would spend half of its memory on them.
     """
     gpus = dist.get_world_size() if dist.is_initialized() else torch.cuda.device_count()
     count = gpus // settings.gpus_per_engine
