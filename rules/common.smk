@@ -54,6 +54,7 @@ for variable in (
     "TILELANG_CACHE_DIR",
     "TORCHINDUCTOR_CACHE_DIR",
     "FLASHINFER_WORKSPACE_BASE",
+    "TVM_FFI_CACHE_DIR",  # SGLang's own
 ):
     os.environ.setdefault(
         variable,

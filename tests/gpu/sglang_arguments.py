@@ -1,3 +1,3 @@
-"""What the tests' SGLang servers are told besides: few graphs, captured fast, and no kernel that is built first."""
+"""What the tests' SGLang servers are told besides: to capture few graphs, and so fast."""
 
-ARGUMENTS = {"sampling_backend": "pytorch", "cuda_graph_max_bs_decode": 16}
+ARGUMENTS = {"cuda_graph_max_bs_decode": 16}

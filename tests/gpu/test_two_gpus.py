@@ -18,7 +18,7 @@ ENGINE = {
     "kind": "sglang",
     "mem_fraction_static": 0.3,
     "check_weights": True,
-    "server_arguments": ARGUMENTS | {"enforce_disable_flashinfer_allreduce_fusion": True},
+    "server_arguments": ARGUMENTS,
 }
 LOG_PROB_DIFF = {"dense": 0.02, "moe": 0.03}  # rounding sends some tokens to other experts
 

@@ -201,17 +201,30 @@ def test_weights_and_states_stay_where_the_engine_leaves_room(root, name, change
 
 def test_preflight_says_everything_that_is_missing_at_once(root):
     model = configured(root).models["27B"]
-    laptop = Machine(gpus=(), host_memory_gib=16, free_disk_gib=100, missing_packages=("sglang",), has_compiler=False)
+    laptop = Machine((), 16, 100, missing_packages=("sglang",), has_compiler=False, has_cuda_toolkit=False)
     assert shortcomings(model, laptop) == [
         "needs 8 GPUs and this machine has none",
         "needs 448 GiB of memory and there are 16",
         "needs sglang, not installed: run `make setup` on the GPU machine",
         "needs a C compiler, gcc or clang: install one, or name yours in the variable CC",
+        "needs a CUDA toolkit (nvcc), with which SGLang builds kernels: install one, or set CUDA_HOME",
     ]
     node = Machine(gpus=(141.0,) * 8, host_memory_gib=1500, free_disk_gib=4000, missing_packages=())
     assert shortcomings(model, node) == []
     small = Machine(gpus=(24.0,) * 8, host_memory_gib=1500, free_disk_gib=4000, missing_packages=())
     assert "lower training.max_tokens_per_gpu or raise parallel.tensor" in shortcomings(model, small)[0]
+
+
+def test_preflight_looks_for_the_cuda_toolkit_where_it_would_be_taken_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert not Machine.here("results").has_cuda_toolkit
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvcc").touch(mode=0o755)
+    assert Machine.here("results").has_cuda_toolkit
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin")
+    assert Machine.here("results").has_cuda_toolkit
 
 
 def test_preflight_refuses_or_warns(root, capsys, monkeypatch):

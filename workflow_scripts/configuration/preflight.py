@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from common.errors import UserError
 from common.files import free_bytes
@@ -17,6 +18,7 @@ from configuration.shape import architecture_of
 
 GPU_PACKAGES = ("sglang", "fla", "tilelang")
 COMPILERS = ("gcc", "clang")  # with one of them Triton builds what starts its kernels
+CUDA_TOOLKIT = "/usr/local/cuda"  # where SGLang looks for one last, to build some of its kernels
 HEAVY = {"train", "evaluate"}  # the stages that take the recipe's GPUs and host memory
 
 
@@ -29,6 +31,7 @@ class Machine:
     free_disk_gib: float
     missing_packages: tuple[str, ...]
     has_compiler: bool = True
+    has_cuda_toolkit: bool = True
 
     @classmethod
     def here(cls, results: str) -> "Machine":
@@ -38,7 +41,14 @@ class Machine:
             free_disk_gib=free_bytes(results) / GIB,
             missing_packages=tuple(name for name in GPU_PACKAGES if importlib.util.find_spec(name) is None),
             has_compiler="CC" in os.environ or any(map(shutil.which, COMPILERS)),
+            has_cuda_toolkit=_has_cuda_toolkit(),
         )
+
+
+def _has_cuda_toolkit() -> bool:
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = bool(shutil.which("nvcc")) and not named
+    return found or Path(named or CUDA_TOOLKIT, "bin", "nvcc").is_file()
 
 
 def _visible_gpus() -> tuple[float, ...]:
@@ -93,6 +103,8 @@ def shortcomings(model: Model, machine: Machine) -> list[str]:
         )
     if hardware.gpus and not machine.has_compiler:
         faults.append(f"needs a C compiler, {' or '.join(COMPILERS)}: install one, or name yours in the variable CC")
+    if hardware.gpus and not machine.has_cuda_toolkit:
+        faults.append("needs a CUDA toolkit (nvcc), with which SGLang builds kernels: install one, or set CUDA_HOME")
     if hardware.gpus and machine.gpus and model.architecture:
         memory = min(machine.gpus)
         needed = estimate(architecture_of(model), model, memory)

@@ -206,6 +206,9 @@ def server_arguments(folder: Path, settings: Engine, index: int) -> dict[str, An
         "disable_radix_cache": True,
         # Half a minute of every start, and a prompt is read once where thousands of tokens are written.
         "disable_prefill_cuda_graph": True,
+        # SGLang's own choices are flashinfer's, not tried. Without top-p and top-k it samples through torch anyway.
+        "sampling_backend": "pytorch",
+        "enforce_disable_flashinfer_allreduce_fusion": True,
         "skip_tokenizer_init": True,
         "enable_multimodal": False,
         "mm_attention_backend": "sdpa",  # of the vision tower, which never runs
