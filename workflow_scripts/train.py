@@ -105,10 +105,11 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
     if fault := shape_fault(architecture, settings.parallel, settings.experts, on_gpu=settings.hardware.gpus > 0):
         raise UserError(str(fault))
     training = settings.training
-    memory = from_rank_0(estimate(architecture, settings, gpu_memory_gib()))
-    stay = from_rank_0(memory.lasts_beside_engine(gpu_memory_gib()))
+    gpu_gib = from_rank_0(gpu_memory_gib())
+    memory = estimate(architecture, settings, gpu_gib)
+    stay = memory.lasts_beside_engine(gpu_gib)
     if training.recompute == "auto":
-        say(f"recompute: {memory.recompute}, the least that fits {gpu_memory_gib():.0f} GiB a GPU")
+        say(f"recompute: {memory.recompute}, the least that fits {gpu_gib:.0f} GiB a GPU")
     say(f"while the engine generates weights and Adam's states {'stay on the GPU' if stay else 'wait on the host'}")
     say("loading the weights")
     model = build_model(
@@ -149,10 +150,9 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
 
     optimizer.sleep()  # the engine takes its share of what is free when it starts
     say("starting the engine")
-    engine_settings = beside(settings.engine, memory.lasting, gpu_memory_gib()) if stay else settings.engine
-    driver = None
-    if first:
-        driver = start_driver(arguments, settings, engine_settings, hub_manifest, progress, interrupts, stack)
+    if stay:
+        settings = settings.model_copy(update={"engine": beside(settings.engine, memory.lasting, gpu_gib)})
+    driver = start_driver(arguments, settings, hub_manifest, progress, interrupts, stack) if first else None
     engine = driver.engine if driver else None
     loop = Loop(
         work=arguments.work,
@@ -195,7 +195,6 @@ def announce(work: Path) -> None:
 def start_driver(
     arguments: argparse.Namespace,
     settings: Settings,
-    engine_settings: schema.Engine,
     hub: Manifest,
     progress: Progress,
     interrupts: Interrupts,
@@ -214,7 +213,7 @@ def start_driver(
         settings.training.prompts_per_rollout * settings.training.samples_per_prompt,
         len(problems) * settings.validation.samples_per_problem,
     )
-    engine = start_engine(hub.root, engine_settings, most)
+    engine = start_engine(hub.root, settings.engine, most)
     stack.callback(engine.close)
     grader = stack.enter_context(Grader(settings.reward))
     log = metrics.RunLog(arguments.work, progress.rollout + 1, settings.training.wandb_project)
@@ -258,8 +257,6 @@ def validator(
 ) -> Callable[[RolloutEngine, int], dict[str, float]]:
     """The evaluation during training: of the weights that an engine holds, after so many rollouts, to metrics."""
     wanted = settings.validation
-    if not wanted.interval:
-        return lambda engine, rollout: {}
     protocol = schema.Evaluation(
         datasets=[wanted.dataset],
         samples_per_problem=wanted.samples_per_problem,

@@ -1,7 +1,6 @@
 """The reward is right on the known cases, strict on hedges, and bounded in time and memory whatever is answered."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -179,7 +178,7 @@ def test_integers_start_no_process_and_workers_end_with_the_grader():
     assert process.returncode is not None
 
 
-def test_worker_has_bounded_memory_and_knows_neither_torch_nor_secrets():
+def test_worker_has_bounded_memory_and_knows_neither_torch_nor_secrets(environment):
     """What reads a model's text imports nothing heavy and holds no token that the text could carry off."""
     code = (
         "import sys, os, subprocess, json; from rewards.workers import SympyWorkers, Question\n"
@@ -189,9 +188,8 @@ def test_worker_has_bounded_memory_and_knows_neither_torch_nor_secrets():
         "print('torch' in open(f'/proc/{pid}/maps').read(), 'HF_TOKEN' in open(f'/proc/{pid}/environ').read())\n"
         "workers.close()"
     )
-    scripts = Path(__file__).parents[2] / "workflow_scripts"
-    environment = os.environ | {"PYTHONPATH": str(scripts), "HF_TOKEN": "secret"}
-    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    env = environment | {"HF_TOKEN": "secret"}
+    shown = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert shown.stdout.splitlines() == ["['different']", "True", "False False"]
 
 

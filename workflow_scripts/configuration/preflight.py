@@ -47,8 +47,9 @@ class Machine:
 
 def _has_cuda_toolkit() -> bool:
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = bool(shutil.which("nvcc")) and not named
-    return found or Path(named or CUDA_TOOLKIT, "bin", "nvcc").is_file()
+    if not named and shutil.which("nvcc"):
+        return True
+    return Path(named or CUDA_TOOLKIT, "bin", "nvcc").is_file()
 
 
 def _visible_gpus() -> tuple[float, ...]:
