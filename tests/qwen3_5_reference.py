@@ -37,8 +37,11 @@ DENSE = {"intermediate_size": 512}
 MOE = {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
 
 
-def reference(kind: str, **changes) -> tuple[Architecture, nn.Module]:
-    """A transformers model in fp32, every weight random (also those that start at 0 or 1), and its architecture."""
+def reference(kind: str, *, router_spread: float = 0.5, **changes) -> tuple[Architecture, nn.Module]:
+    """A transformers model in fp32, every weight random (also those that start at 0 or 1), and its architecture.
+
+    Routing is by default far from ties, so that rounding never sends a token elsewhere.
+    """
     dense = kind == "dense"
     config_class, model_class = (
         (Qwen3_5TextConfig, Qwen3_5ForCausalLM) if dense else (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM)
@@ -48,8 +51,7 @@ def reference(kind: str, **changes) -> tuple[Architecture, nn.Module]:
     model = model_class(config_class(**text)).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Routing far from ties, so that rounding never sends a token elsewhere.
-            spread = 0.5 if "mlp.gate.weight" in name else 0.05
+            spread = router_spread if "mlp.gate.weight" in name else 0.05
             parameter.add_(torch.randn_like(parameter) * spread)
     model_type = "qwen3_5_text" if dense else "qwen3_5_moe_text"
     architecture = Architecture.from_config(

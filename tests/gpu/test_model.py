@@ -1,4 +1,10 @@
-"""The model as GPUs compute it (bf16, flash attention, Triton kernels) against transformers in fp32 on the CPU."""
+"""The model as GPUs compute it (bf16, flash attention, Triton kernels) against transformers in fp32 on the CPU.
+
+How far bf16 takes a model from fp32 depends on its weights. So what ours may be off is measured by what transformers'
+own model in bf16 is.
+"""
+
+import copy
 
 import pytest
 import torch
@@ -11,18 +17,24 @@ from qwen3_5_reference import load, megatron_names, reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_process")]
 LENGTHS = (70, 128, 33, 1, 300)
+OUTPUTS_OFF = 1.3  # times what transformers in bf16 is off
+GRADIENTS_OFF = 2.0
+ROUNDED_OTHERWISE = (
+    0.05  # of a gradient: what comes of one rounding in the first layer that falls the other way, thrice
+)
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
 def models(request, one_process):
-    """(architecture, transformers' model in fp32 on the CPU, ours in bf16 on the GPU) with the same weights."""
-    # Every token goes to every expert, lest rounding send some elsewhere than the reference does.
-    architecture, theirs = reference(request.param, **({"num_experts_per_tok": 8} if request.param == "moe" else {}))
+    """(architecture, transformers' model in fp32 and in bf16 on the CPU, ours in bf16 on the GPU) of equal weights."""
+    # Every token goes to every expert, with much the same weight: sharp routers treble a rounding in every layer.
+    gentle = {"num_experts_per_tok": 8, "router_spread": 0.05} if request.param == "moe" else {}
+    architecture, theirs = reference(request.param, **gentle)
     for parameter in theirs.parameters():
         parameter.data = parameter.data.bfloat16().float()  # the rounding of weights is not what is compared
     ours = build_model(architecture)
     load(ours, megatron_names(architecture, dict(theirs.named_parameters())), architecture)
-    return architecture, theirs, ours
+    return architecture, theirs, copy.deepcopy(theirs).bfloat16(), ours
 
 
 def sequences(seed: int = 0) -> list[Tensor]:
@@ -42,7 +54,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 @torch.no_grad()
 def test_every_layer_s_output_is_transformers(models):
-    architecture, theirs, ours = models
+    architecture, theirs, rounded, ours = models
     rows, outputs = sequences(), []
     hooks = [
         layer.register_forward_hook(lambda _, __, output: outputs.append(output[0][:, 0]))
@@ -52,34 +64,47 @@ def test_every_layer_s_output_is_transformers(models):
     hidden_states(ours, ids, positions, packed)
     for hook in hooks:
         hook.remove()
-    # hidden_states[0] are the embeddings; the last one has been through the final norm.
-    expected = [theirs(input_ids=row[None], output_hidden_states=True).hidden_states[1:-1] for row in rows]
+
+    def layers(model) -> list[Tensor]:
+        # hidden_states[0] are the embeddings; the last one has been through the final norm.
+        of_rows = [model(input_ids=row[None], output_hidden_states=True).hidden_states[1:-1] for row in rows]
+        return [torch.cat([of_row[number][0] for of_row in of_rows]) for number in range(len(of_rows[0]))]
+
+    exact, bf16 = layers(theirs), layers(rounded)
     for number, kind in enumerate(architecture.layer_kinds[:-1]):
-        far = distance(outputs[number], torch.cat([of_row[number][0] for of_row in expected]))
-        assert far < 0.02, f"layer {number}, {kind}: {far}"
+        off, may_be = distance(outputs[number], exact[number]), distance(bf16[number], exact[number])
+        assert off < OUTPUTS_OFF * may_be, f"layer {number}, {kind}: {off}, and transformers in bf16 {may_be}"
 
 
 def test_logits_and_gradients_are_transformers(models):
-    architecture, theirs, ours = models
+    architecture, theirs, rounded, ours = models
     rows = sequences()
-    expected = torch.cat([theirs(input_ids=row[None]).logits[0] for row in rows])
     output = logits(ours, rows)
-    assert distance(output, expected) < 0.03
-    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
-    (output.float() * direction.cuda()).sum().backward()
-    (expected * direction).sum().backward()
-    wanted = megatron_names(architecture, {name: p.grad for name, p in theirs.named_parameters()})
-    far = {name: distance(p.grad, wanted[name]) for name, p in ours.named_parameters()}
-    # The gates of Gated DeltaNet sum over all tokens what nearly cancels, the router what bf16 may send elsewhere.
-    loose = ("A_log", "dt_bias", "router.weight", "gate_weight")
-    assert {name: d for name, d in far.items() if d > (0.3 if name.endswith(loose) else 0.08)} == {}
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    (output.float() * direction.to(output.device)).sum().backward()
+
+    def logits_and_gradients(model) -> tuple[Tensor, dict[str, Tensor]]:
+        found = torch.cat([model(input_ids=row[None]).logits[0] for row in rows])
+        (found.float() * direction).sum().backward()
+        gradients = megatron_names(architecture, {name: p.grad for name, p in model.named_parameters()})
+        model.zero_grad()
+        return found, gradients
+
+    exact, wanted = logits_and_gradients(theirs)
+    bf16, bf16_gradients = logits_and_gradients(rounded)
+    assert distance(output, exact) < OUTPUTS_OFF * distance(bf16, exact)
+    off = {name: distance(p.grad, wanted[name]) for name, p in ours.named_parameters()}
+    may_be = {name: distance(bf16_gradients[name], wanted[name]) for name in off}
+    for name in off:
+        if name.endswith(("A_log", "dt_bias")):  # a few sums of what nearly cancels
+            may_be[name] = 0.3 / GRADIENTS_OFF
+    assert {name: (off[name], may_be[name]) for name in off if off[name] > GRADIENTS_OFF * may_be[name]} == {}
     ours.zero_grad()
-    theirs.zero_grad()
 
 
 @torch.no_grad()
 def test_a_sequence_is_unmoved_by_its_neighbours(models):
-    _, _, ours = models
+    ours = models[-1]
     rows, others = sequences(0), sequences(1)
     here = logits(ours, [others[0], rows[1], *others[2:]])[70:198]
     there = logits(ours, rows)[70:198]
@@ -87,7 +112,7 @@ def test_a_sequence_is_unmoved_by_its_neighbours(models):
 
 
 def test_recomputation_changes_no_gradient(models):
-    architecture, _, ours = models
+    architecture, *_, ours = models
     gradients = []
     for recompute in ("none", "full", "selective"):
         model = build_model(architecture, recompute=recompute)
@@ -96,4 +121,4 @@ def test_recomputation_changes_no_gradient(models):
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for other in gradients[1:]:
         for name, gradient in gradients[0].items():
-            assert distance(other[name], gradient.cpu()) < 0.01, name
+            assert distance(other[name], gradient.cpu()) < ROUNDED_OTHERWISE, name
