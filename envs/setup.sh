@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs a locked environment into .venv of this folder; does nothing where it is there already.
 #
-#   envs/setup.sh [cpu|gpu|peers]     without a name: gpu where an NVIDIA GPU answers, cpu elsewhere
+#   envs/setup.sh [cpu|gpu|peers]     without a name: gpu where an NVIDIA GPU answers, cpu elsewhere, where gpu's, which
+#                                     holds all of cpu's, may stay: a cluster's nodes share this folder
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,8 +16,11 @@ lock=envs/$name.lock
 [ -f "$lock" ] || fail "no $lock: use cpu, gpu or peers"
 venv=.venv
 [ "$name" = peers ] && venv=.venv-peers
-wanted=$(sha256sum "$lock" | cut -d ' ' -f 1)
-[ "$(cat "$venv/.ready" 2>/dev/null)" = "$wanted" ] && exit 0
+digest() { sha256sum "$1" | cut -d ' ' -f 1; }
+wanted=$(digest "$lock")
+ready=$(cat "$venv/.ready" 2>/dev/null)
+[ "$ready" = "$wanted" ] && exit 0
+[ $# = 0 ] && [ "$ready" = "$(digest envs/gpu.lock)" ] && exit 0
 
 # Python 3.12: on PATH, from pyenv, or for uv to fetch.
 python=3.12
@@ -52,6 +56,7 @@ fi
 uv=.venv-uv/bin/uv
 "$venv/bin/python" -c '' 2>/dev/null ||
     run "no Python 3.12 here and none could be fetched: install it and run again" "$uv" venv --quiet --clear --python "$python" "$venv"
+rm -f "$venv/.ready"
 run "the packages of $lock could not be installed" "$uv" pip sync --quiet --compile-bytecode --require-hashes --python "$venv/bin/python" "$lock"
 rm -f "$log"
 echo "$wanted" >"$venv/.ready"

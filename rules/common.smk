@@ -2,6 +2,7 @@
 import os
 import sys
 from pathlib import Path
+from shlex import quote
 
 sys.path.insert(0, f"{workflow.basedir}/workflow_scripts")
 
@@ -35,17 +36,13 @@ settings = complain(
 provenance = Provenance(settings, BASE / "workflow_scripts")
 RESULTS = settings.results
 
-# Jobs run with the interpreter that runs Snakemake, see no other modules than this project's, and write what they say
-# to the terminal and to their log; the log's writer outlives an interrupt, so that the job can report how it saved.
-# `share` divides a job's threads among its processes, `use_gpus 0` hides the GPUs from a job that has no claim to one.
+# Jobs run with the interpreter that runs Snakemake and see no other modules than this project's.
 shell.prefix(
     "set -euo pipefail; "
+    f"source '{BASE}/rules/job.sh'; "
     f"export PATH='{Path(sys.executable).parent}':$PATH PYTHONPATH='{BASE}/workflow_scripts' "
     "PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false "
     "THP_MEM_ALLOC_ENABLE=1; "  # torch takes memory in large pages: Adam's states are there twice as fast
-    'logged() {{ (trap "" INT TERM; exec tee "$1"); }}; '
-    "share() {{ echo $(( $1 > $2 ? $1 / $2 : 1 )); }}; "
-    "use_gpus() {{ if [ $1 = 0 ]; then export CUDA_VISIBLE_DEVICES=; fi; }}; "
 )
 
 # Compiled kernels are kept from run to run, beside the results unless the user says where.
@@ -93,6 +90,11 @@ def gpus(wildcards):
     return of_model(wildcards).hardware.gpus
 
 
+def gpu_node(wildcards):
+    """1 for a job with GPUs: a node has room for one, since each takes the first ones that it sees."""
+    return min(gpus(wildcards), 1)
+
+
 def cores(wildcards):
     return of_model(wildcards).hardware.cores
 
@@ -105,7 +107,7 @@ def launcher(count):
     """How a script is started: by itself, or as several processes of this machine."""
     if count == 1:
         return "python -m"
-    return f"python -m torch.distributed.run --standalone --nproc-per-node={count} -m"
+    return f"python -m torchrun --standalone --nproc-per-node={count} -m"
 
 
 def maker(source, generator):

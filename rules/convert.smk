@@ -23,8 +23,8 @@ rule convert:
     message:
         "{wildcards.model}: convert to Megatron torch_dist"
     shell:
-        "use_gpus 0; OMP_NUM_THREADS=$(share {threads} {params.processes}) {params.launch} convert --provenance {params.provenance:q} --hub {input.hub}"
-        " --mtp-num-layers {params.mtp_num_layers} --folder {params.folder}torch_dist --manifest {output} |& logged {log}"
+        "use_gpus 0; OMP_NUM_THREADS=$(share {threads} {params.processes}) {params.launch} convert --provenance {params.provenance:q} --hub {input.hub:q}"
+        " --mtp-num-layers {params.mtp_num_layers} --folder {params.folder:q}torch_dist --manifest {output:q} |& logged {log:q}"
 
 
 rule export:
@@ -47,5 +47,5 @@ rule export:
     message:
         "{wildcards.model}: export the trained weights in the Hub's format"
     shell:
-        "use_gpus 0; python -m export --provenance {params.provenance:q} --hub {input.hub} --weights {input.weights}"
-        " --folder {params.folder} --manifest {output} |& logged {log}"
+        "use_gpus 0; python -m export --provenance {params.provenance:q} --hub {input.hub:q} --weights {input.weights:q}"
+        " --folder {params.folder:q} --manifest {output:q} |& logged {log:q}"

@@ -21,7 +21,7 @@ rule download:
         "{wildcards.model}: fetch the starting weights"
     shell:
         "use_gpus 0; python -m {params.script} --provenance {params.provenance:q} --name {wildcards.model}"
-        " --folder {params.hub} --manifest {output} |& logged {log}"
+        " --folder {params.hub:q} --manifest {output:q} |& logged {log:q}"
 
 
 rule dataset:
@@ -46,4 +46,4 @@ rule dataset:
         "{wildcards.name}: fetch the problem set"
     shell:
         "python -m {params.script} --provenance {params.provenance:q} --name {wildcards.name}"
-        " --folder {params.folder} --manifest {output} |& logged {log}"
+        " --folder {params.folder:q} --manifest {output:q} |& logged {log:q}"

@@ -15,6 +15,7 @@ rule evaluate:
     threads: cores
     resources:
         gpu=gpus,
+        gpu_node=gpu_node,
         mem_mb=host_memory_mb,
         runtime=24 * 60,
     params:
@@ -23,5 +24,5 @@ rule evaluate:
     message:
         "{wildcards.model}: evaluate the {wildcards.weights} weights on {wildcards.dataset}"
     shell:
-        "use_gpus {resources.gpu}; python -m evaluate --provenance {params.provenance:q} --model {input.model} --data {input.data}"
-        " --samples {params.samples}.jsonl --manifest {output} |& logged {log}"
+        "use_gpus {resources.gpu}; python -m evaluate --provenance {params.provenance:q} --model {input.model:q} --data {input.data:q}"
+        " --samples {params.samples:q}.jsonl --manifest {output:q} |& logged {log:q}"

@@ -35,8 +35,8 @@ rule tables:
     message:
         "write the tables"
     shell:
-        "python -m make_tables --provenance {params.provenance:q} --scores {input.scores} --csv {output.csv}"
-        " --differences {output.differences} --markdown {output.markdown} --html {output.html} |& logged {log}"
+        "python -m make_tables --provenance {params.provenance:q} --scores {input.scores:q} --csv {output.csv:q}"
+        " --differences {output.differences:q} --markdown {output.markdown:q} --html {output.html:q} |& logged {log:q}"
 
 
 rule plots:
@@ -59,8 +59,8 @@ rule plots:
     message:
         "draw the plots"
     shell:
-        "python -m make_plots --provenance {params.provenance:q} --scores {input.scores}"
-        " --trainings {input.trainings} --folder {params.folder} --manifest {output} |& logged {log}"
+        "python -m make_plots --provenance {params.provenance:q} --scores {input.scores:q}"
+        " --trainings {input.trainings:q} --folder {params.folder:q} --manifest {output:q} |& logged {log:q}"
 
 
 rule page:
@@ -85,5 +85,5 @@ rule page:
     message:
         "write the report"
     shell:
-        "python -m make_report --provenance {params.provenance:q} --scores {input.scores}"
-        " --trainings {input.trainings} --plots {input.plots} --sources {input.sources} --html {output} |& logged {log}"
+        "python -m make_report --provenance {params.provenance:q} --scores {input.scores:q}"
+        " --trainings {input.trainings:q} --plots {input.plots:q} --sources {input.sources:q} --html {output:q} |& logged {log:q}"

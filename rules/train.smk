@@ -18,6 +18,7 @@ rule train:
     threads: cores
     resources:
         gpu=gpus,
+        gpu_node=gpu_node,
         mem_mb=host_memory_mb,
         runtime=7 * 24 * 60,
     params:
@@ -26,10 +27,10 @@ rule train:
         launch=lambda wildcards: launcher(processes(of_model(wildcards).hardware)),
         work=lambda wildcards, output: f"{Path(output[0]).parent}/{provenance.work(wildcards.model)}",
         validation=lambda wildcards, input: (
-            f"--validation {input.validation}" if input.validation else ""
+            f"--validation {quote(str(input.validation))}" if input.validation else ""
         ),
     message:
         "{wildcards.model}: train with GRPO"
     shell:
-        "use_gpus {resources.gpu}; OMP_NUM_THREADS=$(share {threads} {params.processes}) {params.launch} train --provenance {params.provenance:q} --hub {input.hub} --weights {input.weights}"
-        " --data {input.data} {params.validation} --work {params.work} --manifest {output} |& logged {log}"
+        "use_gpus {resources.gpu}; OMP_NUM_THREADS=$(share {threads} {params.processes}) {params.launch} train --provenance {params.provenance:q} --hub {input.hub:q} --weights {input.weights:q}"
+        " --data {input.data:q} {params.validation} --work {params.work:q} --manifest {output:q} |& logged {log:q}"

@@ -43,7 +43,7 @@ def call(monkeypatch, main, arguments: list[str]) -> None:
 
 def launcher(processes: int) -> list[str]:
     """The command that starts so many processes on this machine."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, "-m", "torchrun", "--standalone", f"--nproc-per-node={processes}"]
 
 
 def torchrun(processes: int, *arguments: str, **options) -> subprocess.CompletedProcess:

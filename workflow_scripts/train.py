@@ -1,6 +1,7 @@
 """Train a model with GRPO: alone, or as one of several processes under torchrun. A stopped run is continued."""
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -30,7 +31,7 @@ from grpo import metrics, run_state
 from grpo.data import PromptCursor, load_prompts
 from grpo.interrupts import Interrupts
 from grpo.learner import Learner
-from grpo.loop import Driver, Loop, from_rank_0
+from grpo.loop import Driver, Loop, control_group, from_rank_0
 from grpo.optimizer import build_optimizer
 from grpo.policy import Policy
 from grpo.run_state import Progress
@@ -92,15 +93,17 @@ def check(settings: Settings) -> None:
 
 def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -> Path:
     """Train, or go on training, and return the final checkpoint's folder; every rank does."""
-    first = dist.get_rank() == 0
+    first, control = dist.get_rank() == 0, control_group()
     if first:
         stack.enter_context(hold(arguments.work))
         arguments.work.mkdir(exist_ok=True)
+    from_rank_0(None, control)  # another training may be at work there for days
     interrupts = stack.enter_context(Interrupts())  # not while it waits for another training's end
     say = narrator(settings)
     say("checking the weights")
     hub_manifest, weights = read_manifest(arguments.hub).require(), read_manifest(arguments.weights)
     weights.require(digests=first)
+    inputs = {"weights": digest_of(hub_manifest), "prompts": digest_of(read_manifest(arguments.data))}
     architecture, hub = Architecture.from_folder(hub_manifest.root), HubCheckpoint(hub_manifest.root)
     if fault := shape_fault(architecture, settings.parallel, settings.experts, on_gpu=settings.hardware.gpus > 0):
         raise UserError(str(fault))
@@ -132,10 +135,10 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
     say("preparing Adam's states")
     optimizer = build_optimizer(model, settings.optimizer, stay=stay)
 
-    saved = from_rank_0(run_state.newest(arguments.work) if first else None)
+    saved = from_rank_0(find_checkpoint(arguments.work, inputs) if first else None)
     if saved:
         say(f"loading {saved.name}")
-    progress = run_state.load(saved, model, optimizer) if saved else Progress()
+    progress = run_state.load(saved, model, optimizer) if saved else Progress(inputs=inputs)
     if progress.rollout > training.rollouts:
         raise UserError(
             f"{arguments.work}: holds {progress.rollout} rollouts, training.rollouts is {training.rollouts}:"
@@ -145,7 +148,7 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
         if not saved:
             announce(arguments.work)
         metrics.truncate_logs(arguments.work, progress.log_bytes)
-    if saved and progress.rollout == training.rollouts:
+    if saved and progress.rollout == training.rollouts and not progress.validation_due(settings.validation.interval):
         return saved
 
     optimizer.sleep()  # the engine takes its share of what is free when it starts
@@ -164,8 +167,25 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
         interrupts=interrupts,
         driver=driver,
         saved=saved,
+        control=control,
     )
     return loop.run()
+
+
+def digest_of(manifest: Manifest) -> str:
+    """Of all the files that it vouches for."""
+    entries = "".join(f"{entry['sha256']} {name}\n" for name, entry in sorted(manifest.files.items()))
+    return hashlib.sha256(entries.encode()).hexdigest()
+
+
+def find_checkpoint(work: Path, inputs: dict[str, str]) -> Path | None:
+    """The checkpoint to go on from; `UserError` if it comes of other weights or prompts than ``inputs``."""
+    saved = run_state.newest(work)
+    run_state.clear(work)
+    if saved and (then := run_state.read_progress(saved).inputs) != inputs:
+        changed = " and ".join(name for name in inputs if then.get(name) != inputs[name])
+        raise UserError(f"{work}: begun with {changed} that have changed since: move that folder away to begin anew")
+    return saved
 
 
 def narrator(settings: Settings) -> Callable[[str], None]:
@@ -203,7 +223,7 @@ def start_driver(
     """What rank 0 needs besides: prompts, engine, grader, logs."""
     tokenizer = load_tokenizer(hub.root)
     stops = stop_token_ids(hub.root, tokenizer)
-    prompts, intake = load_prompts(read_manifest(arguments.data).require(), tokenizer, settings.sampling)
+    prompts, intake = load_prompts(read_manifest(arguments.data).require(digests=True), tokenizer, settings.sampling)
     print(f"{settings.training.dataset}: {intake}", file=sys.stderr)
     cursor = PromptCursor(prompts, settings.training.seed)
     if progress.cursor:

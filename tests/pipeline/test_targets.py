@@ -1,6 +1,8 @@
 """What a user calls, and what Snakemake answers, for the four recipes on a machine without GPUs."""
 
+import os
 import re
+import subprocess
 
 import pytest
 
@@ -33,7 +35,7 @@ def test_the_dag_resolves_completely(snakemake, tmp_path, target, root):
 def test_conversion_of_the_mixture_of_experts_is_launched_by_torchrun_with_its_mtp_layer(snakemake, tmp_path, root):
     done = snakemake("-n", "-p", "--directory", str(tmp_path), "--", "convert_35B_A3B", snakefile=root / "Snakefile")
     command = next(line for line in said(done).splitlines() if " convert --provenance" in line)
-    assert "torch.distributed.run --standalone --nproc-per-node=8" in command and "--mtp-num-layers 1" in command
+    assert "torchrun --standalone --nproc-per-node=8" in command and "--mtp-num-layers 1" in command
 
 
 def test_training_without_the_gpus_it_needs_ends_before_any_download(snakemake, tmp_path, root):
@@ -61,11 +63,17 @@ def test_a_mistake_in_the_configuration_ends_in_one_line(snakemake):
     assert "Traceback" not in said(done)
 
 
-def test_two_jobs_of_eight_gpus_never_run_at_once(root):
-    import yaml
-
-    profile = yaml.safe_load((root / "profiles/default/config.yaml").read_text())
-    assert profile["resources"]["gpu"] == 8
+@pytest.mark.parametrize(
+    ("visible", "count", "seen"),
+    [(None, 2, "0,1"), ("4,5,6,7", 2, "4,5"), ("GPU-a,GPU-b", 8, "GPU-a,GPU-b"), ("3,4", 0, ""), ("", 4, "")],
+)
+def test_a_job_sees_as_many_gpus_as_it_claims_of_those_that_are_visible(root, visible, count, seen):
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    if visible is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    script = f"set -euo pipefail; source {root}/rules/job.sh; use_gpus {count}; printenv CUDA_VISIBLE_DEVICES"
+    done = subprocess.run(["bash", "-c", script], env=environment, text=True, capture_output=True, check=True)
+    assert done.stdout == f"{seen}\n"
 
 
 def test_the_linter_has_nothing_to_say_but_that_rules_name_no_environment(snakemake):

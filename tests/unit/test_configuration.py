@@ -49,6 +49,17 @@ def configured(root, overrides=None):
         ({"per_model": {"9B": {"mtp": {"train": True}}}}, "mtp.train: needs conversion.mtp_num_layers: 1"),
         ({"per_model": {"9B": {"conversion": {"processes": 2}}}}, "launcher python runs one process"),
         ({"evaluation": {"pass_at": [32]}}, "pass_at 32 needs at least as many samples_per_problem"),
+        ({"evaluation": {"datasets": []}}, "evaluation.datasets: List should have at least 1 item"),
+        ({"evaluation": {"pass_at": []}}, "evaluation.pass_at: List should have at least 1 item"),
+        (
+            {"sampling": {"enable_thinking": False}},
+            "sampling.enable_thinking: false closes the think block in the prompt, so no response holds the </think>"
+            " that reward.think_block: required asks for",
+        ),
+        (
+            {"evaluation": {"enable_thinking": False}, "reward": {"think_block": "required"}},
+            "evaluation.enable_thinking: false closes the think block",
+        ),
         ({"run": "base"}, "'base' is the name of the starting weights"),
         ({"datasets": {"mine": {"file": "a.jsonl"}}}, "give exactly one of repo, folder, problems"),
     ],
@@ -84,6 +95,11 @@ def test_routing_is_replayed_only_where_an_engine_hands_out_that_of_a_mixture_of
     for name, reason in {"4B": "needs a mixture of experts", "tiny_moe": "needs kind: sglang"}.items():
         with pytest.raises(UserError, match=f"engine.replay_routing: {reason}"):
             configured(root, {"models": [name], "per_model": {name: {"engine": {"replay_routing": True}}}})
+
+
+def test_without_thinking_an_optional_think_block_is_graded(root):
+    settings = {"sampling": {"enable_thinking": False}, "evaluation": {"enable_thinking": False}}
+    assert not configured(root, settings | {"reward": {"think_block": "optional"}}).faults
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(root):

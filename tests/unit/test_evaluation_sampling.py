@@ -130,6 +130,12 @@ def test_another_reward_grades_again_without_sampling(run, tmp_path, monkeypatch
     assert (scores["average"], scores["majority"], scores["no_think_end_share"]) == (1, 1, 0)
 
 
+def test_less_memory_for_the_engine_keeps_the_samples(run, monkeypatch):
+    scores = run().facts
+    monkeypatch.setattr(evaluate, "start_engine", forbidden)
+    assert run(mem_fraction_static=0.5).facts == scores
+
+
 def test_samples_of_other_weights_or_another_protocol_are_never_scored(run, inputs, tmp_path, capsys):
     run()
     warm = content(tmp_path / "eval" / "base.jsonl")

@@ -160,13 +160,17 @@ def test_leaving_out_responses_without_advantage_changes_no_gradient():
         torch.testing.assert_close(gradient, whole.optimizer.gradients[name], rtol=1e-4, atol=1e-7, msg=name)
 
 
-def test_a_rollout_without_any_advantage_moves_no_weight_and_is_no_step():
+@pytest.mark.parametrize("metrics", [{}, {"entropy_metric": True}, {"reference_forward": True}])
+def test_a_rollout_without_any_advantage_moves_no_weight_and_is_no_step(metrics):
     _, ours, _ = models("dense")
-    before = {name: p.detach().clone() for name, p in ours.named_parameters()}
     batch = [TrainingSequence(s.ids, s.log_probs, 0.0) for s in sequences(SHAPES)]
     progress = Progress()
-    report = learner(policy(ours), rate=1e-2).learn(batch, progress)
+    learning = learner(policy(ours, **metrics), rate=1e-2)
+    learning.learn(sequences(SHAPES), Progress())  # and Adam's momentum moves none after it
+    before = {name: p.detach().clone() for name, p in ours.named_parameters()}
+    report = learning.learn(batch, progress)
     assert progress.optimizer_step == progress.bad_steps == 0 and report["grad_norm"] == 0.0
+    assert "entropy" in report or not metrics.get("entropy_metric")
     assert all(torch.equal(p, before[name]) for name, p in ours.named_parameters())
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import grpo_run
-from checkpoints.manifest import read_manifest
+from checkpoints.manifest import describe, read_manifest
 from grpo import run_state
 from qwen3_5.build import finalize
 from stages import flip_a_bit, unmeasured
@@ -94,8 +94,12 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(prepared, tmp_path
     assert_same_run(tmp_path / "run", prepared / "straight")
 
 
-@pytest.mark.parametrize("grading", [GRADINGS_BEFORE_ROLLOUT_4, 3], ids=["in a rollout", "in a validation"])
-def test_a_training_asked_to_end_saves_and_goes_on_as_if_nothing_had_happened(prepared, tmp_path, grading):
+@pytest.mark.parametrize(
+    ("grading", "saved"),
+    [(GRADINGS_BEFORE_ROLLOUT_4, 3), (3, 2), (GRADINGS_BEFORE_ROLLOUT_4 + 1, 4)],
+    ids=["in a rollout", "in a validation", "in the last validation"],
+)
+def test_a_training_asked_to_end_saves_and_goes_on_as_if_nothing_had_happened(prepared, tmp_path, grading, saved):
     command_line = grpo_run.arguments(prepared, tmp_path / "run")
 
     def ask_to_end(gradings):
@@ -103,7 +107,6 @@ def test_a_training_asked_to_end_saves_and_goes_on_as_if_nothing_had_happened(pr
             os.kill(os.getpid(), signal.SIGTERM)
 
     assert ended(command_line, ask_to_end) == 128 + signal.SIGTERM
-    saved = 3 if grading == GRADINGS_BEFORE_ROLLOUT_4 else 2
     assert run_state.newest(tmp_path / "run").name == f"checkpoint-{saved:06d}"
     assert not (tmp_path / "run.json").exists()
     grpo_run.run(command_line)
@@ -137,6 +140,27 @@ def test_a_flipped_bit_in_the_starting_weights_is_found_and_named(prepared, tmp_
         assert f"{file.name}: its sha256 is not the one" in ended(grpo_run.arguments(prepared, tmp_path / "work"))
     finally:
         file.write_bytes(whole)
+
+
+def test_a_run_goes_on_with_the_prompts_that_it_began_with_or_not_at_all(prepared, tmp_path):
+    rows, manifest = prepared / "train" / "rows.jsonl", prepared / "train.json"
+    grpo_run.run(grpo_run.arguments(prepared, tmp_path / "run", training={"rollouts": 2}))
+    was, vouched = rows.read_text(), manifest.read_text()
+    try:
+        rows.write_text(was.replace("What is 10", "What is 11", 1))
+        assert "its sha256 is not the one" in ended(grpo_run.arguments(prepared, tmp_path / "other"))
+        content = json.loads(vouched)
+        content["files"]["rows.jsonl"] = describe(rows)
+        manifest.write_text(json.dumps(content))
+        message = ended(grpo_run.arguments(prepared, tmp_path / "run"))
+        assert "begun with prompts that have changed" in message and "move that folder away" in message
+    finally:
+        rows.write_text(was)
+        manifest.write_text(vouched)
+    partial = tmp_path / "run" / ".checkpoint-000003.partial"  # a save that was killed; the next one wants its room
+    partial.mkdir()
+    grpo_run.run(grpo_run.arguments(prepared, tmp_path / "run", training={"rollouts": 2}))
+    assert not partial.exists()
 
 
 def test_weights_and_biases_without_its_package_is_an_error_in_one_line(prepared, tmp_path):

@@ -81,7 +81,8 @@ def train(results: Path, model: str, rollouts: int = 120, **columns) -> Path:
             "loss": float(random.normal(0, 0.01)),
             "log_prob_diff": 0.012,
             "tokens_per_second": 12000 + float(random.normal(0, 300)),
-            **{"seconds_rollout": 60.0, "seconds_train": 30.0, "seconds_sync": 2.5},
+            **{"seconds_rollout": 60.0, "seconds_train": 30.0, "seconds_sync": 2.5, "seconds_sleep_wake": 5.0},
+            "seconds_step": 97.5,
         }
         lines.append(row | columns)
         if rollout % 20 == 0:
@@ -333,6 +334,8 @@ def test_the_report_holds_what_a_reader_asks_for(written):
         "Base weights on aime, samples",
         "Samples of the last rollouts",
         "cut off by the cap",
+        "97.5 s (rollout 60 s, train 30 s, sync 2.5 s, sleep and wake 5 s)",
+        "the same problems, cap and engine for both weights",
     ):
         assert expected in text, expected
     assert "None" not in text

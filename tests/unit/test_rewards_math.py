@@ -50,6 +50,9 @@ def test_known_case_gets_its_verdict(grader, case):
         (r"\pm 2", "±2"),
         (r"\text{even}", "Even"),
         ("x^2 + y^2 = 1", "x^2+y^2=1"),
+        (r"10\,000\pi", r"10000\pi"),
+        (r"33\text{ 种}", "33"),
+        ("33元", "33"),
     ],
 )
 def test_the_label_in_other_words_is_correct(grader, answer, label):
@@ -70,6 +73,13 @@ def test_the_label_in_other_words_is_correct(grader, answer, label):
         ("3_3", "33"),
         ("3_3", "3"),
         ("3³", "33"),
+        ("3 3", "33"),
+        (r"3\quad 3", "33"),
+        ("33 34", "3334"),
+        ("x = 3 3", "33"),
+        (r"33\text{ millions}", "33"),
+        ("33万", "33"),
+        ("33或34", "33"),
         ("33x", "33"),
         ("33 = 34", "34"),
         ("1", "x^2+y^2=1"),

@@ -166,13 +166,24 @@ def test_the_only_server_may_die(start):
     assert len(engine.generate(requests(12, length=20), PARAMS)) == 12
 
 
-def test_a_server_that_hangs_is_restarted(start, monkeypatch):
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("seconds", [0, 0.2], ids=["before", "meanwhile"])
+@pytest.mark.parametrize("servers", [1, 2])
+def test_servers_that_hang_are_restarted(start, monkeypatch, servers, seconds):
     monkeypatch.setattr(sglang_engine, "PATIENCE", 0.5)
     monkeypatch.setattr(sglang_engine, "CHECK_INTERVAL", 0.1)
-    engine = start(1)
-    threading.Timer(0.2, os.kill, (pid(engine.servers[0]), signal.SIGSTOP)).start()
-    assert len(engine.generate(requests(12, length=20), PARAMS)) == 12
-    assert engine.servers[0].starts == 2
+    engine = start(servers)
+
+    def hang():
+        for server in engine.servers:
+            os.kill(pid(server), signal.SIGSTOP)
+
+    if seconds:
+        threading.Timer(seconds, hang).start()
+    else:
+        hang()
+    assert len(engine.generate(requests(24, length=20), PARAMS)) == 24
+    assert [server.starts for server in engine.servers] == [2] * servers
 
 
 def test_a_server_that_died_between_two_calls_is_restarted(start):

@@ -1,4 +1,4 @@
-"""Which parallel layouts a model and a node admit: plain Python, no torch."""
+"""Which settings a model and a node admit, the parallel layout above all: plain Python, no torch."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -32,7 +32,7 @@ def data_parallel(model: Model) -> int:
 
 
 def fault(model: Model) -> Fault | None:
-    """The first setting of the layout that can't be, or None."""
+    """The first setting that can't be, or None."""
     return next((Fault(key, message) for key, message, wrong in _rules(model) if wrong), None)
 
 
@@ -73,6 +73,13 @@ def _rules(model: Model) -> Iterator[Rule]:
         "needs kind: sglang, whose choice of experts is replayed",
         engine.replay_routing and engine.kind != "sglang",
     )
+    for stage in ("sampling", "evaluation"):
+        yield (
+            f"{stage}.enable_thinking",
+            "false closes the think block in the prompt, so no response holds the </think> that reward.think_block:"
+            " required asks for: set think_block: optional",
+            model.reward.think_block == "required" and not getattr(model, stage).enable_thinking,
+        )
     yield "mtp.train", "needs conversion.mtp_num_layers: 1", model.mtp.train and not model.conversion.mtp_num_layers
     if world % dense == 0:
         yield (

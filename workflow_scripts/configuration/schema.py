@@ -270,7 +270,8 @@ class Reward(Section):
 
     think_block: Literal["required", "optional"] = Field(
         "required",
-        description="required: only text after the last </think> counts; optional: all of it where there is none",
+        description="required: only text after the last </think> counts; optional: all of it where there is none, as"
+        " under enable_thinking: false",
     )
     max_seconds: NonNegative = Field(5.0, description="time one answer's grading may take in its worker")
 
@@ -278,7 +279,7 @@ class Reward(Section):
 class Evaluation(Section):
     """AIME-2024 or any problem set of the same schema."""
 
-    datasets: list[Name] = ["aime-2024"]
+    datasets: list[Name] = Field(["aime-2024"], min_length=1)
     samples_per_problem: PositiveInt = 16
     max_response_tokens: PositiveInt = 16384
     temperature: NonNegative = 1.0
@@ -286,8 +287,12 @@ class Evaluation(Section):
     top_k: Annotated[int, Field(ge=-1)] = -1
     presence_penalty: float = 0.0
     enable_thinking: bool = True
-    seed: int = 42
-    pass_at: list[PositiveInt] = [1, 4, 16]
+    seed: int = Field(
+        42,
+        description="of the samples and the bootstrap; SGLang's samples heed it only under engine: {server_arguments:"
+        " {enable_deterministic_inference: true}}",
+    )
+    pass_at: list[PositiveInt] = Field([1, 4, 16], min_length=1)
     mem_fraction_static: Share = Field(
         0.85, description="in place of the engine's own: no training shares the GPUs here, so more answers run at once"
     )

@@ -31,7 +31,7 @@ class Sample:
     Attributes:
         problem: index of the problem in its file, from 0.
         sample: index among the problem's samples, from 0.
-        seed: what it was sampled with.
+        seed: what it was asked for with; see `Request` for the engines that heed it.
         prompt: the chat, before the template.
         response: all that was sampled, the reasoning too.
         tokens: sampled tokens, the stop token included.
@@ -52,13 +52,14 @@ class Sample:
 def origin_of(model: Any, problems: Sequence[Problem], settings: Evaluation) -> dict[str, Any]:
     """Everything that decides the samples but how many there are: ``model`` is plain JSON that identifies the weights.
 
-    Labels, reward and estimators are not part of it: when they change, the saved samples are graded again.
+    Labels, reward and estimators are not part of it: when they change, the saved samples are graded again. Nor is the
+    memory that the engine takes: whoever lowers it after it ran out keeps the samples that there are.
     """
     prompts = json.dumps([problem.messages for problem in problems], sort_keys=True)
-    graded_only = {"datasets", "samples_per_problem", "pass_at", "bootstrap_samples"}
+    without_effect = {"datasets", "samples_per_problem", "pass_at", "bootstrap_samples", "mem_fraction_static"}
     origin = {
         "model": model,
-        "protocol": settings.model_dump(mode="json", exclude=graded_only),
+        "protocol": settings.model_dump(mode="json", exclude=without_effect),
         "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
     }
     return json.loads(json.dumps(origin))  # as a file gives it back

@@ -54,6 +54,17 @@ class Interrupts:
         finally:
             self._abandonable = False
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Mark a part of abandonable work that must not be left in its middle: `Interrupted` waits for its end."""
+        abandonable, self._abandonable = self._abandonable, False
+        try:
+            yield
+        finally:
+            self._abandonable = abandonable
+        if abandonable and self.requested:
+            raise Interrupted
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT and time.monotonic() - self._since > ECHO_SECONDS:
             raise KeyboardInterrupt

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from configuration.schema import Optimizer as OptimizerSettings
 from grpo.metrics import warn
@@ -25,6 +25,7 @@ class Step:
 
     batches: list[MicroBatch]
     totals: StepTotals
+    learns: bool  # or are its packs there for the metrics alone?
 
 
 class Learner:
@@ -42,9 +43,9 @@ class Learner:
         size = self.policy.training.global_batch
         steps = [self._prepare(sequences[start : start + size]) for start in range(0, len(sequences), size)]
         old = len(steps) > 1 or self.policy.algorithm.old_log_prob_forward
-        steps = [Step(self.policy.with_past_log_probs(step.batches, old), step.totals) for step in steps]
+        steps = [replace(step, batches=self.policy.with_past_log_probs(step.batches, old)) for step in steps]
         reports = [self._step(step, progress) for step in steps if step.batches]
-        if not reports:
+        if not any(step.learns for step in steps):
             warn(
                 f"rollout {progress.rollout + 1}: no group's rewards differ, so there is nothing to learn: step skipped"
             )
@@ -54,17 +55,21 @@ class Learner:
         """Pack a step's sequences, without those whose gradient is exactly zero.
 
         A response with no advantage pulls no weight unless some other term of the loss reaches it; it still counts in
-        the means. A step of which nothing is left has no packs: it is skipped, since Adam's momentum and weight decay
-        would go on without any evidence.
+        the means. A step in which nothing has a gradient is skipped, since Adam's momentum and weight decay would go on
+        without any evidence.
         """
+        policy = self.policy
         totals = StepTotals(len(sequences), sum(sequence.response_length for sequence in sequences))
-        if not self.policy.learns_without_advantage:
+        learns = policy.learns_without_advantage or any(sequence.advantage for sequence in sequences)
+        if not (policy.learns_without_advantage or policy.measures_every_response):
             sequences = [sequence for sequence in sequences if sequence.advantage]
-        return Step(self.policy.micro_batches(sequences, totals) if sequences else [], totals)
+        return Step(policy.micro_batches(sequences, totals) if sequences else [], totals, learns)
 
     def _step(self, step: Step, progress: Progress) -> dict[str, float]:
         self.optimizer.zero_grad()
         report = self.policy.accumulate_gradients(step.batches, step.totals)
+        if not step.learns:
+            return report | {"grad_norm": 0.0, "learning_rate": 0.0, "seconds_optimizer": 0.0}
         began = time.perf_counter()
         self.optimizer.reduce()
         report["learning_rate"] = learning_rate_at(progress.optimizer_step + 1, self.settings)

@@ -57,8 +57,7 @@ class Driver:
 
     def validate_if_due(self, progress: Progress) -> bool:
         """Evaluate the weights as they are, unless that was done or it is not their turn; whether it was done now."""
-        interval = self.validation_interval
-        if not interval or progress.rollout % interval or progress.score is not None:
+        if not progress.validation_due(self.validation_interval):
             return False
         began = time.perf_counter()
         try:
@@ -143,7 +142,7 @@ class Loop:
     interrupts: Interrupts
     driver: Driver | None
     saved: Path | None  # the checkpoint that the run goes on from
-    control: dist.ProcessGroup | None = None  # all ranks, over the CPU
+    control: dist.ProcessGroup | None  # all ranks, where there are several: see `control_group`
 
     def run(self) -> Path:
         """Train until ``training.rollouts`` rollouts are done and saved; gives the last checkpoint.
@@ -153,7 +152,6 @@ class Loop:
             UserError: too many bad steps in a row.
         """
         progress, driver = self.progress, self.driver
-        self.control = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.get_world_size() > 1 else None
         if driver:
             driver.engine.weights_wanted = self._weights_wanted
         self._send_weights()
@@ -215,8 +213,9 @@ class Loop:
 
     def _weights_wanted(self) -> None:
         """On rank 0: a restarted part of the engine needs the weights, while the other ranks wait for a decision."""
-        from_rank_0(WeightsWanted(), self.control)
-        self._send_weights()
+        with self.interrupts.held():  # the others are in it, too
+            from_rank_0(WeightsWanted(), self.control)
+            self._send_weights()
 
     def _from_rank_0(self, value: Any) -> Any:
         """Rank 0's ``value``, on every rank; weights that are wanted meanwhile are sent."""
@@ -237,6 +236,11 @@ class Loop:
         optimizer.sleep()
         if self.driver:
             run_state.prune(self.work, self.training.keep_checkpoints)
+
+
+def control_group() -> dist.ProcessGroup | None:
+    """All ranks, over the CPU, that may wait for rank 0 as long as it takes; None for one. Every rank calls it."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE) if dist.get_world_size() > 1 else None
 
 
 def from_rank_0(value: Any, control: dist.ProcessGroup | None = None) -> Any:

@@ -80,16 +80,20 @@ class Policy:
 
     @property
     def learns_without_advantage(self) -> bool:
-        """Whether a response of advantage 0 has a gradient, or was asked for in the metrics."""
+        """Whether a response of advantage 0 has a gradient."""
         algorithm = self.algorithm
         return (
-            self.reference is not None
+            bool(algorithm.use_kl_loss and algorithm.kl_coefficient)
             or bool(algorithm.entropy_coefficient)
-            or algorithm.entropy_metric
-            or algorithm.old_log_prob_forward
             or self.mtp.train
             or bool(self.model.config.moe_aux_loss_coeff)
         )
+
+    @property
+    def measures_every_response(self) -> bool:
+        """Whether the metrics ask for those, too, that have no gradient."""
+        algorithm = self.algorithm
+        return self.reference is not None or algorithm.entropy_metric or algorithm.old_log_prob_forward
 
     def micro_batches(self, sequences: Sequence[TrainingSequence], totals: StepTotals) -> list[MicroBatch]:
         """This rank's packs of an optimizer step's sequences; every data-parallel rank gets equally many."""

@@ -47,6 +47,7 @@ class Progress:
         cursor: the prompt cursor's own state.
         log_bytes: log file -> its length in bytes, where a resumed run goes on writing.
         score: the validation score of just these weights, or None where they were not evaluated.
+        inputs: digests of the starting weights and of the prompts.
     """
 
     rollout: int = 0
@@ -56,6 +57,11 @@ class Progress:
     cursor: dict[str, int] = field(default_factory=dict)
     log_bytes: dict[str, int] = field(default_factory=dict)
     score: float | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
+
+    def validation_due(self, interval: int) -> bool:
+        """Whether these weights are still to be evaluated, which is done every ``interval`` rollouts; 0 for never."""
+        return bool(interval) and self.rollout % interval == 0 and self.score is None
 
 
 def save(work: Path, progress: Progress, model: nn.Module, optimizer: Optimizer, provenance: dict[str, Any]) -> Path:
@@ -146,13 +152,18 @@ def best(work: Path) -> Path | None:
 
 
 def prune(work: Path, keep: int) -> None:
-    """Remove all but the last ``keep`` checkpoints and the best, and what stopped runs left half-written.
+    """Remove all but the last ``keep`` checkpoints and the best.
 
     To be called once a new checkpoint is whole: the old ones vouch for the run until then.
     """
     stay = {*sorted(_named(work), key=_number)[-keep:], best(work)}
     for folder in set(_named(work)) - stay:
         _remove(folder)
+    clear(work)
+
+
+def clear(work: Path) -> None:
+    """Remove what stopped runs left half-written or half-removed: the next checkpoint may want the room."""
     for left in work.glob(".checkpoint-*"):
         shutil.rmtree(left)
 

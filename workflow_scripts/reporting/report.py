@@ -155,10 +155,10 @@ def _training_facts(training: Training) -> list[tuple[str, str]]:
         rows["reward, first and last twentieth"] = (
             f"{percent(reward.iloc[:few].mean())}% → {percent(reward.iloc[-few:].mean())}%"
         )
-    parts = {name: training.column(f"seconds_{name}") for name in ("rollout", "train", "sync")}
-    if all(len(part) for part in parts.values()):
-        split = ", ".join(f"{name} {part.median():.3g} s" for name, part in parts.items())
-        rows["a step, median"] = f"{sum(part.median() for part in parts.values()):.3g} s ({split})"
+    if len(step := training.column("seconds_step")):
+        parts = {name: training.column(f"seconds_{name}") for name in ("rollout", "train", "sync", "sleep_wake")}
+        split = ", ".join(f"{name.replace('_', ' and ')} {part.median():.3g} s" for name, part in parts.items())
+        rows["a step, median"] = f"{step.median():.3g} s ({split})"
     if len(speed := training.column("tokens_per_second")):
         rows["tokens per second, median"] = f"{speed.median():,.0f}"
     if len(gap := training.column("log_prob_diff")):

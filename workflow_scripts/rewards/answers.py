@@ -33,20 +33,28 @@ SPACE_COMMAND = re.compile(r"\\[,;:> ]|\\(?:quad|qquad|thinspace|enspace)(?![a-z
 REMOVED = re.compile(r"\\!|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits)(?![a-zA-Z])|\\[$%()\[\]]|[$%£€¥]")
 DEGREES = re.compile(r"(?:\^\s*(?:\\circ|°|\{\s*(?:\\circ|°)\s*\})|\\degree(?![a-zA-Z])|°)\s*[CF]?\s*$")
 
-WORDS = r"[A-Za-z .'/-]*"
+HAN = "一-鿿"
+WORDS = rf"[A-Za-z{HAN} .'/-]*"
 TEXT_UNIT = re.compile(
-    rf"(?:(?<=[0-9}})!.°])|(?<=\\circ))\s*\\(?:text|mathrm|textrm|mbox|textit|textbf)\s*\{{\s*([A-Za-z]{WORDS})\}}"
+    rf"(?:(?<=[0-9}})!.°])|(?<=\\circ))\s*\\(?:text|mathrm|textrm|mbox|textit|textbf)\s*\{{\s*([A-Za-z{HAN}]{WORDS})\}}"
 )
 PLAIN_UNIT = re.compile(
     rf"(?<=[0-9}})!.])\s+((?:[A-Za-z]{{3}}|cm|mm|km|kg|ft|mi|lb|oz|hr|sq)(?![A-Za-z]*[0-9(]){WORDS})"
 )
+HAN_UNIT = re.compile(rf"(?<=[0-9}})!])\s*([{HAN}][{HAN} /]*)")
 POWER_OF_UNIT = re.compile(r"\s*\^\s*(?:[23]|\{\s*[23]\s*\})")
 NOT_UNITS = """
     or and not nor either neither but else otherwise if when for than least most about approximately around between to
-    through over under maybe possibly perhaps base plus minus times mod modulo half quarter third hundred thousand
-    million billion trillion dozen zero one two three four five six seven eight nine ten eleven twelve thirteen
+    through over under maybe possibly perhaps base plus minus times mod modulo e i pi half halve quarter hundred
+    thousand million billion trillion dozen first third fifth eighth ninth twelfth twentieth thirtieth fortieth fiftieth
+    sixtieth seventieth eightieth ninetieth zero one two three four five six seven eight nine ten eleven twelve thirteen
     fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety
-"""
+"""  # with their plurals and, as in sixths, ordinals; a second is a unit
+MORE_THAN_A_UNIT = re.compile(
+    rf"^(?:squared|cubed|factorial)|(?<![a-z])(?:{'|'.join(NOT_UNITS.split())})(?:th)?s?(?![a-z])"
+    "|[或和与與及至到以之半打十百千万萬亿億兆]|^[零一二两三四五六七八九加减乘除]|[平立次]方$|阶乘$"
+)
+STOPS = " .。"
 SEPARATOR = re.compile(r";|(?<![A-Za-z\\])(?:or|and)(?![A-Za-z])|\\(?:lor|land|vee|wedge|pm|mp|cup|cap)(?![a-zA-Z])")
 GROUPED_DIGITS = re.compile(r"(?<![0-9,.])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])")
 BRACKET = re.compile(r"[{}()\[\]]")
@@ -145,7 +153,7 @@ def normalise(text: str) -> str:
     if "\\begin" not in text:  # a doubled backslash before a command is one too many, except between a matrix's rows
         text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)
     text = REMOVED.sub("", text).replace("{,}", ",")
-    text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
+    text = re.sub(r"\\[dtc](frac|binom)(?![a-zA-Z])", r"\\\1", text)
     text = _trimmed(SPACE_COMMAND.sub(" ", text))
     text = _trimmed(FONT_COMMAND.sub("", text))
     return re.sub(r"^\(([A-Za-z])\)$", r"\1", text)
@@ -176,7 +184,7 @@ def _latex_fraction(match: re.Match) -> str:
 
 def _trimmed(text: str) -> str:
     """Without degrees, units, full stops and braces around all of it, in whatever order they come."""
-    while (shorter := _unwrapped(_without_unit(DEGREES.sub("", text)).strip(" ."))) != text:
+    while (shorter := _unwrapped(_without_unit(DEGREES.sub("", text)).strip(STOPS))) != text:
         text = shorter
     return re.sub(" +", " ", text)
 
@@ -195,11 +203,11 @@ def _unwrapped(text: str) -> str:
 
 def _without_unit(text: str) -> str:
     """Drop the unit behind a number; words that say more than a unit stay, and with them the answer is wrong."""
-    for pattern in (TEXT_UNIT, PLAIN_UNIT):
+    for pattern in (TEXT_UNIT, PLAIN_UNIT, HAN_UNIT):
         for match in pattern.finditer(text):
             power = POWER_OF_UNIT.match(text, match.end())
-            ends = not text[power.end() if power else match.end() :].strip(" .")
-            if ends and frozenset(NOT_UNITS.split()).isdisjoint(re.split("[^a-z]+", match[1].lower())):
+            ends = not text[power.end() if power else match.end() :].strip(STOPS)
+            if ends and not MORE_THAN_A_UNIT.search(match[1].strip(STOPS).lower()):
                 return text[: match.start()]
     return text
 

@@ -94,14 +94,15 @@ def _compare(answer: Answer, label: Answer) -> str | Question:
     """``correct``, a reason why not, or what to ask sympy."""
     if answer.value is not None and label.value is not None:
         return "correct" if answer.value == label.value else "wrong"
-    if same_text(answer.text, label.text):
+    as_text = label.value is None  # a number is not: without its space, 3 3 would be 33
+    if as_text and same_text(answer.text, label.text):
         return "correct"
     if answer.undefined:
         return "wrong"
     if answer.parts != label.parts:
         return "several_answers" if answer.parts > label.parts else "wrong"
     closed = [CLOSED_FORM.fullmatch(side) is not None for side in (label.right, answer.right)]
-    if all(closed) and same_text(answer.right, label.right):
+    if as_text and all(closed) and same_text(answer.right, label.right):
         return "correct"
     if len(answer.text) > MAX_SYMPY_CHARACTERS:
         return "too_long"

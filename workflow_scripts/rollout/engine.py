@@ -41,7 +41,10 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One response to sample. Weights, prompt, seed and `SamplingParams` decide it, not what else is asked for."""
+    """One response to sample. Weights, prompt, seed and `SamplingParams` decide it, not what else is asked for.
+
+    SGLang keeps this promise, and heeds the seed, only under ``enable_deterministic_inference``.
+    """
 
     prompt_ids: list[int]
     seed: int

@@ -277,7 +277,7 @@ class _Answering:
         """Let ``server`` answer as many requests as it can, or up to ``limit``; a few wait in it for their turn."""
         self._restarting.discard(server.index)
         try:
-            capacity = server.capacity()
+            capacity = server.capacity(timeout=PATIENCE)
         except ServerDown as error:
             self.events.put(_Down(server, server.starts, str(error)))
             return

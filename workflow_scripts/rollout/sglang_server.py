@@ -123,9 +123,9 @@ class Server:
             raise RuntimeError(f"{self.name}: {path}: {content[:2000].decode(errors='replace')}; log: {self.log}")
         return json.loads(content) if "json" in response.headers.get("Content-Type", "") else None
 
-    def capacity(self) -> int:
+    def capacity(self, timeout: float | None = None) -> int:
         """How many requests it answers at once."""
-        return self.state()["effective_max_running_requests_per_dp"]
+        return self.state(timeout)["effective_max_running_requests_per_dp"]
 
     def state(self, timeout: float | None = None) -> dict[str, Any]:
         """What its scheduler says of itself; a scheduler that hangs does not answer."""
