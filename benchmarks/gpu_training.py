@@ -32,6 +32,7 @@ from qwen3_5.build import build_model, finalize, initialize
 
 ROOT = Path(__file__).resolve().parents[1]
 PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200
+PROMPT = 200  # tokens
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers, for a first look")
     parser.add_argument("--budgets", type=int, nargs="+", default=[8192, 16384, 32768])
     parser.add_argument("--recompute", nargs="+", default=["full", "selective", "none"])
-    parser.add_argument("--response", type=int, default=1024, help="tokens of a response; its prompt has 200")
+    parser.add_argument("--response", type=int, default=1024, help=f"tokens of a response; its prompt has {PROMPT}")
     parser.add_argument("--packs", type=int, default=4, help="packs a step of each data-parallel rank")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after two that are not")
     parser.add_argument("--cpu-offload", action="store_true")
@@ -69,6 +70,7 @@ def settings(arguments: argparse.Namespace, recompute: str, budget: int) -> Mode
         "conversion": {"processes": 1},
         "optimizer": {"cpu_offload": arguments.cpu_offload},
         "training": {"max_tokens_per_gpu": budget, "recompute": recompute},
+        "sampling": {"max_prompt_tokens": PROMPT, "max_response_tokens": arguments.response},
     }
     if arguments.layers:
         changes["architecture"] = {"layers": arguments.layers}
@@ -149,16 +151,16 @@ def profile(step: Callable[[], Any], trace: Path) -> None:
         print(events.table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=80), flush=True)
 
 
-def made_up(vocabulary: int, response: int, tokens: int, prompt: int = 200) -> list[TrainingSequence]:
+def made_up(vocabulary: int, response: int, tokens: int) -> list[TrainingSequence]:
     """Random answers to random prompts, ``tokens`` in all, as an engine with these weights might have given them."""
     generator = torch.Generator().manual_seed(0)
     return [
         TrainingSequence(
-            ids=torch.randint(vocabulary, (prompt + response,), generator=generator),
+            ids=torch.randint(vocabulary, (PROMPT + response,), generator=generator),
             log_probs=torch.full((response,), -12.0),
             advantage=1.0 if number % 2 else -1.0,
         )
-        for number in range(max(tokens // (prompt + response), 1))
+        for number in range(max(tokens // (PROMPT + response), 1))
     ]
 
 

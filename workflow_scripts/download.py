@@ -1,22 +1,31 @@
-"""Bring a model or a data set here: from the Hub at one commit, or from a local folder; checked, linked, recorded."""
+"""Bring a model or a data set here: from the Hub at one commit, or from a local folder; checked and recorded."""
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 from checkpoints.manifest import write_manifest
 from common.errors import run
 from common.files import hold
 from common.problems import load_problem_set
-from configuration.schema import Dataset, ModelSource
-from hub.snapshot import MODEL_FILES, dataset_from_hub, from_folder, model_from_hub
+from configuration.schema import Architecture, Dataset, ModelSource, Section
+from configuration.shape import require_shape
+from hub.snapshot import dataset_from_folder, dataset_from_hub, model_from_folder, model_from_hub
+
+
+class ModelSettings(Section):
+    """What a model's download reads of the configuration."""
+
+    source: ModelSource
+    architecture: Architecture | None = None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
     parser.add_argument("--name", required=True, help="what a local folder's files are called here")
-    parser.add_argument("--folder", type=Path, required=True, help="where to link the files, in a folder of their own")
+    parser.add_argument("--folder", type=Path, required=True, help="where to put the files, in a folder of their own")
     parser.add_argument("--manifest", type=Path, required=True, help="what to write")
     arguments = parser.parse_args()
     with hold(arguments.manifest):
@@ -29,7 +38,7 @@ def download(arguments: argparse.Namespace) -> None:
     if "dataset" in settings:
         dataset = Dataset.model_validate(settings["dataset"])
         if dataset.folder:
-            snapshot = from_folder(Path(dataset.folder), [dataset.file], arguments.name, arguments.folder)
+            snapshot = dataset_from_folder(Path(dataset.folder), dataset.file, arguments.name, arguments.folder)
         else:
             snapshot = dataset_from_hub(dataset.repo, dataset.revision, dataset.file, arguments.folder)
         path = snapshot.root / dataset.file
@@ -41,11 +50,13 @@ def download(arguments: argparse.Namespace) -> None:
             "label_key": dataset.label_key,
         }
     else:
-        source = ModelSource.model_validate(settings["source"])
+        model = ModelSettings.model_validate(settings)
+        source, shape = model.source, model.architecture
+        inspect = partial(require_shape, shape=shape) if shape else None
         if source.folder:
-            snapshot = from_folder(Path(source.folder), MODEL_FILES, arguments.name, arguments.folder)
+            snapshot = model_from_folder(Path(source.folder), arguments.name, arguments.folder, inspect)
         else:
-            snapshot = model_from_hub(source.repo, source.revision, arguments.folder)
+            snapshot = model_from_hub(source.repo, source.revision, arguments.folder, inspect)
         facts = {}
 
     write_manifest(

@@ -171,6 +171,7 @@ def test_the_memory_estimate_is_within_a_tenth_of_every_measured_peak(root):
                 "max_tokens_per_gpu": note["tokens_a_pack"] // parallel["tensor"],
                 "recompute": note["recompute"],
             },
+            "sampling": {"max_response_tokens": note["response_tokens"]},
         }
         if "layers" in note:
             changes["architecture"] = {"layers": note["layers"]}

@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 
 from checkpoints.manifest import read_manifest
+from common.errors import UserError
+from configuration.schema import Architecture
+from configuration.shape import text_config
+from evaluation.problems import load_problems
 from hub_server import Fault, HubServer, serve
 
 SCRIPTS = Path(__file__).parents[2] / "workflow_scripts"
@@ -40,6 +44,8 @@ MODEL = {
 }
 WANTED = {name for name in MODEL if not re.search(r"README|\.py$|\.bin|\.pt$", name)}
 LFS = {name for name in MODEL if name.endswith(".safetensors")} | {"tokenizer.json", "pytorch_model.bin"}
+SHAPE = {"layers": 32, "hidden": 2560, "ffn": 9216, "attention_heads": 16, "key_value_groups": 4, "head_dim": 256}
+SHAPE |= {"linear_key_heads": 16, "linear_value_heads": 32, "linear_head_dim": 128, "tied_embeddings": True}
 ROWS = b"".join(
     json.dumps({"prompt": [{"role": "user", "content": f"What is {n} + 1?"}], "label": str(n + 1)}).encode() + b"\n"
     for n in range(5)
@@ -308,6 +314,34 @@ def test_a_local_folder_is_linked_and_named_by_its_digests(tmp_path):
     download.fails(download({"source": {"folder": str(tmp_path / "none")}}), "no such folder")
 
 
+def shaped(**changes) -> bytes:
+    """The config.json of a checkpoint of `SHAPE`, changed; context, rotation and norms are the checkpoint's own."""
+    text = text_config(Architecture.model_validate(SHAPE)) | {"rope_theta": 1e6, "max_position_embeddings": 4096}
+    return json.dumps({"text_config": text | changes}).encode()
+
+
+def test_another_model_s_checkpoint_is_refused_before_its_weights_are_fetched(hub, download):
+    hosted = hub.host("Qwen/tiny", MODEL | {"config.json": shaped(num_hidden_layers=36, hidden_size=4096)}, LFS)
+    config = {"source": {"repo": "Qwen/tiny"}, "architecture": SHAPE}
+    download.fails(download(config), "config.json: num_layers is 36", "declares 32")
+    assert hub.asked("resolve/.*/config.json") and not hub.asked("^GET /content/")
+    hosted.commit(MODEL | {"config.json": shaped()})
+    assert set(download.succeeds(download(config)).files) == WANTED
+    download.succeeds(download(config, HF_HUB_OFFLINE="1"))
+
+
+def test_another_model_s_checkpoint_in_a_local_folder_is_refused(tmp_path):
+    download = Run(tmp_path, None)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
+    (folder / "config.json").write_bytes(shaped(linear_value_head_dim=64))
+    config = {"source": {"folder": str(folder)}, "architecture": SHAPE}
+    download.fails(download(config), "linear_value_head_dim is 64", "declares 128")
+    (folder / "config.json").write_bytes(shaped())
+    download.succeeds(download(config))
+
+
 def test_a_data_set_is_the_one_file_that_the_configuration_names(hub, download):
     files = {"aime.jsonl": ROWS, "other.jsonl": ROWS}
     hosted = hub.host("zhuzilin/aime", files, {"aime.jsonl"}, "datasets")
@@ -340,3 +374,18 @@ def test_a_data_set_of_a_local_folder(tmp_path):
     download.manifest.unlink()
     config = {"folder": str(tmp_path / "data"), "file": "sums.jsonl", "rows": 30}
     download.fails(download({"dataset": config}), "5 usable rows instead of 30")
+
+
+def test_a_data_set_that_is_edited_in_place_changes_no_snapshot_of_it(tmp_path):
+    download = Run(tmp_path, None)
+    file = tmp_path / "sums.jsonl"
+    file.write_bytes(ROWS)
+    config = {"dataset": {"folder": str(tmp_path), "file": "sums.jsonl"}}
+    first = download.succeeds(download(config))
+    with file.open("r+b") as rows:  # as long as before
+        rows.write(ROWS.replace(b"What", b"Whom"))
+    assert len(load_problems(first)) == 5
+    assert download.succeeds(download(config)).root != first.root
+    (first.root / "sums.jsonl").write_bytes(ROWS.replace(b"What", b"Whom"))
+    with pytest.raises(UserError, match=r"sums\.jsonl: its sha256 is not the one"):
+        load_problems(first)

@@ -2,7 +2,10 @@
 
 import pytest
 
+from common.files import write_json
 from configuration.loading import load
+from configuration.shape import require_shape
+from tiny.tokenizer import train_tokenizer
 
 DENSE = {
     "hardware.gpus": 8,
@@ -181,3 +184,13 @@ def test_the_data_sets_are_the_recipe_s(configuration):
         == ("prompt", "label")
     )
     assert configuration.listed == ["4B", "9B", "27B", "35B_A3B"]
+
+
+@pytest.mark.parametrize("name", PER_MODEL)
+def test_a_random_checkpoint_of_the_benchmarks_has_the_declared_shape(configuration, root, tmp_path, monkeypatch, name):
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    from random_checkpoint import true_config
+
+    shape = configuration.models[name].architecture
+    write_json(tmp_path / "config.json", true_config(shape, train_tokenizer()))
+    require_shape(tmp_path, shape)

@@ -23,6 +23,7 @@ class Settings(Protocol):
     parallel: schema.Parallel
     optimizer: schema.Optimizer
     mtp: schema.Mtp
+    sampling: schema.Sampling
     engine: schema.Engine
 
 
@@ -32,6 +33,8 @@ class GpuMemory:
 
     Attributes:
         recompute: what is recomputed: as the settings say, or with ``auto`` the least that fits.
+        engine: the engine's static share: its weights, and behind them the requests' states.
+        engine_weights: of that the weights, in bf16 and with the MTP layer where it drafts.
     """
 
     recompute: Recompute
@@ -41,6 +44,7 @@ class GpuMemory:
     activations: float
     logits: float
     engine: float
+    engine_weights: float
 
     @property
     def training(self) -> float:
@@ -76,6 +80,7 @@ def estimate(shape: Architecture, settings: Settings, gpu_memory_gib: float) -> 
 def _estimate(shape: Architecture, settings: Settings, recompute: Recompute, gpu_memory_gib: float) -> GpuMemory:
     parallel, training = settings.parallel, settings.training
     world, mtp = processes(settings.hardware), int(settings.mtp.train)
+    drafts = int(settings.engine.speculation is not None)
     routed = shape.parameters(mtp) - _without_experts(shape, mtp)
     dense_here = (shape.parameters(mtp) - routed) / (parallel.tensor * parallel.pipeline)
     routed_here = routed / (parallel.expert * parallel.expert_tensor * parallel.pipeline)
@@ -83,7 +88,9 @@ def _estimate(shape: Architecture, settings: Settings, recompute: Recompute, gpu
     routed_copies = world // (parallel.expert * parallel.expert_tensor * parallel.pipeline)
     states = 0 if settings.optimizer.cpu_offload else 12 * (dense_here / dense_copies + routed_here / routed_copies)
     width = 2 if training.dtype == "bfloat16" else 4
-    tokens = training.max_tokens_per_gpu * parallel.tensor  # of a pack, without those of other context-parallel ranks
+    # Of the fullest pack, without those of other context-parallel ranks: a longer sequence gets a pack of its own.
+    longest = settings.sampling.max_prompt_tokens + settings.sampling.max_response_tokens
+    tokens = max(training.max_tokens_per_gpu * parallel.tensor, longest / parallel.context)
     return GpuMemory(
         recompute=recompute,
         weights=width * (dense_here + routed_here) / GIB,
@@ -93,6 +100,7 @@ def _estimate(shape: Architecture, settings: Settings, recompute: Recompute, gpu
         # logits of one chunk, their softmax and their gradient, in fp32
         logits=3 * 4 * training.log_prob_chunk * shape.vocab_size / parallel.tensor / GIB,
         engine=settings.engine.mem_fraction_static * gpu_memory_gib,
+        engine_weights=2 * shape.parameters(drafts) / settings.engine.gpus_per_engine / GIB,
     )
 
 

@@ -13,6 +13,7 @@ from common.errors import UserError
 from common.files import free_bytes
 from configuration.loading import Configuration
 from configuration.memory import GIB, disk_gib, estimate
+from configuration.provenance import Provenance
 from configuration.schema import Model
 from configuration.shape import architecture_of
 
@@ -20,6 +21,7 @@ GPU_PACKAGES = ("sglang", "fla", "tilelang")
 COMPILERS = ("gcc", "clang")  # with one of them Triton builds what starts its kernels
 CUDA_TOOLKIT = "/usr/local/cuda"  # where SGLang looks for one last, to build some of its kernels
 HEAVY = {"train", "evaluate"}  # the stages that take the recipe's GPUs and host memory
+SCRIPTS = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,24 @@ def check_jobs(jobs: Iterable[tuple[str, dict[str, str]]], configuration: Config
         model = configuration.models[name]
         if any(rule in HEAVY for rule, of in jobs if of == name):
             faults += [f"{name} {fault}" for fault in shortcomings(model, machine)]
-    disk = sum(disk_gib(configuration.models[model], rule) for rule, model in jobs)
+    disk = sum(_disk_to_take_gib(configuration, model, rule) for rule, model in jobs)
     if disk > machine.free_disk_gib:
         faults.append(f"the results need about {disk:.0f} GiB of disk and {machine.free_disk_gib:.0f} are free")
     if faults and configuration.preflight == "warn":
         print(f"warning: {'; '.join(faults)}", file=sys.stderr)
     elif faults:
         raise UserError(f"{'; '.join(faults)} (preflight: warn starts it all the same)")
+
+
+def _disk_to_take_gib(configuration: Configuration, model: str, stage: str) -> float:
+    """`disk_gib` less what is taken already: by the checkpoints, whole or not, of a training that will go on."""
+    disk = disk_gib(configuration.models[model], stage)
+    if stage != "train":
+        return disk
+    run = Path(configuration.results, model, "grpo", configuration.run)
+    work = run / Provenance(configuration, SCRIPTS).work(model)
+    taken = sum(file.stat().st_size for file in work.glob("*checkpoint-*/**/*") if file.is_file())
+    return max(disk - taken / GIB, 0)
 
 
 def shortcomings(model: Model, machine: Machine) -> list[str]:
@@ -113,6 +126,13 @@ def shortcomings(model: Model, machine: Machine) -> list[str]:
             faults.append(
                 f"needs about {needed.training:.0f} GiB a GPU to train and {needed.rollout:.0f} to roll out, and the"
                 f" smallest has {memory:.0f}: lower training.max_tokens_per_gpu or raise parallel.tensor"
+                " (a pack holds at least one whole answer, of sampling.max_response_tokens)"
+            )
+        if needed.engine_weights > needed.engine:
+            faults.append(
+                f"needs {needed.engine_weights:.1f} GiB of each GPU for the engine's weights, and"
+                f" engine.mem_fraction_static gives the engine {needed.engine:.1f} of {memory:.0f}:"
+                " raise it, or engine.gpus_per_engine"
             )
     return faults
 

@@ -80,8 +80,10 @@ class Provenance:
         return {"dataset": dataset, "name": name}, [script], {}
 
     def _download(self, model: str):
-        source = self._configuration.models[model].source
-        return {"source": source}, ["make_tiny.py" if source.place == "tiny" else "download.py"], {}
+        settings = self._configuration.models[model]
+        if settings.source.place == "tiny":
+            return {"source": settings.source}, ["make_tiny.py"], {}
+        return {"source": settings.source, "architecture": settings.architecture}, ["download.py"], {}
 
     def _convert(self, model: str):
         conversion = self._configuration.models[model].conversion

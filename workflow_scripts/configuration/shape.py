@@ -1,8 +1,23 @@
 """The shape that a recipe declares its model to have, as the checkpoint's own config.json would state it."""
 
+from dataclasses import fields
+from pathlib import Path
+
+from common.errors import UserError
 from configuration.schema import Architecture as Shape
 from configuration.schema import Model
 from qwen3_5.architecture import Architecture
+
+# What a recipe does not declare of its model, and so leaves to the checkpoint.
+UNDECLARED = {
+    "max_sequence_length",
+    "norm_epsilon",
+    "rotary_base",
+    "rotary_percent",
+    "full_attention_interval",
+    "linear_conv_kernel_dim",
+    "mtp_num_layers",
+}
 
 
 def text_config(shape: Shape) -> dict:
@@ -36,3 +51,14 @@ def text_config(shape: Shape) -> dict:
 def architecture_of(model: Model) -> Architecture | None:
     """The declared shape of a model, or None where it is made here and fits anywhere."""
     return Architecture.from_config(text_config(model.architecture)) if model.architecture else None
+
+
+def require_shape(folder: Path, shape: Shape) -> None:
+    """Refuse (`UserError`) a checkpoint whose ``config.json``, in ``folder``, states another shape than ``shape``."""
+    declared, found = Architecture.from_config(text_config(shape)), Architecture.from_folder(folder)
+    for name in (field.name for field in fields(Architecture) if field.name not in UNDECLARED):
+        if getattr(found, name) != getattr(declared, name):
+            raise UserError(
+                f"{folder / 'config.json'}: {name} is {getattr(found, name)}, and the model's architecture declares"
+                f" {getattr(declared, name)}: correct the model's source, or its architecture"
+            )

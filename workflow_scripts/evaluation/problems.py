@@ -11,7 +11,7 @@ def load_problems(data: Manifest) -> list[Problem]:
     An unusable row is a `UserError` whatever share of them training would bear: a score over fewer problems is another
     score. So are another number of rows than the configuration names, and, where it says so, a repeated prompt.
     """
-    data.require()
+    data.require(digests=True)
     file = data.root / data.facts["file"]
     settings = Dataset.model_validate(data.provenance["config"]["dataset"])
     problems, _ = load_problem_set(file, settings, max_bad_share=0.0)

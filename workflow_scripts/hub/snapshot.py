@@ -1,9 +1,11 @@
-"""A snapshot: the files that are needed, checked against their digests and linked into one folder."""
+"""A snapshot: the files that are needed, checked against their digests and brought together in one folder."""
 
 import hashlib
 import os
+import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -12,26 +14,32 @@ from huggingface_hub import constants
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import read_json
+from common.files import atomic_path, read_json
 from hub.client import PICKLES, Listing, RemoteFile, Repository, fetch, matching, resolve, resolve_offline
 
 # Weights as safetensors, and what reads them: never a pickle, never code.
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "LICENSE*"]
+CONFIG = "config.json"
 CHUNK = 8 * 2**20  # bytes read at a time
+
+Inspect = Callable[[Path], None]  # raises where the config.json in a folder is not that of the model that is wanted
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Linked files: the folder, name -> ``{"bytes", "sha256"}``, and where they are from."""
+    """The files in their place: the folder, name -> ``{"bytes", "sha256"}``, and where they are from."""
 
     root: Path
     files: dict[str, dict[str, Any]]
     facts: dict[str, str]
 
 
-def model_from_hub(repo: str, revision: str, hub: Path) -> Snapshot:
-    """Fetch a model's files at ``revision`` and link them below ``hub``; a `UserError` if it has only pickles."""
-    return _from_hub(Repository("model", repo), revision, MODEL_FILES, hub)
+def model_from_hub(repo: str, revision: str, hub: Path, inspect: Inspect | None = None) -> Snapshot:
+    """Fetch a model's files at ``revision`` and link them below ``hub``; a `UserError` if it has only pickles.
+
+    ``inspect`` is asked once config.json is there, before the weights are fetched.
+    """
+    return _from_hub(Repository("model", repo), revision, MODEL_FILES, hub, inspect)
 
 
 def dataset_from_hub(repo: str, revision: str, file: str, hub: Path) -> Snapshot:
@@ -39,35 +47,61 @@ def dataset_from_hub(repo: str, revision: str, file: str, hub: Path) -> Snapshot
     return _from_hub(Repository("dataset", repo), revision, [file], hub)
 
 
-def from_folder(folder: Path, patterns: list[str], name: str, hub: Path) -> Snapshot:
-    """Link the files of a local ``folder`` below ``hub``, in a folder named ``name`` and after their digests."""
+def model_from_folder(folder: Path, name: str, hub: Path, inspect: Inspect | None = None) -> Snapshot:
+    """Link a model's files in a local ``folder`` below ``hub``, in a folder named ``name`` and after their digests."""
+    return _from_folder(folder, MODEL_FILES, name, hub, link, inspect)
+
+
+def dataset_from_folder(folder: Path, file: str, name: str, hub: Path) -> Snapshot:
+    """The same of a dataset's one ``file``, copied: it is small, and who edits it in place must not edit the copy."""
+    return _from_folder(folder, [file], name, hub, copy)
+
+
+def _from_folder(
+    folder: Path,
+    patterns: list[str],
+    name: str,
+    hub: Path,
+    bring: Callable[[Path, Path, list[str]], None],
+    inspect: Inspect | None = None,
+) -> Snapshot:
     folder = folder.expanduser()
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: it is the source's folder in the configuration")
     found = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
     visible = [file.as_posix() for file in found if not any(part.startswith(".") for part in file.parts)]
     wanted = _wanted(str(folder), visible, patterns)
+    if inspect:
+        inspect(folder)
     entries = check(folder, {file: RemoteFile((folder / file).stat().st_size, "") for file in wanted}, str(folder))
     digest = hashlib.sha256("".join(f"{entry['sha256']} {file}\n" for file, entry in entries.items()).encode())
     root = hub / f"{name}@{digest.hexdigest()[:12]}"
-    link(folder, root, wanted)
+    bring(folder, root, wanted)
     return Snapshot(root, entries, {"folder": str(folder)})
 
 
-def _from_hub(repository: Repository, revision: str, patterns: list[str], hub: Path) -> Snapshot:
+def _from_hub(
+    repository: Repository, revision: str, patterns: list[str], hub: Path, inspect: Inspect | None = None
+) -> Snapshot:
     if constants.is_offline_mode():
         listing = resolve_offline(repository, revision, patterns)
     else:
         listing = resolve(repository, revision)
     wanted = _wanted(str(repository), list(listing.files), patterns)
-    listing = Listing(repository, listing.commit, {name: listing.files[name] for name in wanted})
-    if not constants.is_offline_mode():
-        fetch(listing, patterns)
-    cached = repository.cache / "snapshots" / listing.commit
-    entries = check(cached, listing.files, str(repository))
+    if inspect:
+        inspect(_cache(replace(listing, files={CONFIG: listing.files[CONFIG]}), [CONFIG])[0])
+    cached, entries = _cache(replace(listing, files={name: listing.files[name] for name in wanted}), patterns)
     root = hub / f"{repository.name.replace('/', '--')}@{listing.commit}"
     link(cached, root, wanted)
     return Snapshot(root, entries, {"repo": repository.name, "revision": revision, "commit": listing.commit})
+
+
+def _cache(listing: Listing, patterns: list[str]) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """Have all files of ``listing`` in the user's cache: the folder there, and what `check` says of them."""
+    if not constants.is_offline_mode():
+        fetch(listing, patterns)
+    folder = listing.repository.cache / "snapshots" / listing.commit
+    return folder, check(folder, listing.files, str(listing.repository))
 
 
 def _wanted(source: str, names: list[str], patterns: list[str]) -> list[str]:
@@ -85,8 +119,8 @@ def _wanted(source: str, names: list[str], patterns: list[str]) -> list[str]:
                 " choose one with .safetensors files"
             )
         raise UserError(f"{source}: holds no .safetensors file: it is not a model's weights")
-    if "config.json" not in found:
-        raise UserError(f"{source}: holds no config.json: it is not a model in the Hub's format")
+    if CONFIG not in found:
+        raise UserError(f"{source}: holds no {CONFIG}: it is not a model in the Hub's format")
     return found
 
 
@@ -158,3 +192,10 @@ def link(source: Path, root: Path, names: list[str]) -> None:
         except OSError:  # another disk, or one without hard links
             fresh.symlink_to(content)
         fresh.replace(here)
+
+
+def copy(source: Path, root: Path, names: list[str]) -> None:
+    """Copy ``names`` of ``source`` into ``root``, over what is there: it may be damaged."""
+    for name in names:
+        with atomic_path(root / name) as partial:
+            shutil.copyfile(source / name, partial)

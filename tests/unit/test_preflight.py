@@ -1,0 +1,62 @@
+"""Preflight refuses what would fail hours later, and nothing that would have passed."""
+
+import pytest
+
+from common.errors import UserError
+from configuration.loading import load
+from configuration.memory import GIB, disk_gib
+from configuration.preflight import Machine, check_jobs, shortcomings
+from configuration.provenance import Provenance
+
+
+def configured(root, overrides=None):
+    return load(root / "config/config.yaml", root / "config/models", overrides or {})
+
+
+def node(gpu_gib: float, free_disk_gib: float = 4000) -> Machine:
+    return Machine((gpu_gib,) * 8, host_memory_gib=1500, free_disk_gib=free_disk_gib, missing_packages=())
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpu_gib", "weights"),
+    [
+        ({}, 80, "50.1"),
+        ({}, 141, None),
+        ({"gpus_per_engine": 2}, 80, None),
+        ({"mem_fraction_static": 0.63}, 80, None),
+        ({"mem_fraction_static": 0.63, "speculation": {}}, 80, "50.9"),  # the MTP layer's too
+    ],
+)
+def test_an_engine_needs_room_for_its_weights(root, changes, gpu_gib, weights):
+    model = configured(root, {"per_model": {"27B": {"engine": changes}}}).models["27B"]
+    faults = shortcomings(model, node(gpu_gib))
+    if weights is None:
+        assert faults == []
+        return
+    (fault,) = faults
+    assert fault.startswith(f"needs {weights} GiB of each GPU for the engine's weights")
+    assert "engine.mem_fraction_static" in fault and "engine.gpus_per_engine" in fault and "\n" not in fault
+
+
+def test_a_training_that_goes_on_needs_no_disk_for_the_checkpoints_it_has(root, tmp_path, monkeypatch):
+    configuration = configured(root, {"results": str(tmp_path)})
+    needed = disk_gib(configuration.models["4B"], "train")
+    monkeypatch.setattr(Machine, "here", lambda results: node(141, free_disk_gib=needed / 2))
+    jobs = [("train", {"model": "4B"})]
+
+    def hold(work, checkpoint, share):
+        file = tmp_path / "4B/grpo/grpo" / work / checkpoint / "weights/0.distcp"
+        file.parent.mkdir(parents=True)
+        with file.open("wb") as content:
+            content.truncate(int(share * needed * GIB))  # takes no room itself
+
+    hold("of-other-settings", "checkpoint-000020", 2)
+    with pytest.raises(UserError, match=f"the results need about {needed:.0f} GiB of disk"):
+        check_jobs(jobs, configuration)
+    work = Provenance(configuration, root / "workflow_scripts").work("4B")
+    hold(work, "checkpoint-000020", 0.3)
+    hold(work, ".checkpoint-000040.partial", 0.3)  # removed when the training goes on
+    check_jobs(jobs, configuration)
+    hold(work, "checkpoint-000060", 5)
+    with pytest.raises(UserError, match="the results need about"):  # what is over makes no room for another's
+        check_jobs([*jobs, ("train", {"model": "9B"})], configuration)
