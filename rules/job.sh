@@ -1,5 +1,8 @@
 # What the shell commands of the rules call.
 
+# Who asks all processes of a job to end asks this shell, too: it waits for the job, which may have to save itself.
+trap : INT TERM
+
 # logged FILE: to the terminal and to the file. It outlives an interrupt, so that the job can report how it saved.
 logged() { (trap "" INT TERM; exec tee "$1"); }
 

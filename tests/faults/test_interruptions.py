@@ -7,9 +7,11 @@ SIGTERM), sometimes as a crash would (SIGKILL of Snakemake, of a job's process, 
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -156,3 +158,22 @@ def test_a_storm_of_kills_changes_nothing(root, tmp_path):
     assert storm.outcome() == expected, done
     assert calm.tells() == storm.tells() == []
     print("\n".join(done))
+
+
+@pytest.mark.slow
+def test_a_scheduler_s_warning_to_all_processes_lets_the_training_save_itself(root, tmp_path):
+    """Slurm sends SIGTERM to every process of a job at once, and kills what is left when the first one has ended."""
+    run = Run(root, tmp_path / "warned")
+    snakemake = run.start()
+
+    def trained() -> int:
+        return sum('"loss"' in file.read_text() for file in run.folder.glob("results/tiny/grpo/grpo/*/metrics.jsonl"))
+
+    while not trained():
+        assert snakemake.poll() is None, run.log.read_text()[-5000:]
+        time.sleep(0.1)
+    os.killpg(snakemake.pid, signal.SIGTERM)
+    assert snakemake.wait(timeout=120) != 0
+    assert jobs(snakemake.pid) == [], "Snakemake ended before its job"
+    stopped = re.search(r"stopped after (\d+) rollouts", run.log.read_text())
+    assert stopped and list(run.folder.glob(f"results/tiny/grpo/grpo/*/checkpoint-{int(stopped[1]):06d}"))

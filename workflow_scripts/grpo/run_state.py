@@ -152,19 +152,20 @@ def best(work: Path) -> Path | None:
 
 
 def prune(work: Path, keep: int) -> None:
-    """Remove all but the last ``keep`` checkpoints and the best.
+    """Remove all but the last ``keep`` checkpoints and the best, and what lies out of the way.
 
     To be called once a new checkpoint is whole: the old ones vouch for the run until then.
     """
     stay = {*sorted(_named(work), key=_number)[-keep:], best(work)}
     for folder in set(_named(work)) - stay:
         _remove(folder)
-    clear(work)
+    for left in work.glob(".checkpoint-*"):
+        shutil.rmtree(left)
 
 
 def clear(work: Path) -> None:
-    """Remove what stopped runs left half-written or half-removed: the next checkpoint may want the room."""
-    for left in work.glob(".checkpoint-*"):
+    """Remove what a stopped run left half-written: the next checkpoint may want the room."""
+    for left in work.glob(partial_folder("checkpoint-*").name):
         shutil.rmtree(left)
 
 
