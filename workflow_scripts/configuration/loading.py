@@ -146,7 +146,8 @@ def _say(error: dict[str, Any], key: tuple[str, ...], known: list[str]) -> str:
         return "missing"
     message = error["msg"].removeprefix("Value error, ")
     shown = error["input"]
-    return message if isinstance(shown, dict | BaseModel) else f"{message}, not {shown!r}"
+    says_it = error["type"] == "too_short" or isinstance(shown, dict | BaseModel)
+    return message if says_it else f"{message}, not {shown!r}"
 
 
 def _keys(kind: type[BaseModel], path: tuple[str, ...]) -> list[str]:
