@@ -26,4 +26,5 @@ onstart:
                 for job in workflow.dag.needrun_jobs()
             ],
             settings,
+            provenance,
         )

@@ -1,7 +1,6 @@
 """Train a model with GRPO: alone, or as one of several processes under torchrun. A stopped run is continued."""
 
 import argparse
-import hashlib
 import json
 import math
 import sys
@@ -20,7 +19,7 @@ from checkpoints import torch_dist
 from checkpoints.manifest import Manifest, describe, read_manifest, write_manifest
 from checkpoints.safetensors_io import HubCheckpoint
 from common.errors import UserError, run
-from common.files import hold
+from common.files import hold, sha256_of_all
 from common.problems import Problem
 from configuration import schema
 from configuration.layout import shape_fault
@@ -103,7 +102,10 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
     say("checking the weights")
     hub_manifest, weights = read_manifest(arguments.hub).require(), read_manifest(arguments.weights)
     weights.require(digests=first)
-    inputs = {"weights": digest_of(hub_manifest), "prompts": digest_of(read_manifest(arguments.data))}
+    inputs = {
+        "weights": sha256_of_all(hub_manifest.files),
+        "prompts": sha256_of_all(read_manifest(arguments.data).files),
+    }
     architecture, hub = Architecture.from_folder(hub_manifest.root), HubCheckpoint(hub_manifest.root)
     if fault := shape_fault(architecture, settings.parallel, settings.experts, on_gpu=settings.hardware.gpus > 0):
         raise UserError(str(fault))
@@ -170,12 +172,6 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
         control=control,
     )
     return loop.run()
-
-
-def digest_of(manifest: Manifest) -> str:
-    """Of all the files that it vouches for."""
-    entries = "".join(f"{entry['sha256']} {name}\n" for name, entry in sorted(manifest.files.items()))
-    return hashlib.sha256(entries.encode()).hexdigest()
 
 
 def find_checkpoint(work: Path, inputs: dict[str, str]) -> Path | None:

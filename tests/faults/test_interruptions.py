@@ -166,8 +166,8 @@ def test_a_scheduler_s_warning_to_all_processes_lets_the_training_save_itself(ro
     run = Run(root, tmp_path / "warned", targets=("train_tiny",))
     snakemake = run.start()
 
-    def trained() -> int:
-        return sum('"loss"' in file.read_text() for file in run.folder.glob("results/tiny/grpo/grpo/*/metrics.jsonl"))
+    def trained() -> bool:
+        return any('"loss"' in file.read_text() for file in run.folder.glob("results/tiny/grpo/grpo/*/metrics.jsonl"))
 
     while not trained():
         assert snakemake.poll() is None, run.log.read_text()[-5000:]

@@ -11,6 +11,7 @@ from configuration.json_schema import derived
 from configuration.loading import load, merge
 from configuration.memory import beside, estimate
 from configuration.preflight import Machine, check_jobs, shortcomings
+from configuration.provenance import Provenance
 from configuration.shape import architecture_of
 
 
@@ -247,7 +248,12 @@ def test_preflight_looks_for_the_cuda_toolkit_where_it_would_be_taken_from(tmp_p
 def test_preflight_refuses_or_warns(root, capsys, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     jobs = [("train", {"model": "9B"})]
+
+    def check(overrides=None):
+        configuration = configured(root, overrides)
+        check_jobs(jobs, configuration, Provenance(configuration, root / "workflow_scripts"))
+
     with pytest.raises(UserError, match=r"9B needs 8 GPUs .*preflight: warn starts it all the same"):
-        check_jobs(jobs, configured(root))
-    check_jobs(jobs, configured(root, {"preflight": "warn"}))
+        check()
+    check({"preflight": "warn"})
     assert capsys.readouterr().err.startswith("warning: 9B needs 8 GPUs")

@@ -40,6 +40,7 @@ def test_an_engine_needs_room_for_its_weights(root, changes, gpu_gib, weights):
 
 def test_a_training_that_goes_on_needs_no_disk_for_the_checkpoints_it_has(root, tmp_path, monkeypatch):
     configuration = configured(root, {"results": str(tmp_path)})
+    provenance = Provenance(configuration, root / "workflow_scripts")
     needed = disk_gib(configuration.models["4B"], "train")
     monkeypatch.setattr(Machine, "here", lambda results: node(141, free_disk_gib=needed / 2))
     jobs = [("train", {"model": "4B"})]
@@ -52,11 +53,11 @@ def test_a_training_that_goes_on_needs_no_disk_for_the_checkpoints_it_has(root, 
 
     hold("of-other-settings", "checkpoint-000020", 2)
     with pytest.raises(UserError, match=f"the results need about {needed:.0f} GiB of disk"):
-        check_jobs(jobs, configuration)
-    work = Provenance(configuration, root / "workflow_scripts").work("4B")
+        check_jobs(jobs, configuration, provenance)
+    work = provenance.work("4B")
     hold(work, "checkpoint-000020", 0.3)
     hold(work, ".checkpoint-000040.partial", 0.3)  # removed when the training goes on
-    check_jobs(jobs, configuration)
+    check_jobs(jobs, configuration, provenance)
     hold(work, "checkpoint-000060", 5)
     with pytest.raises(UserError, match="the results need about"):  # what is over makes no room for another's
-        check_jobs([*jobs, ("train", {"model": "9B"})], configuration)
+        check_jobs([*jobs, ("train", {"model": "9B"})], configuration, provenance)

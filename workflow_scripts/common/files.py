@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -87,6 +87,12 @@ def sha256_of(path: Path | str) -> str:
     """The hexadecimal sha256 of a file's content."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_all(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """The hexadecimal sha256 that tells a set of files by their names and contents: name -> ``{"sha256", ...}``."""
+    lines = "".join(f"{entry['sha256']} {name}\n" for name, entry in sorted(entries.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,6 @@ GPU_PACKAGES = ("sglang", "fla", "tilelang")
 COMPILERS = ("gcc", "clang")  # with one of them Triton builds what starts its kernels
 CUDA_TOOLKIT = "/usr/local/cuda"  # where SGLang looks for one last, to build some of its kernels
 HEAVY = {"train", "evaluate"}  # the stages that take the recipe's GPUs and host memory
-SCRIPTS = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,9 @@ def _visible_gpus() -> tuple[float, ...]:
     return tuple(float(megabytes) / 1024 for _, _, megabytes in gpus)
 
 
-def check_jobs(jobs: Iterable[tuple[str, dict[str, str]]], configuration: Configuration) -> None:
+def check_jobs(
+    jobs: Iterable[tuple[str, dict[str, str]]], configuration: Configuration, provenance: Provenance
+) -> None:
     """Refuse, in one line, to start jobs that this machine can't finish; with ``preflight: warn``, say so and go on.
 
     Args:
@@ -84,7 +85,7 @@ def check_jobs(jobs: Iterable[tuple[str, dict[str, str]]], configuration: Config
         model = configuration.models[name]
         if any(rule in HEAVY for rule, of in jobs if of == name):
             faults += [f"{name} {fault}" for fault in shortcomings(model, machine)]
-    disk = sum(_disk_to_take_gib(configuration, model, rule) for rule, model in jobs)
+    disk = sum(_disk_to_take_gib(configuration, provenance, model, rule) for rule, model in jobs)
     if disk > machine.free_disk_gib:
         faults.append(f"the results need about {disk:.0f} GiB of disk and {machine.free_disk_gib:.0f} are free")
     if faults and configuration.preflight == "warn":
@@ -93,13 +94,12 @@ def check_jobs(jobs: Iterable[tuple[str, dict[str, str]]], configuration: Config
         raise UserError(f"{'; '.join(faults)} (preflight: warn starts it all the same)")
 
 
-def _disk_to_take_gib(configuration: Configuration, model: str, stage: str) -> float:
+def _disk_to_take_gib(configuration: Configuration, provenance: Provenance, model: str, stage: str) -> float:
     """`disk_gib` less what is taken already: by the checkpoints, whole or not, of a training that will go on."""
     disk = disk_gib(configuration.models[model], stage)
     if stage != "train":
         return disk
-    run = Path(configuration.results, model, "grpo", configuration.run)
-    work = run / Provenance(configuration, SCRIPTS).work(model)
+    work = Path(configuration.results, model, "grpo", configuration.run, provenance.work(model))
     taken = sum(file.stat().st_size for file in work.glob("*checkpoint-*/**/*") if file.is_file())
     return max(disk - taken / GIB, 0)
 

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import atomic_path, read_json
+from common.files import atomic_path, read_json, sha256_of_all
 from hub.client import PICKLES, Listing, RemoteFile, Repository, fetch, matching, resolve, resolve_offline
 
 # Weights as safetensors, and what reads them: never a pickle, never code.
@@ -74,8 +74,7 @@ def _from_folder(
     if inspect:
         inspect(folder)
     entries = check(folder, {file: RemoteFile((folder / file).stat().st_size, "") for file in wanted}, str(folder))
-    digest = hashlib.sha256("".join(f"{entry['sha256']} {file}\n" for file, entry in entries.items()).encode())
-    root = hub / f"{name}@{digest.hexdigest()[:12]}"
+    root = hub / f"{name}@{sha256_of_all(entries)[:12]}"
     bring(folder, root, wanted)
     return Snapshot(root, entries, {"folder": str(folder)})
 
