@@ -21,8 +21,9 @@ from record import record
 
 from configuration.loading import load
 from configuration.memory import GIB, estimate
-from configuration.schema import Model, Mtp, Parallel
+from configuration.schema import Model, Mtp, Optimizer, Parallel
 from configuration.shape import architecture_of
+from grpo import gpu_optimizer
 from grpo.learner import Learner
 from grpo.optimizer import build_optimizer
 from grpo.policy import Policy
@@ -45,10 +46,13 @@ def main() -> None:
     parser.add_argument("--packs", type=int, default=4, help="packs a step of each data-parallel rank")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after two that are not")
     parser.add_argument("--cpu-offload", action="store_true")
+    parser.add_argument("--no-adam", action="store_true", help="no step, where the host cannot hold Adam's states")
     parser.add_argument("--tensor", type=int, default=1, help="GPUs that share every matrix")
     parser.add_argument("--expert", type=int, default=1, help="GPUs that share the experts")
     parser.add_argument("--profile", type=Path, help="write a step's trace there, and say what its kernels take")
     arguments = parser.parse_args()
+    if arguments.no_adam:
+        gpu_optimizer.OffloadedAdam = NoAdam
     initialize(Parallel(tensor=arguments.tensor, expert=arguments.expert, sequence=arguments.tensor > 1))
     for recompute in arguments.recompute:
         for budget in arguments.budgets:
@@ -61,6 +65,16 @@ def main() -> None:
     finalize()
 
 
+class NoAdam:
+    """Takes no step, in the place of `OffloadedAdam`: gradients are reduced and measured as ever, weights stay."""
+
+    def __init__(self, param_groups: list[dict[str, Any]], _: Optimizer) -> None:
+        self.param_groups = param_groups
+
+    def step(self) -> None:
+        pass
+
+
 def settings(arguments: argparse.Namespace, recompute: str, budget: int) -> Model:
     """The model's own recipe on these GPUs, with this budget."""
     changes = {
@@ -68,7 +82,7 @@ def settings(arguments: argparse.Namespace, recompute: str, budget: int) -> Mode
         "parallel": {"tensor": arguments.tensor, "expert": arguments.expert, "sequence": arguments.tensor > 1},
         "engine": {"gpus_per_engine": 1, "expert_parallel": 1},
         "conversion": {"processes": 1},
-        "optimizer": {"cpu_offload": arguments.cpu_offload},
+        "optimizer": {"cpu_offload": arguments.cpu_offload or arguments.no_adam},
         "training": {"max_tokens_per_gpu": budget, "recompute": recompute},
         "sampling": {"max_prompt_tokens": PROMPT, "max_response_tokens": arguments.response},
     }
@@ -114,6 +128,7 @@ def measure(arguments: argparse.Namespace, model: Model) -> None:
         "response_tokens": arguments.response,
         "layers": architecture.num_layers,
         "cpu_offload": model.optimizer.cpu_offload,
+        "adam": not arguments.no_adam,
     }
     if dist.get_rank():
         return

@@ -1,4 +1,4 @@
-"""Training that two GPUs share, on the SGLang engines of the same GPUs; and what a killed rank costs."""
+"""Training that two GPUs share, on the SGLang engines of the same GPUs; what a killed rank and server cost."""
 
 import json
 
@@ -51,3 +51,9 @@ def test_two_gpus_train_and_go_on_after_a_rank_was_killed(root, tmp_path, enviro
     rows = logged(tmp_path / "run")
     assert [row["rollout"] for row in rows] == [1, 2, 3, 4]
     assert max(row["log_prob_diff"] for row in rows) < LOG_PROB_DIFF[kind]
+
+
+def test_the_restart_of_one_server_keeps_no_memory_of_the_other_gpu(root, tmp_path, environment):
+    """A bucket that is sent to the restarted server alone must not wait to be read by the other."""
+    grpo_run.prepare(tmp_path, "dense", hidden=256, head_dim=64)
+    print(torchrun(2, str(root / "tests" / "gpu" / "restart_worker.py"), str(tmp_path / "hub"), env=environment).stdout)

@@ -64,7 +64,7 @@ def start(folder: Path, settings: Engine, most: int | None = None) -> "SglangEng
 
 def share_weights(folder: Path, settings: Engine, named: Iterable[tuple[str, Tensor]]) -> None:
     """The part of `SglangEngine.load_weights` of every training process but the one that drives the engine."""
-    sglang_weights.send(_whole(folder, settings, named), None)
+    sglang_weights.send(_whole(folder, settings, named))
 
 
 class SglangEngine:
@@ -136,17 +136,19 @@ class SglangEngine:
         servers = [self._in_need] if self._in_need else self.servers
         for server in servers:
             server.holds_weights = False
-        gpus = self.settings.gpus_per_engine
+
+        def readers() -> set[int]:
+            return {rank for server in servers if server.alive for rank in self._senders(server)}
 
         def deliver(handles: list[str]) -> None:
             def update(server: Server) -> None:
-                own = handles[server.index * gpus : (server.index + 1) * gpus] if len(handles) > 1 else handles * gpus
+                own = [handles[rank] for rank in self._senders(server)]
                 body = {"serialized_named_tensors": own, "load_format": "flattened_bucket", "flush_cache": False}
                 server.call("/update_weights_from_tensor", body, timeout=UPDATE_SECONDS)
 
             self._on(servers, update)
 
-        sglang_weights.send(_whole(self.folder, self.settings, named), deliver)
+        sglang_weights.send(_whole(self.folder, self.settings, named), deliver, readers)
         if self._state == "awake":
             self._on(servers, Server.flush)  # a user's radix cache holds what the old weights made of prompts
         for server in servers:
@@ -199,6 +201,13 @@ class SglangEngine:
                 raise RuntimeError("the engine has slept and knows no weights: call load_weights() first")
             self._on(self.servers, lambda server: server.resume("kv_cache", "cuda_graph"))
             self._state = "awake"
+
+    def _senders(self, server: Server) -> list[int]:
+        """The training processes on a server's GPUs, one a GPU; one that trains alone sends to all."""
+        gpus = self.settings.gpus_per_engine
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return [0] * gpus
+        return list(range(server.index * gpus, (server.index + 1) * gpus))
 
     def _supply(self, server: Server) -> None:
         """Give a server that was started anew the weights that the others have."""

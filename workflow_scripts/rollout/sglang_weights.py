@@ -34,26 +34,32 @@ def with_constants(
             yield name, hub.read(name)
 
 
-def send(named: Iterable[tuple[str, Tensor]], deliver: Callable[[list[str]], None] | None) -> None:
-    """Hand ``named`` over, bucket by bucket; all training processes call this together, rank 0 with ``deliver``.
+def send(
+    named: Iterable[tuple[str, Tensor]],
+    deliver: Callable[[list[str]], None] | None = None,
+    readers: Callable[[], Iterable[int]] | None = None,
+) -> None:
+    """Hand ``named`` over, bucket by bucket; all training processes call this together, rank 0 with the functions.
 
     ``deliver(handles)`` gets one handle a training process, in the order of ranks, and returns when the bucket has
-    been read.
+    been read. ``readers()`` says whose buckets will be: PyTorch keeps the memory behind a handle until it was opened,
+    so the others get the text "" instead of one.
     """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     under_way: Future | None = None
     with ThreadPoolExecutor(1) as pool:
+        will_be_read = _meet(ranks, readers)
         for tensors, buffer in _buckets(named):
             torch.cuda.current_stream().synchronize()
-            handles = _gathered(_handle(tensors, buffer), ranks)
+            handles = _gathered(_handle(tensors, buffer) if will_be_read else "", ranks)
             if under_way is not None:
                 under_way.result()
             if deliver is not None:
                 under_way = pool.submit(deliver, handles)
-            _wait_for_all(ranks)  # the bucket before this one may be filled anew
+            will_be_read = _meet(ranks, readers)  # the bucket before this one may be filled anew
         if under_way is not None:
             under_way.result()
-    _wait_for_all(ranks)
+    _meet(ranks, readers)
     torch.cuda.ipc_collect()
 
 
@@ -112,7 +118,14 @@ def _gathered(handle: str, ranks: int) -> list[str]:
     return handles
 
 
-def _wait_for_all(ranks: int) -> None:
-    """A barrier that leaves the GPU alone: a sum of numbers on the CPU goes over gloo."""
+def _meet(ranks: int, readers: Callable[[], Iterable[int]] | None) -> bool:
+    """All processes wait for one another; whether rank 0 says that this one's next bucket will be read.
+
+    The GPU is left alone: a sum of numbers on the CPU goes over gloo.
+    """
+    read = torch.zeros(ranks, dtype=torch.int32)
+    if readers is not None:
+        read[list(readers())] = 1
     if ranks > 1:
-        dist.all_reduce(torch.zeros(1))
+        dist.all_reduce(read)
+    return bool(read[dist.get_rank() if ranks > 1 else 0])
