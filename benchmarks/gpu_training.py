@@ -94,7 +94,6 @@ def settings(arguments: argparse.Namespace, recompute: str, budget: int) -> Mode
 
 def measure(arguments: argparse.Namespace, model: Model) -> None:
     architecture, training = architecture_of(model), model.training
-    torch.cuda.reset_peak_memory_stats()
     expected = estimate(architecture, model, torch.cuda.get_device_properties(0).total_memory / GIB)
     network = build_model(architecture, model.parallel, recompute=expected.recompute, experts=model.experts)
     with torch.no_grad():
@@ -108,6 +107,7 @@ def measure(arguments: argparse.Namespace, model: Model) -> None:
     budget = arguments.packs * training.max_tokens_per_gpu * gpus
     sequences = made_up(architecture.vocab_size, arguments.response, budget)
     tokens = sum(len(sequence.ids) for sequence in sequences)
+    torch.cuda.reset_peak_memory_stats()  # to move its weights into one buffer the optimizer had them twice
     progress, seconds = Progress(), []
     for _ in range(2 + arguments.steps):
         torch.cuda.synchronize()

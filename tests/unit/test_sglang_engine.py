@@ -224,6 +224,16 @@ def test_an_interrupt_aborts_what_runs_and_the_engine_goes_on(start):
     assert time.monotonic() - began < 5, "requests that nobody waits for were not aborted"
 
 
+def test_a_restart_that_all_answers_are_quicker_than_is_waited_for_the_next_time(start):
+    engine = start(2)
+    engine.servers[1].kill()
+    engine.generate(requests(2), PARAMS)
+    assert not engine.servers[1].alive  # what comes next may need its memory
+    engine.generate(requests(2), PARAMS)
+    assert engine.servers[1].alive
+    assert pid(engine.servers[1]) in processes(engine.generate(requests(2), PARAMS))
+
+
 def test_a_server_that_fails_at_the_start_says_why_in_one_line(start):
     with pytest.raises(UserError, match="CUDA out of memory, as it were; its log is ") as caught:
         start(1, random_seed=13)

@@ -82,6 +82,7 @@ class SglangEngine:
         self._folder_is_current = True  # until weights were loaded
         self._sent = False  # since `wake`
         self._in_need: Server | None = None  # the only one to be sent weights
+        self._cut_short: set[int] = set()  # servers whose restart took longer than all answers of a `generate`
 
     @property
     def heeds_seeds(self) -> bool:
@@ -109,7 +110,8 @@ class SglangEngine:
         completions: list[Completion | None] = [None] * len(requests)
         left = len(requests)
         with _Answering(self, requests, params) as answering:
-            while left:
+            # Such a restart is waited for the next time, or a server might never come back.
+            while left or self._cut_short & answering.restarting:
                 event = answering.events.get()
                 if isinstance(event, BaseException):
                     raise event
@@ -117,6 +119,7 @@ class SglangEngine:
                     answering.restart(event)
                 elif isinstance(event, _Up):
                     self._supply(event.server)
+                    self._cut_short.discard(event.server.index)
                     answering.employ(event.server)
                 else:
                     index, completions[index] = event
@@ -268,7 +271,7 @@ class _Answering:
         self._workers: list[threading.Thread] = []
         self._busy = [0] * count
         self._restarts = [0] * count
-        self._restarting: set[int] = set()
+        self.restarting: set[int] = set()
 
     def __enter__(self) -> "_Answering":
         for server in self.engine.servers:
@@ -284,8 +287,9 @@ class _Answering:
             for share in self._shares:
                 share.clear()
         for server in self.engine.servers:
-            if server.index in self._restarting:
-                server.kill()
+            if server.index in self.restarting:
+                server.kill()  # memory is soon needed for other things
+                self.engine._cut_short.add(server.index)
             elif kind is not None and self._busy[server.index]:
                 with contextlib.suppress(ServerDown):
                     server.abort()
@@ -294,7 +298,7 @@ class _Answering:
 
     def employ(self, server: Server, limit: int | None = None) -> None:
         """Let ``server`` answer as many requests as it can, or up to ``limit``; a few wait in it for their turn."""
-        self._restarting.discard(server.index)
+        self.restarting.discard(server.index)
         try:
             capacity = server.capacity(timeout=PATIENCE)
         except ServerDown as error:
@@ -311,7 +315,7 @@ class _Answering:
     def restart(self, down: _Down) -> None:
         """Start a failed server anew, in a thread, and let the others take what it leaves."""
         server = down.server
-        if server.index in self._restarting or server.starts != down.starts:
+        if server.index in self.restarting or server.starts != down.starts:
             return  # old news
         server.kill()
         self._restarts[server.index] += 1
@@ -320,10 +324,10 @@ class _Answering:
                 f"{server.name} failed again after {MAX_RESTARTS} restarts: {down.why}; its log: {server.log}"
             )
         _warn(f"{down.why}: starting it anew")
-        self._restarting.add(server.index)
+        self.restarting.add(server.index)
         self._workers.append(self._run(self._restart, server))
         for other in self.engine.servers:
-            if other.alive and other.index not in self._restarting:
+            if other.alive and other.index not in self.restarting:
                 self.employ(other)
 
     def _run(self, work: Callable[..., None], *arguments: object) -> threading.Thread:
@@ -381,7 +385,7 @@ class _Answering:
         try:
             self.engine._start(server)
         except UserError as error:
-            self._restarting.discard(server.index)
+            self.restarting.discard(server.index)
             self.events.put(_Down(server, server.starts, str(error)))
         else:
             self.events.put(_Up(server))
