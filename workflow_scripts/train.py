@@ -156,8 +156,9 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
     optimizer.sleep()  # the engine takes its share of what is free when it starts
     say("starting the engine")
     if stay:
-        settings = settings.model_copy(update={"engine": beside(settings.engine, memory.lasting, gpu_gib)})
+        settings = settings.model_copy(update={"engine": beside(settings.engine, taken_gib(), gpu_gib)})
     driver = start_driver(arguments, settings, hub_manifest, progress, interrupts, stack) if first else None
+    from_rank_0(None, control)  # until then the others' weights wait on the host: the engine measures what is free
     engine = driver.engine if driver else None
     loop = Loop(
         work=arguments.work,
@@ -195,6 +196,12 @@ def narrator(settings: Settings) -> Callable[[str], None]:
 def gpu_memory_gib() -> float:
     """Of this process's GPU; without one there is no such limit."""
     return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else math.inf
+
+
+def taken_gib() -> float:
+    """What is not free of this process's GPU."""
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / GIB
 
 
 def announce(work: Path) -> None:

@@ -58,7 +58,8 @@ def test_two_processes_train_as_one_does(root, tmp_path, environment):
     grpo_run.convert_model(tmp_path)
     alone, both = (grpo_run.arguments(tmp_path, tmp_path / name, training={"rollouts": 2}) for name in ("one", "two"))
     grpo_run.run(alone)
-    torchrun(2, str(root / "tests" / "grpo_run.py"), *both, env=environment)
+    worker = root / "tests" / "distributed" / "slow_engine_worker.py"
+    torchrun(2, str(worker), str(tmp_path / "engine runs"), *both, env=environment)
     read_manifest(tmp_path / "two.json").require(digests=True)
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

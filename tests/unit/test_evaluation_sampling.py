@@ -171,11 +171,11 @@ class Unseeded:
     weights_wanted = None
 
     def __init__(self, failures=()):
-        self.sittings, self.failures, self.restarts = [], list(failures), 0
+        self.sittings, self.failures, self.repeated = [], list(failures), 0
 
     def generate(self, requests, params, on_done):
         self.sittings.append(len(requests))
-        self.restarts += self.failures.pop(0) if self.failures else 0
+        self.repeated += self.failures.pop(0) if self.failures else 0
         for index in range(len(requests)):
             on_done(index, Completion([len(self.sittings)], [0.0], "stop"))
 

@@ -209,12 +209,19 @@ def test_mtp_trains_beside_the_policy_and_leaves_its_gradient_alone():
             torch.testing.assert_close(gradient / clips[1], expected, rtol=1e-3, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("poison", ["weight", "advantage"])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(poison):
-    _, ours, _ = models("dense")
+@pytest.mark.parametrize(
+    ("kind", "poison"),
+    [
+        ("dense", "decoder.final_layernorm.weight"),
+        ("moe", "decoder.layers.0.pre_mlp_layernorm.weight"),  # all layers' routers choose by NaN
+        ("dense", "an advantage"),
+    ],
+)
+def test_a_step_that_is_not_finite_is_skipped_and_counted(kind, poison):
+    _, ours, _ = models(kind)
     batch = sequences(SHAPES)
-    if poison == "weight":
-        ours.decoder.final_layernorm.weight.data[0] = float("nan")
+    if poison in (weights := dict(ours.named_parameters())):
+        weights[poison].data[0] = float("nan")
     else:
         batch[0] = TrainingSequence(batch[0].ids, batch[0].log_probs, float("inf"))
     before = {name: p.detach().clone() for name, p in ours.named_parameters()}

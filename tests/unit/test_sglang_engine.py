@@ -184,7 +184,7 @@ def test_servers_that_hang_are_restarted(start, monkeypatch, servers, seconds):
         hang()
     assert len(engine.generate(requests(24, length=20), PARAMS)) == 24
     assert all(server.starts >= 2 for server in engine.servers)  # one may be slow to answer, too, on a busy machine
-    assert engine.restarts >= servers and not engine.heeds_seeds
+    assert engine.repeated >= (servers if seconds else 0) and not engine.heeds_seeds
 
 
 def test_a_server_whose_restart_fails_is_tried_again_while_the_others_answer(start, monkeypatch):
@@ -222,6 +222,31 @@ def test_an_interrupt_aborts_what_runs_and_the_engine_goes_on(start):
     with pytest.raises(KeyboardInterrupt):
         engine.generate([*requests(1, length=1), *requests(3, length=500)], PARAMS, interrupt)
     assert time.monotonic() - began < 5, "requests that nobody waits for were not aborted"
+
+
+@pytest.mark.timeout(60)
+def test_an_interrupt_does_not_wait_for_a_server_that_hangs(start, monkeypatch):
+    monkeypatch.setattr(sglang_engine, "ABORT_SECONDS", 1)
+    engine = start(2)
+
+    def interrupt(index, completion):
+        os.kill(pid(engine.servers[1]), signal.SIGSTOP)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([*requests(1, length=1), *requests(3, length=500)], PARAMS, interrupt)
+    assert engine.servers[0].alive and not engine.servers[1].alive
+
+
+def test_only_a_restarted_server_s_weights_are_checked_while_the_others_answer(start, monkeypatch):
+    engine, asked = start(2), []
+    monkeypatch.setattr(Server, "call", lambda server, *_, **__: asked.append(server.index))
+    engine.check_weights(lambda: None)
+    assert set(asked) == {0, 1}
+    asked.clear()
+    engine._in_need = engine.servers[1]  # as while `weights_wanted` is called
+    engine.check_weights(lambda: None)
+    assert set(asked) == {1}
 
 
 def test_a_restart_that_all_answers_are_quicker_than_is_waited_for_the_next_time(start):

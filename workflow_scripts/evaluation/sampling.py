@@ -196,9 +196,9 @@ def sample_problems(
     with tqdm(total=len(wanted), initial=len(done), desc="samples", unit="sample", mininterval=1) as progress:
         for sitting in _sittings([index for index in wanted if index not in done]):
             for _ in range(TRIES):
-                restarts = engine.restarts
+                repeated = engine.repeated
                 drawn = sit(sitting)
-                if engine.heeds_seeds or engine.restarts == restarts:
+                if engine.heeds_seeds or engine.repeated == repeated:
                     break
                 print(f"{path}: a part of the engine failed: the sitting is drawn anew", file=sys.stderr)
                 _rewrite(path, origin, samples)

@@ -62,7 +62,7 @@ class FlexDispatcher(MoETokenDispatcher):
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Copy every token for its experts here, sorted by expert: (n, hidden), tokens per expert (E,), (n,)."""
-        wanted, local = probs >= 0, self.num_local_experts  # (received, E)
+        wanted, local = ~(probs < 0), self.num_local_experts  # (received, E); NaN was sent, and so is wanted
         expert, self.visitors = find_copies(wanted, self.visitor_count, min(local, self.config.moe_router_topk))
         chosen = probs.flatten().index_select(0, self.visitors.owners * local + expert)
         return copy_rows(hidden_states, self.visitors), wanted.sum(0), chosen

@@ -38,7 +38,7 @@ class CpuEngine:
     """`rollout.engine.RolloutEngine` on the CPU; up to ``max_running`` sequences run at once."""
 
     heeds_seeds = True
-    restarts = 0  # it runs in this process
+    repeated = 0  # it runs in this process
 
     def __init__(self, model: CpuModel, max_running: int):
         self.model, self.max_running = model, max_running

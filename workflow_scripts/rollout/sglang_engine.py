@@ -13,6 +13,7 @@ import queue
 import shutil
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,7 @@ PATIENCE = 300.0  # seconds that a scheduler may be silent before its server cou
 CHECK_INTERVAL = 15.0  # seconds between two looks at each server while it answers
 MAX_RESTARTS = 3  # of one server within one call
 UPDATE_SECONDS = 600.0  # for one bucket of weights
+ABORT_SECONDS = 30.0  # for a server to let go of what it is answering
 
 
 def start(folder: Path, settings: Engine, most: int | None = None) -> "SglangEngine":
@@ -71,12 +73,14 @@ class SglangEngine:
     """`rollout.engine.RolloutEngine` over SGLang servers.
 
     Attributes:
+        repeated: how many requests were asked for again, since their server failed.
         weights_wanted: called by `generate`, in its thread, when servers that were started anew need the weights that
             the others have; it must lead to `load_weights` on all training processes.
     """
 
     def __init__(self, folder: Path, settings: Engine, servers: list[Server]):
         self.folder, self.settings, self.servers = folder, settings, servers
+        self.repeated = 0
         self.weights_wanted: Callable[[], None] | None = None
         self._state: Literal["awake", "weights", "asleep"] = "awake"  # "weights": their memory is there, caches are not
         self._folder_is_current = True  # until weights were loaded
@@ -88,11 +92,6 @@ class SglangEngine:
     def heeds_seeds(self) -> bool:
         """Whether SGLang does."""
         return bool(self.settings.server_arguments.get("enable_deterministic_inference"))
-
-    @property
-    def restarts(self) -> int:
-        """Of all servers together."""
-        return sum(max(0, server.starts - 1) for server in self.servers)
 
     def start(self) -> None:
         """Start every server."""
@@ -136,7 +135,7 @@ class SglangEngine:
         if self._state == "asleep":
             raise RuntimeError("the engine is asleep: call wake() before load_weights()")
         self._folder_is_current = False
-        servers = [self._in_need] if self._in_need else self.servers
+        servers = self._receivers()
         for server in servers:
             server.holds_weights = False
 
@@ -179,10 +178,11 @@ class SglangEngine:
         Their weights are kept aside in host memory, overwritten at random, sent again and compared bit for bit: a
         tensor that is not sent, or that arrives differently twice, is a RuntimeError that names it.
         """
+        servers = self._receivers()
         for action in ("snapshot", "reset_tensors"):
-            self._on(self.servers, lambda server, action=action: server.call("/weights_checker", {"action": action}))
+            self._on(servers, lambda server, action=action: server.call("/weights_checker", {"action": action}))
         send()
-        self._on(self.servers, lambda server: server.call("/weights_checker", {"action": "compare"}))
+        self._on(servers, lambda server: server.call("/weights_checker", {"action": "compare"}))
 
     def close(self) -> None:
         """End all servers; the log of one that failed stays."""
@@ -204,6 +204,10 @@ class SglangEngine:
                 raise RuntimeError("the engine has slept and knows no weights: call load_weights() first")
             self._on(self.servers, lambda server: server.resume("kv_cache", "cuda_graph"))
             self._state = "awake"
+
+    def _receivers(self) -> list[Server]:
+        """Who gets the weights that are sent: while others answer, only the server that was started anew."""
+        return [self._in_need] if self._in_need else self.servers
 
     def _senders(self, server: Server) -> list[int]:
         """The training processes on a server's GPUs, one a GPU; one that trains alone sends to all."""
@@ -292,7 +296,14 @@ class _Answering:
                 self.engine._cut_short.add(server.index)
             elif kind is not None and self._busy[server.index]:
                 with contextlib.suppress(ServerDown):
-                    server.abort()
+                    server.abort(ABORT_SECONDS)
+        if kind is not None:
+            deadline = time.monotonic() + ABORT_SECONDS
+            for worker in self._workers:
+                worker.join(max(0.0, deadline - time.monotonic()))
+            for server in self.engine.servers:
+                if self._busy[server.index]:
+                    server.kill()  # it hangs, and so would whoever waits for its answers
         for worker in self._workers:
             worker.join()
 
@@ -371,6 +382,7 @@ class _Answering:
         with self._lock:
             if not self._over.is_set():
                 self._shares[server.index].appendleft(index)
+                self.engine.repeated += 1
 
     def _watch(self, server: Server, starts: int) -> None:
         """Report a server whose scheduler hangs, though its process lives."""

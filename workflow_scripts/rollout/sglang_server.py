@@ -163,9 +163,9 @@ class Server:
             routing=_routing(information, len(request.prompt_ids) + len(tokens) - 1) if params.with_routing else None,
         )
 
-    def abort(self) -> None:
+    def abort(self, timeout: float) -> None:
         """End all requests as they are."""
-        self.call("/abort_request", {"rid": "", "abort_all": True}, timeout=60)
+        self.call("/abort_request", {"rid": "", "abort_all": True}, timeout)
 
     def flush(self) -> None:
         """Forget what is cached, once nothing runs any more."""

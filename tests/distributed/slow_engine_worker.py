@@ -1,0 +1,32 @@
+"""One of several processes that train, as tests/grpo_run.py; none may wake its optimizer before the engine runs.
+
+An engine takes a share of what is free on all its GPUs when it starts, and SGLang refuses to where they differ by much.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import grpo_run
+import train
+from grpo.cpu_optimizer import CpuAdam
+
+RUNS = Path(sys.argv[1])
+start_engine, wake = train.start_engine, CpuAdam.wake
+
+
+def start_slowly(*arguments):
+    time.sleep(2)
+    engine = start_engine(*arguments)
+    RUNS.touch()
+    return engine
+
+
+def wake_late(self, weights_only=False):
+    assert RUNS.exists(), "woke while the engine was starting"
+    wake(self, weights_only)
+
+
+if __name__ == "__main__":
+    train.start_engine, CpuAdam.wake = start_slowly, wake_late
+    grpo_run.run(sys.argv[2:])
