@@ -20,13 +20,16 @@ from qwen3_5.architecture import Architecture
 from qwen3_5.build import build_model, initialize
 
 SHAPES = [(12, 9), (2, 70), (12, 3), (30, 1), (30, 20), (12, 33)]
+EVEN_SHAPES = [(12, 8), (2, 70), (30, 22)]  # which no layout pads
 LAYOUTS = {
     "dense": [Parallel(), Parallel(tensor=2), Parallel(tensor=2, sequence=False), Parallel(context=2)],
     "moe": [Parallel(), Parallel(expert=2), Parallel(tensor=2), Parallel(tensor=2, expert=2)],
+    # With the auxiliary loss, which is a pack's: all sequences are in one.
+    "balanced moe": [Parallel(tensor=2), Parallel(context=2)],
 }
 
 
-def sequences(architecture: Architecture) -> list[TrainingSequence]:
+def sequences(architecture: Architecture, shapes: list[tuple[int, int]]) -> list[TrainingSequence]:
     """Random responses to prompts, equal prompts where of equal length, and random experts to visit."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(280, (30,), generator=generator)
@@ -35,31 +38,32 @@ def sequences(architecture: Architecture) -> list[TrainingSequence]:
             ids=torch.cat([prompts[:prompt], torch.randint(280, (response,), generator=generator)]),
             log_probs=-4 + torch.randn(response, generator=generator),
             advantage=0.5 - index,
-            routing=experts(architecture, prompt + response, generator) if architecture.is_moe else None,
+            routing=random_experts(architecture, prompt + response, generator) if architecture.is_moe else None,
         )
-        for index, (prompt, response) in enumerate(SHAPES)
+        for index, (prompt, response) in enumerate(shapes)
     ]
 
 
-def experts(architecture: Architecture, tokens: int, generator: torch.Generator) -> torch.Tensor:
+def random_experts(architecture: Architecture, tokens: int, generator: torch.Generator) -> torch.Tensor:
     scores = torch.rand(tokens, architecture.num_layers, architecture.num_experts, generator=generator)
     return scores.topk(architecture.experts_per_token).indices.flatten(1)
 
 
-def save_gradients(hub_folder: Path, parallel: Parallel, folder: Path) -> None:
+def save_gradients(hub_folder: Path, kind: str, parallel: Parallel, folder: Path) -> None:
     """Learn from the sequences, and write the gradients in the place of the weights, and the metrics beside them."""
     initialize(parallel)
+    balanced = kind == "balanced moe"
+    shapes = EVEN_SHAPES if balanced else SHAPES
+    experts = Experts(dispatcher="alltoall", aux_loss_coefficient=0.1 if balanced else 0.0)
     architecture, hub = Architecture.from_folder(hub_folder), HubCheckpoint(hub_folder)
-    model = build_model(
-        architecture, parallel, dtype=torch.float32, mtp_num_layers=1, experts=Experts(dispatcher="alltoall")
-    )
+    model = build_model(architecture, parallel, dtype=torch.float32, mtp_num_layers=1, experts=experts)
     mapping.from_hub(model, architecture, hub)
     training = Training(
         dataset="d",
         prompts_per_rollout=1,
-        samples_per_prompt=len(SHAPES),
-        global_batch=len(SHAPES),
-        max_tokens_per_gpu=90,
+        samples_per_prompt=len(shapes),
+        global_batch=len(shapes),
+        max_tokens_per_gpu=1000 if balanced else 90,
         log_prob_chunk=16,
         dtype="float32",
     )
@@ -68,8 +72,9 @@ def save_gradients(hub_folder: Path, parallel: Parallel, folder: Path) -> None:
     mtp = Mtp(train=architecture.is_moe)  # without it prompts share their rows
     policy = Policy(model, training, algorithm, Sampling(temperature=0.7), mtp, replays_routing=architecture.is_moe)
     learner = Learner(policy, CpuAdam(model, settings), settings)
-    metrics = learner.learn(sequences(architecture), Progress())
-    packs = policy.micro_batches(sequences(architecture), StepTotals(len(SHAPES), sum(map(sum, SHAPES))))
+    batch = sequences(architecture, shapes)
+    metrics = learner.learn(batch, Progress())
+    packs = policy.micro_batches(batch, StepTotals(len(shapes), sum(map(sum, shapes))))
     for name, parameter in model.named_parameters():
         parameter.data.copy_(learner.optimizer.gradients[name])
     torch_dist.save(model, folder)
@@ -80,5 +85,5 @@ def save_gradients(hub_folder: Path, parallel: Parallel, folder: Path) -> None:
 
 if __name__ == "__main__":
     for number, layout in enumerate(LAYOUTS[sys.argv[2]]):
-        save_gradients(Path(sys.argv[1]), layout, Path(sys.argv[3]) / f"layout-{number}")
+        save_gradients(Path(sys.argv[1]), sys.argv[2], layout, Path(sys.argv[3]) / f"layout-{number}")
     dist.destroy_process_group()

@@ -22,6 +22,7 @@ def test_the_recipes_layouts_and_their_halves_are_allowed():
     [
         (DENSE_9B, Parallel(tensor=3), FLEX, "parallel.tensor"),
         (DENSE_9B, Parallel(tensor=4, context=8), FLEX, "parallel.tensor"),
+        (DENSE_9B, Parallel(tensor=8), FLEX, "parallel.tensor"),  # 4 key-value groups
         (DENSE_9B, Parallel(pipeline=3), FLEX, "parallel.pipeline"),
         (DENSE_9B, Parallel(expert=2), FLEX, "parallel.expert"),
         (MOE_35B, Parallel(expert=3), FLEX, "parallel.expert"),

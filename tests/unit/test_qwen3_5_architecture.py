@@ -83,6 +83,7 @@ def test_tied_embeddings_may_be_stated_beside_text_config():
         ({"hidden_size": None}, "hidden_size"),
         ({"layer_types": ["full_attention"] * 32}, "layer_types"),
         ({"hidden_act": "gelu"}, "gelu"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"attention_bias": True}, "attention_bias"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ({"linear_num_value_heads": 24}, "linear_num_value_heads 24"),

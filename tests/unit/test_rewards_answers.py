@@ -100,6 +100,10 @@ def test_a_million_characters_are_read_in_one_pass(text):
         (r"m + n = 33", 33),
         (r"30 + 3 = 33", 33),
         (r"\angle ABC = 33^\circ", 33),
+        ("[ABCD] = 33", 33),
+        ("P(X=3) = 33", 33),
+        (r"\sum_{n=1}^{3} n = 33", 33),
+        (r"\lfloor 33.5 \rfloor = 33", 33),
     ],
 )
 def test_writing_does_not_change_the_value(raw, value):
@@ -129,6 +133,8 @@ def test_a_hedge_states_several_answers_and_has_no_value(raw):
     "raw",
     [
         "33 = 34",
+        "x = 34 = 33",
+        "34. So x = 33",
         "33 34",
         "3_3",
         "33_{10}",

@@ -118,11 +118,7 @@ def _dense_rules(architecture: Architecture, parallel: Parallel) -> Iterator[Rul
             number % (tensor * context) != 0,
         )
     groups = architecture.num_query_groups
-    yield (
-        "parallel.tensor",
-        f"{tensor} neither divides nor is a multiple of the {groups} key-value groups",
-        groups % tensor != 0 and tensor % groups != 0,
-    )
+    yield "parallel.tensor", f"{tensor} does not divide the {groups} key-value groups", groups % tensor != 0
     here = max(1, groups // tensor)
     yield (
         "parallel.context",

@@ -169,8 +169,9 @@ class Policy:
             the loss and the metrics' weighted sums of the whole step, over all data-parallel ranks.
         """
         wants_entropy = bool(self.algorithm.entropy_coefficient) or self.algorithm.entropy_metric
-        ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / (len(batches) * ranks), device=self.device))
+        # The mean over packs; of a pack's loss every context-parallel rank has its part of the gradient already.
+        packs = len(batches) * parallel_state.get_data_parallel_world_size()
+        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / packs, device=self.device))
         sums: dict[str, Tensor] = {}
         began = time.perf_counter()
         for batch in batches:
@@ -194,8 +195,9 @@ class Policy:
                 sums[name] = sums[name] + value if name in sums else value
         together = torch.stack([value.double() for value in sums.values()])
         idle = _idle_share(began, self.device)
-        if ranks > 1:
-            dist.all_reduce(together, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        if group.size() > 1:
+            dist.all_reduce(together, group=group)
         of_experts = expert_metrics(take_expert_load(self.model), take_routing_agreement(self.model))
         return dict(zip(sums, together.tolist(), strict=True)) | idle | of_experts
 

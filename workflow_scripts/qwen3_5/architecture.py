@@ -101,6 +101,8 @@ class Architecture:
 
     def _check(self, text: dict[str, Any], where: str) -> None:
         """Refuse what this implementation would compute wrongly."""
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type") or rope.get("type") or "default"
         faults = [
             message
             for wrong, message in [
@@ -108,6 +110,7 @@ class Architecture:
                     text.get("layer_types", list(self.layer_kinds)) != list(self.layer_kinds),
                     f"layer_types is not one full attention in every {self.full_attention_interval} layers",
                 ),
+                (rope_type not in ("default", "mrope"), f"rope_type {rope_type!r} is not default"),
                 (text.get("hidden_act", "silu") != "silu", f"hidden_act {text.get('hidden_act')!r} is not silu"),
                 (bool(text.get("attention_bias")), "attention_bias is set"),
                 (text.get("attn_output_gate") is False, "attn_output_gate is off"),

@@ -63,7 +63,8 @@ SEPARATOR = re.compile(r";|(?<![A-Za-z\\])(?:or|and)(?![A-Za-z])|\\(?:lor|land|v
 GROUPED_DIGITS = re.compile(r"(?<![0-9,.])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])")
 BRACKET = re.compile(r"[{}()\[\]]")
 BRACKET_OR_COMMA = re.compile(r"[{}()\[\],]")
-EXPRESSION = re.compile(r"(?!.*[0-9] +[A-Za-z]{2})[A-Za-z0-9 _^{}()+\-*/\\|']*[A-Za-z][A-Za-z0-9 _^{}()+\-*/\\|']*")
+SIGN = r"(?:[A-Za-z0-9 _^{}()\[\]+\-*/\\|'=]|(?<=[0-9])\.(?=[0-9]))"
+EXPRESSION = re.compile(rf"(?!.*[0-9] +[A-Za-z]{{2}}){SIGN}*[A-Za-z]{SIGN}*")
 SYMBOL = re.compile(r"\\?[A-Za-z]+(?:_[A-Za-z0-9]|_\{[A-Za-z0-9]+\})?")
 
 
