@@ -4,16 +4,28 @@ from snakemake.utils import min_version
 min_version("9.27")
 
 
+# First, since it says better than Snakemake what is wrong with the configuration.
+include: "rules/common.smk"
+
+
 configfile: f"{workflow.basedir}/config/config.yaml"
 
 
-include: "rules/common.smk"
 include: "rules/download.smk"
 include: "rules/convert.smk"
 include: "rules/train.smk"
 include: "rules/evaluate.smk"
 include: "rules/report.smk"
 include: "rules/targets.smk"
+
+
+# Here, because Snakemake forgets the default target of a file that is included.
+rule all:
+    """Everything, ending with the report (the default target)."""
+    default_target: True
+    input:
+        f"{RESULTS}/report.html",
+        [f"{RESULTS}/{model}/hf/{settings.run}.json" for model in settings.listed],
 
 
 onstart:

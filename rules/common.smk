@@ -9,7 +9,7 @@ sys.path.insert(0, f"{workflow.basedir}/workflow_scripts")
 from common.errors import UserError
 from common.working_folder import claim
 from configuration.layout import processes
-from configuration.loading import load
+from configuration.loading import load, user_settings
 from configuration.preflight import check_jobs, table
 from configuration.provenance import Provenance
 
@@ -31,7 +31,11 @@ settings = complain(
     load,
     BASE / "config/config.yaml",
     BASE / "config/models",
-    workflow.config_settings.overwrite_config,
+    complain(
+        user_settings,
+        [Path(file) for file in workflow.config_settings.configfiles or ()],
+        workflow.config_settings.config or {},
+    ),
 )
 provenance = Provenance(settings, BASE / "workflow_scripts")
 RESULTS = settings.results

@@ -9,14 +9,6 @@ STAGES = {
 }
 
 
-rule all:
-    """Everything, ending with the report (the default target)."""
-    default_target: True
-    input:
-        f"{RESULTS}/report.html",
-        [f"{RESULTS}/{model}/hf/{settings.run}.json" for model in settings.listed],
-
-
 rule report:
     """Write the tables, the plots and the report over the listed models."""
     input:

@@ -11,15 +11,7 @@ from common.files import hold
 from configuration.provenance import code_digest, engine_file
 from configuration.schema import Engine, Evaluation, Reward
 from evaluation.problems import load_problems
-from evaluation.sampling import (
-    SITTING,
-    find_origin,
-    origin_of,
-    read_samples,
-    sample_problems,
-    saved_samples,
-    wanted_samples,
-)
+from evaluation.sampling import BATCH, SampleFile, origin_of, read_samples, sample_problems, wanted_samples
 from evaluation.scores import scores
 from rewards.math import Grader
 from rollout.engine import start_engine
@@ -57,10 +49,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.regrade:  # whatever version of the pipeline sampled them
         found, *_ = read_samples(arguments.samples)
         origin["model"] |= {key: found["model"][key] for key in ("code", "versions")} if found else {}
-    else:
-        find_origin(arguments.samples, origin)
-    wanted = wanted_samples(problems, settings)
-    samples = saved_samples(arguments.samples, origin, wanted)
+    file, wanted = SampleFile.open(arguments.samples, origin), wanted_samples(problems, settings)
+    samples = file.of(wanted)
     if arguments.regrade and len(samples) < len(wanted):
         raise UserError(
             f"{arguments.samples}: holds {len(samples)} of {len(wanted)} samples of these weights and settings: "
@@ -70,9 +60,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         model.require(digests=True)
         tokenizer = load_tokenizer(model.root)
         stops = stop_token_ids(model.root, tokenizer)
-        engine = start_engine(model.root, engine_settings, most=min(len(wanted), SITTING))
+        engine = start_engine(model.root, engine_settings, most=min(len(wanted), BATCH))
         try:
-            samples = sample_problems(engine, tokenizer, stops, problems, settings, arguments.samples, origin)
+            samples = sample_problems(engine, tokenizer, stops, problems, settings, file)
         finally:
             engine.close()
     with Grader(reward) as grader:

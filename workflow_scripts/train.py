@@ -144,7 +144,7 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
     if progress.rollout > training.rollouts:
         raise UserError(
             f"{arguments.work}: holds {progress.rollout} rollouts, training.rollouts is {training.rollouts}:"
-            " raise it, or delete that folder"
+            " raise it, or move that folder away"
         )
     if first:
         if not saved:

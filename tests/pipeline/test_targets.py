@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -30,6 +31,31 @@ def test_the_dag_resolves_completely(snakemake, tmp_path, target, root):
     for model in models:
         for message in ("fetch the starting weights", "convert to Megatron torch_dist", "train with GRPO"):
             assert re.search(rf"^Job \d+: {model}: {message}$", said(done), flags=re.MULTILINE), (model, message)
+
+
+def test_without_a_target_everything_is_made(snakemake, tmp_path, root):
+    done = snakemake("-n", "--directory", str(tmp_path), "--config", "models=[tiny]", snakefile=root / "Snakefile")
+    assert re.search(r"^all +1$", said(done), flags=re.MULTILINE), said(done)
+
+
+def test_what_config_nests_is_read_as_yaml(snakemake, tmp_path, root):
+    given = "engine={server_arguments: {disable_prefill_cuda_graph: false, random_seed: 3, grammar_backend: null}}"
+    done = snakemake(
+        *("-n", "-p", "--directory", str(tmp_path), "--config", given, "--", "train_9B"), snakefile=root / "Snakefile"
+    )
+    taken = '"server_arguments":{"disable_prefill_cuda_graph":false,"grammar_backend":null,"random_seed":3}'
+    assert taken in said(done)
+
+
+def test_a_configuration_that_is_not_yaml_is_named_with_the_line(snakemake, tmp_path, root):
+    for name in ("Snakefile", "rules", "config", "workflow_scripts"):
+        (tmp_path / name).symlink_to(root / name)
+    (tmp_path / "config").unlink()
+    shutil.copytree(root / "config", tmp_path / "config")
+    file = tmp_path / "config/config.yaml"
+    file.write_text(file.read_text().replace("run: grpo", "run: grpo: x"))
+    done = snakemake("-n", cwd=tmp_path)
+    assert re.search(r"^error: .*config/config.yaml: not valid YAML: .* line \d+", said(done), flags=re.MULTILINE)
 
 
 def test_conversion_of_the_mixture_of_experts_is_launched_by_torchrun_with_its_mtp_layer(snakemake, tmp_path, root):

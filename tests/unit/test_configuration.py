@@ -8,7 +8,7 @@ import yaml
 
 from common.errors import UserError
 from configuration.json_schema import derived
-from configuration.loading import load, merge
+from configuration.loading import load, merge, user_settings
 from configuration.memory import beside, estimate
 from configuration.preflight import Machine, check_jobs, shortcomings
 from configuration.provenance import Provenance
@@ -28,6 +28,10 @@ def configured(root, overrides=None):
         ({"optimizer": {"learning_rate": "fast"}}, "optimizer.learning_rate: Input should be a valid number"),
         ({"training": {"rollouts": 0}}, "training.rollouts: Input should be greater than 0, not 0"),
         ({"engine": {"kind": "vllm"}}, "engine.kind: Input should be 'sglang' or 'cpu', not 'vllm'"),
+        ({"rollouts": 3}, "rollouts: unknown key, did you mean training.rollouts?"),
+        ({"training": {"rollouts": None}}, "training.rollouts: Input should be a valid integer, not None"),
+        ({"models": []}, "models: List should have at least 1 item"),
+        ({"per_model": {"9b": {}}}, "per_model: unknown model '9b', did you mean '9B'?"),
         ({"models": ["9b"]}, "unknown model '9b', did you mean '9B'?"),
         ({"training": {"dataset": "dapo"}}, "unknown dataset 'dapo', did you mean 'dapo-math-17k'?"),
         ({"training": {"global_batch": 100}}, "global_batch 100 does not divide prompts_per_rollout 32"),
@@ -80,6 +84,26 @@ def test_a_mistake_in_a_model_s_own_file_names_that_file(root, tmp_path):
         (models / file.name).write_text(file.read_text().replace("layers: 64", "layers: sixty"))
     with pytest.raises(UserError, match=r"config/models/27B.yaml: architecture.layers: .* not 'sixty'"):
         load(root / "config/config.yaml", models, {})
+
+
+def test_what_a_model_lacks_is_for_its_own_file_to_say(root, tmp_path):
+    models = tmp_path / "config/models"
+    models.mkdir(parents=True)
+    (models / "mine.yaml").write_text("hardware: {gpus: 0}\n")
+    with pytest.raises(UserError, match=r"^config/models/mine.yaml: source: missing$"):
+        load(root / "config/config.yaml", models, {"models": ["mine"]})
+
+
+def test_a_section_that_stands_twice_in_a_file_is_refused(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("algorithm: {clip_high: 0.4}\nrun: x\nalgorithm: {use_kl_loss: false}\n")
+    with pytest.raises(UserError, match=r"config.yaml: not valid YAML: a second 'algorithm' .*line 3"):
+        user_settings([file], {})
+
+
+def test_a_home_folder_is_meant_by_a_tilde(root, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert configured(root, {"results": "~/results"}).results == "/home/me/results"
 
 
 def test_a_fault_of_a_model_that_is_not_listed_waits_until_it_is_asked_for(root):
@@ -253,7 +277,7 @@ def test_preflight_refuses_or_warns(root, capsys, monkeypatch):
         configuration = configured(root, overrides)
         check_jobs(jobs, configuration, Provenance(configuration, root / "workflow_scripts"))
 
-    with pytest.raises(UserError, match=r"9B needs 8 GPUs .*preflight: warn starts it all the same"):
+    with pytest.raises(UserError, match=r"9B needs 8 GPUs .*preflight: warn. in the configuration starts it anyway"):
         check()
     check({"preflight": "warn"})
     assert capsys.readouterr().err.startswith("warning: 9B needs 8 GPUs")

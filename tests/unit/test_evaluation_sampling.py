@@ -12,10 +12,10 @@ from common.errors import UserError
 from configuration.schema import Engine, Evaluation, Reward, TinyModel
 from evaluation import sampling
 from evaluation.problems import load_problems
-from evaluation.sampling import origin_of, read_samples, sample_problems, sample_seed
+from evaluation.sampling import SampleFile, origin_of, read_samples, sample_problems
 from evaluation.scores import evaluate as evaluate_live
 from rewards.math import Grader
-from rollout.engine import Completion, start_engine
+from rollout.engine import Completion, request_seed, start_engine
 from rollout.prompts import load_tokenizer, stop_token_ids
 from tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
 from tiny.tokenizer import train_tokenizer
@@ -82,7 +82,7 @@ def test_every_sample_and_the_scores_are_written(run, tmp_path):
     assert [(sample.problem, sample.sample) for sample in samples] == [
         (p, s) for p in range(PROBLEMS) for s in range(2)
     ]
-    assert all(sample.seed == sample_seed(5, sample.problem, sample.sample) for sample in samples)
+    assert all(sample.seed == request_seed(5, sample.problem, sample.sample) for sample in samples)
     assert all(1 <= sample.tokens <= 6 and sample.prompt[0]["role"] == "user" for sample in samples)
     assert len({sample.response for sample in samples}) > 1
     assert (facts["dataset"], facts["problems"], facts["samples_per_problem"]) == ("sums", PROBLEMS, 2)
@@ -165,66 +165,66 @@ def test_samples_of_a_protocol_that_comes_back_are_there_again(run, tmp_path, mo
 
 
 class Unseeded:
-    """An engine whose every answer differs, as SGLang's do; a part of it may have failed after each sitting."""
+    """An engine whose every answer differs, as SGLang's do; a part of it may have failed after each batch."""
 
     heeds_seeds = False
     weights_wanted = None
 
     def __init__(self, failures=()):
-        self.sittings, self.failures, self.repeated = [], list(failures), 0
+        self.batches, self.failures, self.repeated = [], list(failures), 0
 
     def generate(self, requests, params, on_done):
-        self.sittings.append(len(requests))
+        self.batches.append(len(requests))
         self.repeated += self.failures.pop(0) if self.failures else 0
         for index in range(len(requests)):
-            on_done(index, Completion([len(self.sittings)], [0.0], "stop"))
+            on_done(index, Completion([len(self.batches)], [0.0], "stop"))
 
 
 @pytest.fixture
 def draw(inputs, tmp_path):
-    """Sample with an engine into a file; what is returned says in which sitting each sample was drawn."""
+    """Sample with an engine into a file; what is returned says in which batch each sample was drawn."""
     tokenizer = load_tokenizer(inputs / "hub")
     problems = load_problems(read_manifest(inputs / "sums.json"))
 
     def call(engine, **settings):
         settings = Evaluation(**SETTINGS | settings)
-        path, origin = tmp_path / "samples.jsonl", origin_of("m", problems, settings)
-        samples = sample_problems(engine, tokenizer, (), problems, settings, path, origin)
+        file = SampleFile.open(tmp_path / "samples.jsonl", origin_of("m", problems, settings))
+        samples = sample_problems(engine, tokenizer, (), problems, settings, file)
         return [sample.response for sample in samples]
 
     return call
 
 
-def test_a_stopped_sitting_counts_only_where_seeds_are_heeded(draw, tmp_path, capsys):
+def test_a_stopped_batch_counts_only_where_seeds_are_heeded(draw, tmp_path, capsys):
     """Those that were finished are the short ones: with the others drawn anew, the score would rise."""
     first = draw(Unseeded(), samples_per_problem=1, pass_at=[1])
     path = tmp_path / "samples.jsonl"
     settled = path.read_bytes()
     draw(Unseeded())
     lines = path.read_bytes().splitlines(keepends=True)
-    stopped = settled + lines[2]  # one of the second sitting's three samples
+    stopped = settled + lines[2]  # one of the second batch's three samples
     path.write_bytes(stopped)
     engine = Unseeded()
     assert draw(engine)[::2] == first
-    assert engine.sittings == [3] and "1 samples of a stopped sitting" in capsys.readouterr().err
+    assert engine.batches == [3] and "1 samples of a stopped batch" in capsys.readouterr().err
     path.write_bytes(stopped)
     engine.heeds_seeds = True
     draw(engine)
-    assert engine.sittings == [3, 2]
+    assert engine.batches == [3, 2]
 
 
-def test_a_sitting_in_which_the_engine_failed_is_drawn_anew(draw):
+def test_a_batch_in_which_the_engine_failed_is_drawn_anew(draw):
     engine = Unseeded(failures=[1])
-    assert draw(engine) == draw(Unseeded()) and engine.sittings == [6, 6]
-    with pytest.raises(UserError, match="failed in each of 3 sittings"):
+    assert draw(engine) == draw(Unseeded()) and engine.batches == [6, 6]
+    with pytest.raises(UserError, match="failed in each of 3 tries"):
         draw(Unseeded(failures=[1, 1, 1]), seed=7)
 
 
-def test_long_evaluations_are_drawn_in_several_sittings(draw, monkeypatch):
-    monkeypatch.setattr(sampling, "SITTING", 4)
+def test_long_evaluations_are_drawn_in_several_batches(draw, monkeypatch):
+    monkeypatch.setattr(sampling, "BATCH", 4)
     engine = Unseeded()
     draw(engine)
-    assert engine.sittings == [4, 2]
+    assert engine.batches == [4, 2]
 
 
 def test_regrade_never_samples(run, tmp_path, monkeypatch):
@@ -244,3 +244,4 @@ def test_running_engine_can_be_evaluated(inputs, tmp_path):
         )
     engine.close()
     json.dumps(scores, allow_nan=False)
+    assert scores["problems"] == PROBLEMS and len(read_samples(tmp_path / "20.jsonl")[1]) == 2 * PROBLEMS

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from configuration import provenance
 from configuration.loading import load
 from configuration.provenance import Provenance
 
@@ -20,6 +21,20 @@ def test_a_download_depends_on_the_shape_that_it_must_have(root, name, depends):
     assert (before != after) == depends
     if depends:
         assert json.loads(after)["config"]["architecture"]["layers"] == 36
+
+
+def test_a_local_data_set_whose_content_changes_is_another(root, tmp_path):
+    def key():
+        overrides = {"datasets": {"mine": {"folder": str(tmp_path), "file": "mine.jsonl"}}}
+        configuration = load(root / "config/config.yaml", root / "config/models", overrides)
+        provenance._content.cache_clear()  # a run of its own
+        return Provenance(configuration, root / "workflow_scripts").key("dataset", name="mine")
+
+    keys = [key()]
+    for content in ("one", "two"):
+        (tmp_path / "mine.jsonl").write_text(content)
+        keys.append(key())
+    assert len(set(keys)) == 3 and key() == keys[-1]
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def json_line(value: Any) -> bytes:
+    """One line of JSON, readable; a lone surrogate, which UTF-8 cannot hold, as JSON's escape of it."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
 def require_room(folder: Path | str, needed: int) -> None:
     """Refuse (`UserError`) to begin writing ``needed`` bytes below ``folder`` where there is less room."""
     free = free_bytes(folder)

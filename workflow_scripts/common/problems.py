@@ -79,13 +79,13 @@ def require_problems(
         line, reason = bad[0]
         raise UserError(
             f"{path}: {len(bad)} of {len(bad) + len(problems)} rows are unusable, the first in line {line} ({reason}): "
-            "mend the file"
+            "correct them at the source"
         )
     if not problems:
         raise UserError(f"{path}: not one usable row: give another file")
     if rows is not None and len(problems) != rows:
         raise UserError(
-            f"{path}: {len(problems)} usable rows instead of {rows}: is it the right file, or set rows anew"
+            f"{path}: {len(problems)} usable rows instead of {rows}: is it the right file? Else correct `rows`"
         )
     if unique:
         seen: dict[str, int] = {}

@@ -4,7 +4,7 @@ What one model is trained with comes from four layers, each laid over the one be
 
 1. the sections that all models share, in ``config/config.yaml``;
 2. the model's own file, ``config/models/<model>.yaml``;
-3. what the user gives with ``--configfile`` or ``--config``;
+3. what the user gives with ``--configfile``, each over the one before, and with ``--config``;
 4. the section ``per_model: {<model>: ...}``, wherever it is given.
 
 Every fault is a `UserError` of one line that names the file, the key, the value and what is allowed.
@@ -12,6 +12,7 @@ Every fault is a `UserError` of one line that names the file, the key, the value
 
 import copy
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -65,15 +66,17 @@ def load(shared: Path, models_folder: Path, overrides: dict[str, Any]) -> Config
     Args:
         shared: config/config.yaml.
         models_folder: config/models, one file a model.
-        overrides: what the user's ``--configfile`` and ``--config`` say, already merged.
+        overrides: the user's own settings (`user_settings`).
     """
     base = Layer(_name(shared), read_yaml(shared))
     user = Layer("--config/--configfile", overrides)
-    root = _check(Root, [base, user])
+    root = _check(Root, [base, user], base)
     known = {file.stem: file for file in sorted(models_folder.glob("*.yaml"))}
-    for name in [*root.models, *root.per_model]:
-        if name not in known:
-            raise UserError(f"{_origin([base, user], ('models',))}: unknown model {name!r}{_nearest(name, known)}")
+    for key in [*(("models", name) for name in root.models), *(("per_model", name) for name in root.per_model)]:
+        if key[1] not in known:
+            raise UserError(
+                f"{_origin([base, user], key)}: {key[0]}: unknown model {key[1]!r}{_nearest(key[1], known)}"
+            )
     models, faults = {}, {}
     for name, file in known.items():
         try:
@@ -85,10 +88,35 @@ def load(shared: Path, models_folder: Path, overrides: dict[str, Any]) -> Config
     return Configuration(root.models, root.run, root.results, root.preflight, root.datasets, models, faults, root.plots)
 
 
+def user_settings(files: Sequence[Path], given: dict[str, Any]) -> dict[str, Any]:
+    """What the user's ``--configfile`` say, one over the other, and over them ``given``, Snakemake's ``--config``.
+
+    What stands within something in ``--config`` Snakemake leaves as text: it is read as YAML would read it.
+    """
+
+    def typed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: typed(content) for key, content in value.items()}
+        if isinstance(value, list):
+            return [typed(content) for content in value]
+        try:
+            found = yaml.safe_load(value) if isinstance(value, str) else value
+        except yaml.YAMLError:
+            return value
+        return found if found is None or isinstance(found, bool | int | float) else value
+
+    settings: dict[str, Any] = {}
+    for file in files:
+        settings = merge(settings, read_yaml(file))
+    return merge(
+        settings, {key: typed(value) if isinstance(value, dict | list) else value for key, value in given.items()}
+    )
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; anything else is a `UserError`."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -96,6 +124,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: a mapping of settings is expected, not {type(content).__name__}")
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, where YAML takes the last and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"a second {key.value!r}", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _model(name: str, own: Layer, base: Layer, user: Layer, datasets: dict[str, Dataset]) -> Model:
@@ -106,7 +146,7 @@ def _model(name: str, own: Layer, base: Layer, user: Layer, datasets: dict[str, 
         particular = (layer.content.get("per_model") or {}).get(name)
         if particular is not None:
             layers.append(Layer(f"{layer.origin}: per_model: {name}", particular))
-    model = _check(Model, layers)
+    model = _check(Model, layers, own)
     if fault := layout.fault(model):
         raise UserError(f"{_origin(layers, tuple(fault.key.split('.')))}: {fault}")
     for key, names in (
@@ -121,7 +161,8 @@ def _model(name: str, own: Layer, base: Layer, user: Layer, datasets: dict[str, 
     return model
 
 
-def _check(kind: type[BaseModel], layers: list[Layer]) -> Any:
+def _check(kind: type[BaseModel], layers: list[Layer], home: Layer) -> Any:
+    """All layers as one ``kind``; what is missing is ``home``'s to say."""
     merged: dict[str, Any] = {}
     for layer in layers:
         merged = merge(merged, layer.content)
@@ -134,14 +175,18 @@ def _check(kind: type[BaseModel], layers: list[Layer]) -> Any:
         first = error.errors()[0]
         key = tuple(str(part) for part in first["loc"])
         known = [*kind.model_fields, *(SHARED if kind is Root else ())] if len(key) == 1 else _keys(kind, key[:-1])
-        raise UserError(
-            f"{_origin(layers, key)}: {'.'.join(key) or kind.__name__}: {_say(first, key, known)}"
-        ) from None
+        origin = home.origin if first["type"] == "missing" else _origin(layers, key)
+        raise UserError(f"{origin}: {'.'.join(key) or kind.__name__}: {_say(first, key, known)}") from None
 
 
 def _say(error: dict[str, Any], key: tuple[str, ...], known: list[str]) -> str:
     if error["type"] == "extra_forbidden":
-        return f"unknown key{_nearest(key[-1], known)}"
+        sections = [section for section in SHARED if len(key) == 1 and key[0] in _keys(Model, (section,))]
+        return (
+            f"unknown key, did you mean {sections[0]}.{key[0]}?"
+            if sections
+            else f"unknown key{_nearest(key[-1], known)}"
+        )
     if error["type"] == "missing":
         return "missing"
     message = error["msg"].removeprefix("Value error, ")
@@ -165,11 +210,11 @@ def _origin(layers: list[Layer], key: tuple[str, ...]) -> str:
     for depth in range(len(key), 0, -1):
         for layer in reversed(layers):
             content: Any = layer.content
-            for part in key[:depth]:
+            for part in key[: depth - 1]:
                 content = content.get(part) if isinstance(content, dict) else None
-            if content is not None:
+            if isinstance(content, dict) and key[depth - 1] in content:
                 return layer.origin
-    return layers[-1].origin if len(layers) == 1 else layers[0].origin
+    return layers[0].origin
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -91,7 +91,7 @@ def check_jobs(
     if faults and configuration.preflight == "warn":
         print(f"warning: {'; '.join(faults)}", file=sys.stderr)
     elif faults:
-        raise UserError(f"{'; '.join(faults)} (preflight: warn starts it all the same)")
+        raise UserError(f"{'; '.join(faults)} (`preflight: warn` in the configuration starts it anyway)")
 
 
 def _disk_to_take_gib(configuration: Configuration, provenance: Provenance, model: str, stage: str) -> float:

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common.files import sha256_of
 from configuration.loading import Configuration
 from configuration.schema import Section
 
@@ -82,7 +83,11 @@ class Provenance:
     def _dataset(self, name: str):
         dataset = self._configuration.datasets[name]
         script = "make_problems.py" if dataset.place == "problems" else "download.py"
-        return {"dataset": dataset, "name": name}, [script], {}
+        config = {"dataset": dataset, "name": name}
+        if dataset.folder:
+            file = Path(dataset.folder).expanduser() / dataset.file
+            config["content"] = _content(file) if file.is_file() else None  # the download says that it is missing
+        return config, [script], {}
 
     def _download(self, model: str):
         settings = self._configuration.models[model]
@@ -202,6 +207,11 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
 
 def _dump(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+@functools.cache
+def _content(file: Path) -> str:
+    return sha256_of(file)
 
 
 def _digest(value: Any) -> str:

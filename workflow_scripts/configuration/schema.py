@@ -4,6 +4,7 @@ This is the one definition: the loader validates against it, the JSON schemas fo
 slice it, and entry scripts are handed the slices back as these types.
 """
 
+import os
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
@@ -84,10 +85,10 @@ class Dataset(Source):
     places = ("repo", "folder", "problems")
     problems: Problems | None = Field(None, description="make a problem set instead of downloading one")
     file: str = Field(description="the JSON-lines file within the source")
-    prompt_key: str = "prompt"
-    label_key: str = "label"
+    prompt_key: str = Field("prompt", description="a row's chat, a list of messages that ends with the user's")
+    label_key: str = Field("label", description="a row's answer, text or an integer")
     instruction: str | None = Field(
-        None, description="ends every prompt that does not ask for a \\boxed answer by itself; graded is nothing else"
+        None, description="ends every prompt that does not ask for a \\boxed answer itself; only those are graded"
     )
     rows: PositiveInt | None = Field(None, description="exact number of rows expected; None accepts any")
     unique_prompts: bool = Field(False, description="refuse the file if a prompt repeats")
@@ -351,11 +352,17 @@ def _not_base(name: str) -> str:
 class Root(Section):
     """config/config.yaml beside the sections of `Model` that all models share."""
 
-    models: list[Name] = Field(description="the models that download_all ... eval_all and the report cover")
-    run: Annotated[Name, AfterValidator(_not_base)] = Field(
-        "grpo", description="name of the training run; another name keeps the old one's results"
+    models: list[Name] = Field(
+        min_length=1, description="the models that download_all ... eval_all and the report cover"
     )
-    results: str = Field("results", description="the folder of everything that is made")
+    run: Annotated[Name, AfterValidator(_not_base)] = Field(
+        "grpo",
+        coerce_numbers_to_str=True,
+        description="name of the training run; another name keeps the old one's results",
+    )
+    results: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
+        "results", description="the folder of everything that is made"
+    )
     preflight: Literal["refuse", "warn"] = Field(
         "refuse", description="what becomes of a run that this machine seems too small for; estimates can be wrong"
     )

@@ -4,9 +4,9 @@
 another origin are never mixed with them, but wait in a file beside it. One line a sample follows, appended as each is
 finished.
 
-Samples are drawn in sittings. Those that a stopped sitting has finished are the short ones, and an engine that heeds no
+Samples are drawn in batches. Those that a stopped batch has finished are the short ones, and an engine that heeds no
 seeds would draw the long ones again, until they are short, too: a cut-off answer is a wrong one, so the score would
-rise. Of such an engine only whole sittings count. With seeds the long ones come back as they would have been.
+rise. Of such an engine only whole batches count. With seeds the long ones come back as they would have been.
 """
 
 import hashlib
@@ -17,20 +17,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import batched
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
-from common.files import atomic_write
+from common.files import atomic_write, json_line
 from common.problems import Problem
 from configuration.schema import Evaluation
-from rollout.engine import Completion, Request, RolloutEngine, SamplingParams
+from rollout.engine import Completion, Request, RolloutEngine, SamplingParams, request_seed
 from rollout.prompts import decode, encode_prompt
 
-SITTING = 2048  # samples at most: what a stop can cost; the end of each leaves the engine with less and less to do
-TRIES = 3  # of a sitting in which a part of the engine fails
+BATCH = 2048  # samples at most: what a stop can cost; the end of each leaves the engine with less and less to do
+TRIES = 3  # of a batch in which a part of the engine fails
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,8 @@ def origin_of(model: Any, problems: Sequence[Problem], settings: Evaluation) -> 
     return json.loads(json.dumps(origin))  # as a file gives it back
 
 
-def sample_seed(seed: int, problem: int, sample: int) -> int:
-    """The seed of one sample, 31 bits: the same for every model, whatever else is sampled."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{problem}/{sample}".encode()).digest()[:4], "big") >> 1
-
-
 def read_samples(path: Path | str) -> tuple[dict[str, Any] | None, list[Sample], int]:
-    """A file's origin, its samples as far as it is whole, and how many of them are of whole sittings: the first ones.
+    """A file's origin, its samples as far as it is whole, and how many of them are of whole batches: the first ones.
 
     Whatever follows the first damaged line is dropped: a killed process leaves part of a line. ``(None, [], 0)`` where
     there is no such file.
@@ -103,26 +98,49 @@ def read_samples(path: Path | str) -> tuple[dict[str, Any] | None, list[Sample],
     return origin, samples, settled
 
 
-def saved_samples(
-    path: Path | str, origin: dict[str, Any], wanted: Iterable[tuple[int, int]], *, settled_only: bool = False
-) -> list[Sample]:
-    """Those of the wanted ``(problem, sample)`` that ``path`` holds, in that order; none if their origin is another."""
-    found, samples, settled = read_samples(path)
-    if found != origin:
-        return []
-    at = {(sample.problem, sample.sample): sample for sample in (samples[:settled] if settled_only else samples)}
-    return [at[index] for index in wanted if index in at]
+class SampleFile:
+    """``samples.jsonl`` with the samples of one origin.
 
+    Attributes:
+        samples: what it held when it was opened, or last settled.
+        settled: how many of them, the first ones, are of whole batches.
+    """
 
-def find_origin(path: Path | str, origin: dict[str, Any]) -> None:
-    """Let ``path`` hold samples of ``origin``, if there are any; those of another one move to a file beside it."""
-    path = Path(path)
-    found, *_ = read_samples(path)
-    if found not in (None, origin):
-        print(f"{path}: its samples are of other weights or settings, and are kept beside it", file=sys.stderr)
-        path.rename(_beside(path, found))
-    if found != origin and _beside(path, origin).exists():
-        _beside(path, origin).rename(path)
+    def __init__(self, path: Path, origin: dict[str, Any], samples: list[Sample], settled: int) -> None:
+        self.path, self.origin, self.samples, self.settled = path, origin, samples, settled
+
+    @classmethod
+    def open(cls, path: Path | str, origin: dict[str, Any]) -> Self:
+        """Find the samples of ``origin``, if there are any; those of another one move to a file beside it."""
+        path = Path(path)
+        found, samples, settled = read_samples(path)
+        if found == origin:
+            return cls(path, origin, samples, settled)
+        if found is not None:
+            print(f"{path}: its samples are of other weights or settings, and are kept beside it", file=sys.stderr)
+            path.rename(_beside(path, found))
+        if not (own := _beside(path, origin)).exists():
+            return cls(path, origin, [], 0)
+        own.rename(path)
+        _, samples, settled = read_samples(path)
+        return cls(path, origin, samples, settled)
+
+    def of(self, wanted: Iterable[tuple[int, int]], *, settled_only: bool = False) -> list[Sample]:
+        """Those of the wanted ``(problem, sample)`` that it holds, in that order."""
+        samples = self.samples[: self.settled] if settled_only else self.samples
+        at = {(sample.problem, sample.sample): sample for sample in samples}
+        return [at[index] for index in wanted if index in at]
+
+    def append(self, sample: Sample) -> None:
+        """Write a sample of a batch that is under way."""
+        with self.path.open("ab") as file:
+            file.write(json_line(asdict(sample)))
+
+    def settle(self, samples: list[Sample]) -> None:
+        """Let it hold just these, all of them of whole batches."""
+        head = {"origin": self.origin, "settled": len(samples)}
+        atomic_write(self.path, b"".join([json_line(head), *(json_line(asdict(sample)) for sample in samples)]))
+        self.samples, self.settled = samples, len(samples)
 
 
 def _beside(path: Path, origin: dict[str, Any]) -> Path:
@@ -141,87 +159,93 @@ def sample_problems(
     stop_token_ids: tuple[int, ...],
     problems: Sequence[Problem],
     settings: Evaluation,
-    path: Path | str,
-    origin: dict[str, Any],
+    file: SampleFile,
 ) -> list[Sample]:
-    """Sample what ``path`` does not hold yet, and return all samples by problem; the file then holds just these."""
-    path, wanted = Path(path), wanted_samples(problems, settings)
-    find_origin(path, origin)
-    samples = saved_samples(path, origin, wanted)
+    """Sample what ``file`` does not hold yet, and return all samples by problem; it holds just these then."""
+    wanted = wanted_samples(problems, settings)
+    samples = file.of(wanted)
     if not engine.heeds_seeds and len(samples) < len(wanted):
-        settled = saved_samples(path, origin, wanted, settled_only=True)
+        settled = file.of(wanted, settled_only=True)
         if dropped := len(samples) - len(settled):
-            print(f"{path}: {dropped} samples of a stopped sitting are drawn anew with the others", file=sys.stderr)
+            print(
+                f"{file.path}: {dropped} samples of a stopped batch are sampled again with the others", file=sys.stderr
+            )
         samples = settled
-    _rewrite(path, origin, samples)
+    file.settle(samples)
     done = {(sample.problem, sample.sample) for sample in samples}
-    prompts = [encode_prompt(tokenizer, problem.messages, settings.enable_thinking) for problem in problems]
-    params = SamplingParams(
-        max_new_tokens=settings.max_response_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        presence_penalty=settings.presence_penalty,
-        stop_token_ids=stop_token_ids,
-    )
+    with tqdm(total=len(wanted), initial=len(done), desc="samples", unit="sample", mininterval=1) as progress:
+        sampler = _Sampler(engine, tokenizer, stop_token_ids, problems, settings, file, progress)
+        for batch in _batches([index for index in wanted if index not in done]):
+            drawn = [*file.samples, *sampler.draw(batch)]
+            file.settle(sorted(drawn, key=lambda sample: (sample.problem, sample.sample)))
+    return file.samples
 
-    def sit(sitting: list[tuple[int, int]]) -> list[Sample]:
-        requests = [Request(prompts[index[0]], sample_seed(settings.seed, *index)) for index in sitting]
+
+class _Sampler:
+    """Draws batches from an engine, each finished sample into the file at once."""
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_token_ids: tuple[int, ...],
+        problems: Sequence[Problem],
+        settings: Evaluation,
+        file: SampleFile,
+        progress: tqdm,
+    ) -> None:
+        self.engine, self.tokenizer, self.problems, self.seed = engine, tokenizer, problems, settings.seed
+        self.file, self.progress = file, progress
+        self.prompts = [encode_prompt(tokenizer, problem.messages, settings.enable_thinking) for problem in problems]
+        self.params = SamplingParams(
+            max_new_tokens=settings.max_response_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            presence_penalty=settings.presence_penalty,
+            stop_token_ids=stop_token_ids,
+        )
+
+    def draw(self, batch: list[tuple[int, int]]) -> list[Sample]:
+        """A batch in which no part of an engine failed that would sample anew what that part was answering."""
+        for _ in range(TRIES):
+            repeated = self.engine.repeated
+            drawn = self._draw_once(batch)
+            if self.engine.heeds_seeds or self.engine.repeated == repeated:
+                return drawn
+            print(f"{self.file.path}: a part of the engine failed: sampling the batch again", file=sys.stderr)
+            self.file.settle(self.file.samples)
+            self.progress.update(-len(drawn))
+        raise UserError(f"{self.file.path}: the engine failed in each of {TRIES} tries of a batch: see its log")
+
+    def _draw_once(self, batch: list[tuple[int, int]]) -> list[Sample]:
+        requests = [Request(self.prompts[index[0]], request_seed(self.seed, *index)) for index in batch]
         drawn, last = [], time.perf_counter()
 
         def keep(position: int, completion: Completion) -> None:
             nonlocal last
             now = time.perf_counter()
-            problem, number = sitting[position]
+            problem, number = batch[position]
             sample = Sample(
                 problem=problem,
                 sample=number,
                 seed=requests[position].seed,
-                prompt=problems[problem].messages,
-                response=decode(tokenizer, completion.token_ids),
+                prompt=self.problems[problem].messages,
+                response=decode(self.tokenizer, completion.token_ids),
                 tokens=len(completion.token_ids),
                 finish=completion.finish,
                 seconds=round(now - last, 6),
             )
             last = now
-            file.write(_line(asdict(sample)))
-            file.flush()
+            self.file.append(sample)
             drawn.append(sample)
-            progress.update()
+            self.progress.update()
 
-        with path.open("ab") as file:
-            engine.generate(requests, params, keep)
+        self.engine.generate(requests, self.params, keep)
         return drawn
 
-    with tqdm(total=len(wanted), initial=len(done), desc="samples", unit="sample", mininterval=1) as progress:
-        for sitting in _sittings([index for index in wanted if index not in done]):
-            for _ in range(TRIES):
-                repeated = engine.repeated
-                drawn = sit(sitting)
-                if engine.heeds_seeds or engine.repeated == repeated:
-                    break
-                print(f"{path}: a part of the engine failed: the sitting is drawn anew", file=sys.stderr)
-                _rewrite(path, origin, samples)
-                progress.update(-len(drawn))
-            else:
-                raise UserError(f"{path}: the engine failed in each of {TRIES} sittings; the log has the reason")
-            samples = sorted([*samples, *drawn], key=lambda sample: (sample.problem, sample.sample))
-            _rewrite(path, origin, samples)
-    return samples
 
-
-def _sittings(missing: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """All problems' first samples before their last ones; within a sitting by problem, whose prompt is shared."""
-    for sitting in batched(sorted(missing, key=lambda index: index[::-1]), SITTING):
-        yield sorted(sitting)
-
-
-def _rewrite(path: Path, origin: dict[str, Any], samples: list[Sample]) -> None:
-    """The file with these samples, all of them settled."""
-    head = {"origin": origin, "settled": len(samples)}
-    atomic_write(path, b"".join([_line(head), *(_line(asdict(sample)) for sample in samples)]))
-
-
-def _line(value: dict[str, Any]) -> bytes:
-    """One line of JSON, readable; a lone surrogate, which UTF-8 cannot hold, as JSON's escape of it."""
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+def _batches(missing: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """All problems' first samples before their last ones; within a batch by problem, whose prompt is shared."""
+    for batch in batched(sorted(missing, key=lambda index: index[::-1]), BATCH):
+        yield sorted(batch)

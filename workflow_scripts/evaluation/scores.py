@@ -15,7 +15,7 @@ from evaluation.estimators import (
     mean_with_error,
     pass_at,
 )
-from evaluation.sampling import Sample, origin_of, sample_problems
+from evaluation.sampling import Sample, SampleFile, origin_of, sample_problems
 from rewards.math import Grader, Verdict
 from rollout.engine import RolloutEngine
 
@@ -35,8 +35,8 @@ def evaluate(
     ``model`` is plain JSON that identifies the engine's weights; an evaluation of the same ones that was interrupted
     goes on from ``samples_path``.
     """
-    origin = origin_of(model, problems, settings)
-    samples = sample_problems(engine, tokenizer, stop_token_ids, problems, settings, samples_path, origin)
+    file = SampleFile.open(samples_path, origin_of(model, problems, settings))
+    samples = sample_problems(engine, tokenizer, stop_token_ids, problems, settings, file)
     return scores(problems, samples, settings, grader)
 
 

@@ -25,9 +25,9 @@ from grpo.interrupts import Interrupted, Interrupts
 from grpo.learner import Learner
 from grpo.metrics import RunLog, peak_memory, warn
 from grpo.run_state import Progress
-from grpo.samples import Sample, TrainingSequence, collect, request_seed, statistics, to_training
+from grpo.samples import Sample, TrainingSequence, collect, statistics, to_training
 from rewards.math import Grader
-from rollout.engine import RolloutEngine, SamplingParams
+from rollout.engine import RolloutEngine, SamplingParams, request_seed
 from rollout.prompts import decode
 
 KEPT_GROUPS = 2  # prompts of every rollout whose samples are kept to read
@@ -74,6 +74,7 @@ class Driver:
         began = time.perf_counter()
         group = self.training.samples_per_prompt
         requests = [
+            # ``place`` in its rollout, not the prompt's own: a small data set may hold a prompt at several.
             (prompt, request_seed(self.training.seed, number, place, sample))
             for place, prompt in enumerate(self.cursor.take(self.training.prompts_per_rollout))
             for sample in range(group)

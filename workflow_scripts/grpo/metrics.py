@@ -1,7 +1,6 @@
 """What a run reports: metrics.jsonl and samples.jsonl, TensorBoard, and Weights & Biases where it is asked for."""
 
 import importlib.util
-import json
 import math
 import os
 import resource
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import json_line
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
@@ -27,8 +27,7 @@ class JsonLines:
     def append(self, row: dict[str, Any]) -> None:
         """Write one line; numbers that JSON has no word for become null."""
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        line = json.dumps(clean, ensure_ascii=False, allow_nan=False)
-        self.file.write(line.encode("utf-8", "backslashreplace") + b"\n")  # a lone surrogate as JSON's escape of it
+        self.file.write(json_line(clean))
         self.file.flush()
 
     def sync(self) -> int:
@@ -129,7 +128,10 @@ def warn(message: str) -> None:
 
 def _start_wandb(project: str, work: Path) -> Any:
     if importlib.util.find_spec("wandb") is None:
-        raise UserError("training.wandb_project is set, but wandb is not installed: install it, or unset the key")
+        raise UserError(
+            "training.wandb_project is set, but wandb is not installed: unset the key, or run"
+            " `.venv-uv/bin/uv pip install --python .venv/bin/python wandb`"
+        )
     import wandb
 
     log = wandb.init(project=project, id=work.name, dir=work, resume="allow")

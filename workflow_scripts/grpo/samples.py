@@ -1,6 +1,5 @@
 """One rollout: prompts in, graded samples out. Token ids go in and token ids come out; nothing is tokenised again."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,15 +67,6 @@ class TrainingSequence:
     @property
     def response_length(self) -> int:
         return len(self.log_probs)
-
-
-def request_seed(seed: int, rollout: int, prompt: int, sample: int) -> int:
-    """The seed of one request, 31 bits that depend on all four numbers and on nothing else.
-
-    ``prompt`` is the prompt's place in its rollout: a small data set may hold the same prompt at several places.
-    """
-    digest = hashlib.sha256(f"{seed}/{rollout}/{prompt}/{sample}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
 
 
 def collect(

@@ -4,6 +4,7 @@ Each kind of engine lives in a module of its own, ``rollout/{kind}_engine.py``, 
 `RolloutEngine`. Nothing else knows the kinds, so a change of one engine touches no run that uses another.
 """
 
+import hashlib
 import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -127,6 +128,12 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """End the engine and whatever it started."""
+
+
+def request_seed(*key: int) -> int:
+    """The seed of a request, 31 bits that depend on all of ``key`` and on nothing else."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
 
 
 def start_engine(folder: Path | str, settings: Engine, most: int | None = None) -> RolloutEngine:
