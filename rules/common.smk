@@ -114,11 +114,6 @@ def launcher(count):
     return f"python -m torchrun --standalone --nproc-per-node={count} -m"
 
 
-def maker(source, generator):
-    """The script that brings a model or a problem set here: the download, or what makes it."""
-    return generator if source.place in ("tiny", "problems") else "download"
-
-
 # ---- where things lie --------------------------------------------------------------------------------------------
 
 

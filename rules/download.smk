@@ -14,7 +14,7 @@ rule download:
         runtime=240,
     params:
         provenance=proves("download"),
-        script=lambda wildcards: maker(of_model(wildcards).source, "make_tiny"),
+        script=lambda wildcards: of_model(wildcards).source.script,
         hub=f"{RESULTS}/hub",
     message:
         "{wildcards.model}: fetch the starting weights"
@@ -36,9 +36,7 @@ rule dataset:
         runtime=60,
     params:
         provenance=proves("dataset"),
-        script=lambda wildcards: maker(
-            settings.datasets[wildcards.name], "make_problems"
-        ),
+        script=lambda wildcards: settings.datasets[wildcards.name].script,
         folder=subpath(output[0], parent=True),
     message:
         "{wildcards.name}: fetch the problem set"

@@ -9,7 +9,7 @@ logged() { (trap "" INT TERM; exec tee "$1"); }
 # share THREADS PROCESSES: what each of the processes may have of a job's threads.
 share() { echo $(( $1 > $2 ? $1 / $2 : 1 )); }
 
-# use_gpus COUNT: show a job the first so many of the visible GPUs, and none where it has no claim to any.
+# use_gpus COUNT: show a job the first COUNT of the visible GPUs, and none where it has no claim to any.
 use_gpus() {
     local visible=${CUDA_VISIBLE_DEVICES-$(seq -s , 0 63)}
     export CUDA_VISIBLE_DEVICES=

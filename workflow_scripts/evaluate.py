@@ -60,7 +60,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         model.require(digests=True)
         tokenizer = load_tokenizer(model.root)
         stops = stop_token_ids(model.root, tokenizer)
-        engine = start_engine(model.root, engine_settings, most=min(len(wanted), BATCH))
+        engine = start_engine(model.root, engine_settings, max_requests=min(len(wanted), BATCH))
         try:
             samples = sample_problems(engine, tokenizer, stops, problems, settings, file)
         finally:

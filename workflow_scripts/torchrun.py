@@ -14,7 +14,7 @@ from torch.distributed import run
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.launcher import api
 
-from grpo.interrupts import ECHO_SECONDS
+from common.interrupts import ECHO_SECONDS
 
 PATIENCE = 24 * 60 * 60  # seconds
 

@@ -20,6 +20,7 @@ from checkpoints.manifest import Manifest, describe, read_manifest, write_manife
 from checkpoints.safetensors_io import HubCheckpoint
 from common.errors import UserError, run
 from common.files import hold, sha256_of_all
+from common.interrupts import Interrupts
 from common.problems import Problem
 from configuration import schema
 from configuration.layout import shape_fault
@@ -28,7 +29,6 @@ from evaluation.problems import load_problems
 from evaluation.scores import evaluate
 from grpo import metrics, run_state
 from grpo.data import PromptCursor, load_prompts
-from grpo.interrupts import Interrupts
 from grpo.learner import Learner
 from grpo.loop import Driver, Loop, control_group, from_rank_0
 from grpo.optimizer import build_optimizer
@@ -69,7 +69,6 @@ def main() -> None:
     parser.add_argument("--manifest", type=Path, required=True, help="the trained weights' manifest, written last")
     arguments = parser.parse_args()
     settings = Settings.model_validate(arguments.provenance["config"])
-    check(settings)
 
     initialize(settings.parallel, settings.training.seed)
     try:
@@ -82,12 +81,6 @@ def main() -> None:
     if dist.get_rank() == 0:
         write_result(arguments, checkpoint)
     finalize()
-
-
-def check(settings: Settings) -> None:
-    """Refuse what the types allow and training can't do."""
-    if settings.sampling.temperature == 0:
-        raise UserError("sampling.temperature: 0 gives every sample of a prompt the same answer; use one above 0")
 
 
 def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -> Path:
@@ -232,11 +225,11 @@ def start_driver(
     if progress.cursor:
         cursor.restore(progress.cursor)
     problems = validation_problems(arguments, settings)
-    most = max(
+    max_requests = max(
         settings.training.prompts_per_rollout * settings.training.samples_per_prompt,
         len(problems) * settings.validation.samples_per_problem,
     )
-    engine = start_engine(hub.root, settings.engine, most)
+    engine = start_engine(hub.root, settings.engine, max_requests)
     stack.callback(engine.close)
     grader = stack.enter_context(Grader(settings.reward))
     log = metrics.RunLog(arguments.work, progress.rollout + 1, settings.training.wandb_project)
@@ -278,7 +271,7 @@ def validator(
     stops: tuple[int, ...],
     grader: Grader,
 ) -> Callable[[RolloutEngine, int], dict[str, float]]:
-    """The evaluation during training: of the weights that an engine holds, after so many rollouts, to metrics."""
+    """The evaluation during training: of the weights that an engine holds, after a number of rollouts, to metrics."""
     wanted = settings.validation
     protocol = schema.Evaluation(
         datasets=[wanted.dataset],

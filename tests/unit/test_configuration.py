@@ -29,6 +29,7 @@ def configured(root, overrides=None):
         ({"training": {"rollouts": 0}}, "training.rollouts: Input should be greater than 0, not 0"),
         ({"engine": {"kind": "vllm"}}, "engine.kind: Input should be 'sglang' or 'cpu', not 'vllm'"),
         ({"rollouts": 3}, "rollouts: unknown key, did you mean training.rollouts?"),
+        ({"sampling": {"temperature": 0}}, "sampling.temperature: 0 gives every sample of a prompt the same answer"),
         ({"training": {"rollouts": None}}, "training.rollouts: Input should be a valid integer, not None"),
         ({"models": []}, "models: List should have at least 1 item"),
         ({"per_model": {"9b": {}}}, "per_model: unknown model '9b', did you mean '9B'?"),
@@ -143,7 +144,8 @@ def test_naming_another_place_replaces_the_first(root):
     overrides["per_model"]["tiny"] = {"source": {"tiny": {"warm_up": {"steps": 7}}}}
     configuration = configured(root, overrides)
     assert configuration.models["tiny"].source.tiny.warm_up.steps == 7
-    assert configuration.datasets["aime-2024"].place == configuration.models["9B"].source.place == "folder"
+    for source in (configuration.datasets["aime-2024"], configuration.models["9B"].source):
+        assert source.folder and source.repo is None
     assert configuration.datasets["aime-2024"].rows == 30
 
 

@@ -144,7 +144,7 @@ def test_a_download_with_a_flipped_bit_is_not_converted(monkeypatch, tmp_path):
     assert not (tmp_path / "torch_dist").exists() and not (tmp_path / "torch_dist.json").exists()
 
 
-def test_an_evaluation_is_not_taken_for_weights(monkeypatch, tmp_path):
+def test_a_download_is_not_taken_for_weights(monkeypatch, tmp_path):
     make_tiny_hub(tmp_path / "hub")
     download = vouch(tmp_path / "hub", tmp_path / "download.json")
     with pytest.raises(UserError, match="'download': give the manifest of a conversion or a training"):

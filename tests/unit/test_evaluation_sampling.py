@@ -99,9 +99,9 @@ def test_run_that_was_cut_in_the_middle_of_a_line_ends_with_the_same_file(run, t
     samples.write_bytes(b"".join([lines[0], lines[4], lines[2], lines[6][:50]]))
     asked, start = [], evaluate.start_engine
 
-    def spy(*arguments, most):
-        assert most == 6, "an engine makes room for no more"
-        engine = start(*arguments, most)
+    def spy(*arguments, max_requests):
+        assert max_requests == 6, "an engine makes room for no more"
+        engine = start(*arguments, max_requests)
         generate = engine.generate
         engine.generate = lambda requests, *rest: asked.extend(requests) or generate(requests, *rest)
         return engine

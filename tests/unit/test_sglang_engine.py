@@ -307,7 +307,7 @@ def test_a_restarted_server_is_given_the_weights_that_it_should_have(start):
 def test_a_server_sets_memory_aside_for_its_share_of_the_requests(package, monkeypatch, wanted, expected):
     monkeypatch.setenv("PYTHONPATH", str(package))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    engine = sglang_engine.start(Path("model"), Engine(max_running_requests=wanted), most=9)
+    engine = sglang_engine.start(Path("model"), Engine(max_running_requests=wanted), max_requests=9)
     engine.close()
     assert [server._arguments["max_running_requests"] for server in engine.servers] == [expected] * 2
 

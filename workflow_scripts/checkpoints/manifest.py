@@ -29,6 +29,7 @@ class Manifest:
         files: relative name -> ``{"bytes": int, "sha256": str}``.
         facts: what else the stage wants to hand on (plain JSON).
         provenance: the rule's provenance param: config slice, code, upstream.
+        versions: of the packages that made it (`versions`).
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     facts: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
     def require(self, digests: bool = False) -> "Manifest":
         """Check that every file is there with its size (and its sha256); the first that is not is a `UserError`."""
@@ -99,6 +101,7 @@ def read_manifest(path: Path | str) -> Manifest:
             files=content["files"],
             facts=content["facts"],
             provenance=content["provenance"],
+            versions=content["versions"],
         )
     except (KeyError, TypeError):
         raise UserError(f"{path}: not a manifest: delete it and run again") from None

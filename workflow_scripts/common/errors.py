@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether ``error`` comes of a full disk or quota, also where a library hides the number in its words."""
+    """Whether ``error`` was caused by a full disk or quota, also where a library gives the message alone, no errno."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return full or "No space left on device" in str(error)
 

@@ -109,15 +109,15 @@ def hold(result: Path | str) -> Iterator[None]:
     result = Path(result)
     result.parent.mkdir(parents=True, exist_ok=True)
     with result.with_name(f".{result.name}.lock").open("a+") as lock:
-        if holder := taken_by(lock):
+        if holder := try_lock(lock):
             print(f"{result}: {holder} is at work on it: waiting for its end", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
             _sign(lock)
         yield
 
 
-def taken_by(lock: IO[str]) -> str:
-    """Lock a file opened with "a+", for as long as it is open, and sign it; or say who has: "" if it is ours now."""
+def try_lock(lock: IO[str]) -> str:
+    """Lock a file opened with "a+" for as long as it is open, and sign it; gives who holds it already, else ""."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import IO
 
-from common.files import taken_by
+from common.files import try_lock
 
 
 def claim(folder: Path) -> IO[str]:
@@ -15,7 +15,7 @@ def claim(folder: Path) -> IO[str]:
     """
     folder.mkdir(exist_ok=True)
     mine = (folder / "milepost.lock").open("a+")
-    if holder := taken_by(mine):
+    if holder := try_lock(mine):
         print(f"note: {holder} is at work in {folder.absolute().parent}", file=sys.stderr)
         return mine
     for lock in folder.glob("locks/*"):

@@ -25,12 +25,6 @@ def processes(hardware: Hardware) -> int:
     return hardware.processes or hardware.gpus or 1
 
 
-def data_parallel(model: Model) -> int:
-    """Copies of the dense part of the model over all processes."""
-    parallel = model.parallel
-    return processes(model.hardware) // (parallel.tensor * parallel.pipeline * parallel.context)
-
-
 def fault(model: Model) -> Fault | None:
     """The first setting that can't be, or None."""
     return next((Fault(key, message) for key, message, wrong in _rules(model) if wrong), None)
@@ -38,6 +32,11 @@ def fault(model: Model) -> Fault | None:
 
 def _rules(model: Model) -> Iterator[Rule]:
     """Cheapest to explain first."""
+    yield (
+        "sampling.temperature",
+        "0 gives every sample of a prompt the same answer: use one above 0",
+        model.sampling.temperature == 0,
+    )
     parallel, hardware, engine, training = model.parallel, model.hardware, model.engine, model.training
     world, dense = processes(hardware), parallel.tensor * parallel.pipeline * parallel.context
     routed = parallel.expert * parallel.expert_tensor * parallel.pipeline

@@ -22,8 +22,9 @@ from pydantic import BaseModel, ValidationError
 
 from common.errors import UserError
 from configuration import layout
-from configuration.schema import Dataset, Model, Plots, Root
+from configuration.schema import Dataset, Model, ModelSource, Plots, Root
 
+PLACES = frozenset(ModelSource.places + Dataset.places)
 SHARED = tuple(name for name in Model.model_fields if name not in ("source", "architecture"))
 
 
@@ -243,6 +244,3 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         else:
             result[key] = value
     return result
-
-
-PLACES = frozenset({"repo", "folder", "tiny", "problems"})

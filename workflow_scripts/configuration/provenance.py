@@ -82,18 +82,18 @@ class Provenance:
 
     def _dataset(self, name: str):
         dataset = self._configuration.datasets[name]
-        script = "make_problems.py" if dataset.place == "problems" else "download.py"
         config = {"dataset": dataset, "name": name}
         if dataset.folder:
             file = Path(dataset.folder).expanduser() / dataset.file
             config["content"] = _content(file) if file.is_file() else None  # the download says that it is missing
-        return config, [script], {}
+        return config, [f"{dataset.script}.py"], {}
 
     def _download(self, model: str):
         settings = self._configuration.models[model]
-        if settings.source.place == "tiny":
-            return {"source": settings.source}, ["make_tiny.py"], {}
-        return {"source": settings.source, "architecture": settings.architecture}, ["download.py"], {}
+        config = {"source": settings.source}
+        if not settings.source.tiny:
+            config["architecture"] = settings.architecture
+        return config, [f"{settings.source.script}.py"], {}
 
     def _convert(self, model: str):
         conversion = self._configuration.models[model].conversion

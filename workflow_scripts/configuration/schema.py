@@ -37,11 +37,6 @@ class Source(Section):
 
     places: ClassVar[tuple[str, ...]] = ("repo", "folder")
 
-    @property
-    def place(self) -> str:
-        """Which of the places is given: ``repo``, ``folder``, or what this pipeline makes itself."""
-        return next(name for name in self.places if getattr(self, name) is not None)
-
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         given = [name for name in self.places if getattr(self, name) is not None]
@@ -78,6 +73,11 @@ class ModelSource(Source):
     places = ("repo", "folder", "tiny")
     tiny: TinyModel | None = Field(None, description="make a tiny model instead of downloading one")
 
+    @property
+    def script(self) -> str:
+        """The entry script that brings it here."""
+        return "make_tiny" if self.tiny else "download"
+
 
 class Dataset(Source):
     """Where a problem set comes from, and how its rows read."""
@@ -95,6 +95,11 @@ class Dataset(Source):
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = Field(
         0.01, description="share of unusable rows that stops a run"
     )
+
+    @property
+    def script(self) -> str:
+        """The entry script that brings it here."""
+        return "make_problems" if self.problems else "download"
 
 
 class Architecture(Section):
@@ -154,6 +159,11 @@ class Algorithm(Section):
     reference_forward: bool = Field(False, description="compute the KL metric even where its coefficient is 0")
     old_log_prob_forward: bool = Field(False, description="recompute old log-probs even with one step a rollout")
     entropy_metric: bool = Field(False, description="compute the entropy even where its coefficient is 0")
+
+    @property
+    def has_kl_loss(self) -> bool:
+        """Whether the divergence from the starting weights is a part of the loss."""
+        return self.use_kl_loss and self.kl_coefficient > 0
 
 
 class Optimizer(Section):

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
+from common.interrupts import Interrupted, Interrupts
 from configuration.schema import Algorithm, Sampling, Training
 from grpo import run_state
 from grpo.data import PromptCursor
-from grpo.interrupts import Interrupted, Interrupts
 from grpo.learner import Learner
 from grpo.metrics import RunLog, peak_memory, warn
 from grpo.run_state import Progress

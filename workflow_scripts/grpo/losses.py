@@ -86,7 +86,7 @@ def grpo_loss(
     if batch.reference_log_probs is not None:
         kl = low_variance_kl(log_probs, batch.reference_log_probs)
         metrics["kl"] = weights * kl
-        if algorithm.use_kl_loss and algorithm.kl_coefficient:
+        if algorithm.has_kl_loss:
             token_loss = token_loss + algorithm.kl_coefficient * kl
     if entropy is not None:
         metrics["entropy"] = weights * entropy

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from configuration.schema import Optimizer as Settings
-from grpo.parked_memory import locked, unlock
+from grpo.parked_memory import pinned, unpin
 
 PIECE = 2**26  # weights
 
@@ -60,9 +60,9 @@ class OffloadedAdam:
         self.param_groups = param_groups
         longest = max((len(shard) for group in param_groups for shard in group["params"]), default=0)
         size = 4 * min(longest, PIECE)
-        self._gradients, self._weights = ([_Buffer(locked(size)) for _ in range(2)] for _ in range(2))
+        self._gradients, self._weights = ([_Buffer(pinned(size)) for _ in range(2)] for _ in range(2))
         self._incoming, self._outgoing = torch.cuda.Stream(), torch.cuda.Stream()
-        weakref.finalize(self, unlock, [buffer.memory for buffer in self._gradients + self._weights])
+        weakref.finalize(self, unpin, [buffer.memory for buffer in self._gradients + self._weights])
         self.pieces = [
             self._piece(shard, slice(start, min(start + PIECE, len(shard))), group, settings)
             for group in param_groups

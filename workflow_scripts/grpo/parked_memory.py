@@ -28,7 +28,7 @@ class ParkedMemory:
     def __init__(self) -> None:
         self._away: dict[int, _Away] = {}
         self._host: dict[int, Tensor] = {}
-        weakref.finalize(self, lambda host: unlock(host.values()), self._host)
+        weakref.finalize(self, lambda host: unpin(host.values()), self._host)
 
     def park(self, tensors: Iterable[Tensor], *, keep: bool = True) -> None:
         """Send the storages of CUDA ``tensors`` away; those that are away already stay so.
@@ -47,9 +47,9 @@ class ParkedMemory:
 
     def _copy_out(self, key: int, content: Tensor) -> None:
         if key in self._host and len(self._host[key]) != len(content):  # an earlier storage that lay here
-            unlock([self._host.pop(key)])
+            unpin([self._host.pop(key)])
         if key not in self._host:
-            self._host[key] = locked(len(content))
+            self._host[key] = pinned(len(content))
         self._host[key].copy_(content, non_blocking=True)
 
     def unpark(self, tensors: Iterable[Tensor]) -> bool:
@@ -83,7 +83,7 @@ def _bytes(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
-def locked(size: int) -> Tensor:
+def pinned(size: int) -> Tensor:
     """Host memory of ``size`` bytes, on pages of its own, that the GPU can copy to and from by itself.
 
     (torch's pinned memory is rounded up to a power of two.)
@@ -95,7 +95,7 @@ def locked(size: int) -> Tensor:
     return memory
 
 
-def unlock(memories: Iterable[Tensor]) -> None:
+def unpin(memories: Iterable[Tensor]) -> None:
     """Undo `locked`; the memory may be given to others afterwards, who could not lock it again."""
     for memory in memories:
         if len(memory):

@@ -83,7 +83,7 @@ class Policy:
         """Whether a response of advantage 0 has a gradient."""
         algorithm = self.algorithm
         return (
-            bool(algorithm.use_kl_loss and algorithm.kl_coefficient)
+            algorithm.has_kl_loss
             or bool(algorithm.entropy_coefficient)
             or self.mtp.train
             or bool(self.model.config.moe_aux_loss_coeff)
@@ -234,7 +234,7 @@ def _idle_share(began: float, device: torch.device) -> dict[str, float]:
 
 
 def _wants_reference(algorithm: Algorithm) -> bool:
-    return algorithm.reference_forward or bool(algorithm.use_kl_loss and algorithm.kl_coefficient)
+    return algorithm.reference_forward or algorithm.has_kl_loss
 
 
 def _context_size() -> int:

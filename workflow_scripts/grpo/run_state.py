@@ -91,11 +91,11 @@ def save(work: Path, progress: Progress, model: nn.Module, optimizer: Optimizer,
 
 def load(folder: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
     """Put model, optimizer and random states back to what `save` saw; called by every rank."""
-    file = _rank_file(folder)
-    if not file.is_file():
-        raise UserError(f"{file}: missing: the run was saved by fewer processes; resume with as many as it had")
+    saved_by = len(list(_rank_file(folder).parent.iterdir()))
+    if saved_by != dist.get_world_size():
+        raise UserError(f"{folder}: saved by {saved_by} processes: resume with as many, not {dist.get_world_size()}")
     torch_dist.load(model, folder / "weights")
-    state = StoredTensors(file)
+    state = StoredTensors(_rank_file(folder))
     torch.set_rng_state(state[RANDOM_STATE])
     optimizer.load_state_dict(state)
     return read_progress(folder)

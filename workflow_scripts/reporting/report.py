@@ -12,7 +12,6 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from checkpoints.manifest import Manifest
-from common.files import read_json
 from configuration.schema import Plots
 from reporting.plots import Theme
 from reporting.results import Pair, Score, Training
@@ -214,7 +213,7 @@ def _versions(manifests: Iterable[Manifest]) -> str:
     """The packages that made the results; more than one version of one is said."""
     found: dict[str, set[str]] = {}
     for manifest in manifests:
-        for package, version in read_json(manifest.path)["versions"].items():
+        for package, version in manifest.versions.items():
             found.setdefault(package, set()).add(version)
     return "; ".join(f"{package} {' and '.join(sorted(versions))}" for package, versions in sorted(found.items()))
 

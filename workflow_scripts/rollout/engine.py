@@ -26,7 +26,7 @@ class SamplingParams:
         temperature: the logits are divided by it; 0 takes the most likely token.
         top_p: keep the most likely tokens until their probabilities sum to this; 1 keeps all.
         top_k: keep this many of the most likely tokens; -1 keeps all.
-        presence_penalty: taken off the logit of each token that the response already holds (the prompt counts not).
+        presence_penalty: taken off the logit of each token that the response already holds (the prompt does not count).
         stop_token_ids: a response ends with the first of these that is sampled.
         with_routing: say which experts every token visited; for an engine with ``replay_routing``.
     """
@@ -136,13 +136,13 @@ def request_seed(*key: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def start_engine(folder: Path | str, settings: Engine, most: int | None = None) -> RolloutEngine:
+def start_engine(folder: Path | str, settings: Engine, max_requests: int | None = None) -> RolloutEngine:
     """Start the engine of kind ``settings.kind`` with the checkpoint in ``folder`` (in the Hub's format).
 
-    ``most``: how many requests at most one `RolloutEngine.generate` will bring, if that is known. An engine that sets
-    memory aside for each has more for their tokens then.
+    ``max_requests``: what one `RolloutEngine.generate` will bring at most, if that is known. An engine that sets memory
+    aside for each request has more for their tokens then.
     """
-    return _module(settings).start(Path(folder), settings, most)
+    return _module(settings).start(Path(folder), settings, max_requests)
 
 
 def share_weights(folder: Path | str, settings: Engine, named: Iterable[tuple[str, Tensor]]) -> None:

@@ -40,19 +40,19 @@ UPDATE_SECONDS = 600.0  # for one bucket of weights
 ABORT_SECONDS = 30.0  # for a server to let go of what it is answering
 
 
-def start(folder: Path, settings: Engine, most: int | None = None) -> "SglangEngine":
+def start(folder: Path, settings: Engine, max_requests: int | None = None) -> "SglangEngine":
     """Start the servers, all at once; `UserError` with the reason if one does not start.
 
     They take the GPUs of the training's processes, or without such all that are visible. No server runs more requests
-    than its share of ``most``: SGLang sets a state of linear attention aside for each that might run, 150 MB for 27B,
-    and left to itself would spend half of its memory on them.
+    than its share of ``max_requests``: SGLang sets a state of linear attention aside for each that might run, 150 MB
+    for 27B, and left to itself would spend half of its memory on them.
     """
     gpus = dist.get_world_size() if dist.is_initialized() else torch.cuda.device_count()
     count = gpus // settings.gpus_per_engine
     if not count:
         raise UserError(f"engine.gpus_per_engine: {settings.gpus_per_engine}, but only {gpus} GPUs are here: lower it")
-    if most:
-        share = -(-most // count)
+    if max_requests:
+        share = -(-max_requests // count)
         running = min(share, settings.max_running_requests or share)
         settings = settings.model_copy(update={"max_running_requests": running})
     engine = SglangEngine(folder, settings, [Server(folder, settings, index) for index in range(count)])
