@@ -23,7 +23,7 @@ CASES = {
     "SwiGLU": (kernels.swiglu, [(1, 2 * 9216)], {}),
     "SwiGLU of experts": (kernels.swiglu, [(2 * 512,), ()], {}),
     "gates of the state": (
-        gated_delta_net._decay_and_beta,
+        gated_delta_net._log_decay_and_beta,
         [(32,), (32,)],
         {"a_log": torch.rand(32), "dt_bias": draw(32)},
     ),

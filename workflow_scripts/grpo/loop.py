@@ -7,7 +7,7 @@ ranks, which learn from it together.
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +35,22 @@ ALARMING_LOG_PROB_DIFF = 0.1  # mean |trainer - engine|; rounding to bf16 explai
 PATIENCE = timedelta(days=7)  # of the ranks that wait while rank 0 samples
 
 
+@dataclass(frozen=True)
+class Rollout:
+    """Responses to learn from, and what rank 0 has to say of them once they are.
+
+    Attributes:
+        statistics: of the rewards and the responses, by metric.
+        tokens: sampled and in prompts, of all responses.
+        seconds: by phase.
+    """
+
+    sequences: list[TrainingSequence]
+    statistics: dict[str, float]
+    tokens: int
+    seconds: dict[str, float]
+
+
 @dataclass
 class Driver:
     """What rank 0 alone does: prompts, sampling, rewards, validation, logs."""
@@ -53,7 +69,6 @@ class Driver:
     validation_interval: int  # rollouts; 0 for never
     interrupts: Interrupts
     bar: tqdm
-    seconds: dict[str, float] = field(default_factory=dict)
 
     def validate_if_due(self, progress: Progress) -> bool:
         """Evaluate the weights as they are, unless that was done or it is not their turn; whether it was done now."""
@@ -69,7 +84,7 @@ class Driver:
         self.log.metrics(progress.rollout, metrics | {"seconds_validation": time.perf_counter() - began})
         return True
 
-    def rollout(self, number: int) -> list[TrainingSequence] | None:
+    def rollout(self, number: int) -> Rollout | None:
         """Sample and grade rollout ``number``; None if the process was asked to end meanwhile."""
         began = time.perf_counter()
         group = self.training.samples_per_prompt
@@ -97,27 +112,29 @@ class Driver:
             return None
         sampled = time.perf_counter()
         self.engine.sleep()
-        self.seconds = {"seconds_rollout": sampled - began, "seconds_sleep_wake": time.perf_counter() - sampled}
+        seconds = {"seconds_rollout": sampled - began, "seconds_sleep_wake": time.perf_counter() - sampled}
         self._keep(number, samples)
-        self.statistics = statistics(samples, group)
-        self.tokens = sum(len(sample.prompt.ids) + len(sample.completion.token_ids) for sample in samples)
-        return to_training(samples, group, self.algorithm.std_epsilon)
+        return Rollout(
+            sequences=to_training(samples, group, self.algorithm.std_epsilon),
+            statistics=statistics(samples, group),
+            tokens=sum(len(sample.prompt.ids) + len(sample.completion.token_ids) for sample in samples),
+            seconds=seconds,
+        )
 
     def _keep(self, number: int, samples: list[Sample]) -> None:
         for sample in samples[: KEPT_GROUPS * self.training.samples_per_prompt]:
             self.log.sample(sample.row(number, decode(self.tokenizer, sample.prompt.ids)))
 
-    def report(self, progress: Progress, metrics: dict[str, float], seconds: dict[str, float]) -> None:
-        """Log a rollout that has been learned from."""
-        seconds = {name: self.seconds.get(name, 0.0) + seconds.get(name, 0.0) for name in self.seconds | seconds}
+    def report(
+        self, progress: Progress, rollout: Rollout, metrics: dict[str, float], seconds: dict[str, float]
+    ) -> None:
+        """Log a rollout that has been learned from; ``metrics`` and ``seconds`` are of the learning."""
+        seconds = {name: rollout.seconds.get(name, 0.0) + seconds.get(name, 0.0) for name in rollout.seconds | seconds}
         total = sum(seconds.values())
-        rates = {"tokens_per_second": self.tokens / total, **seconds, "seconds_step": total}
-        self.log.metrics(progress.rollout, self.statistics | metrics | rates)
-        self.bar.set_postfix(
-            reward=f"{self.statistics['reward_mean']:.3f}",
-            pass_rate=f"{self.statistics['pass_rate']:.3f}",
-            refresh=False,
-        )
+        rates = {"tokens_per_second": rollout.tokens / total, **seconds, "seconds_step": total}
+        self.log.metrics(progress.rollout, rollout.statistics | metrics | rates)
+        shown = {name: f"{rollout.statistics[name]:.3f}" for name in ("reward_mean", "pass_rate")}
+        self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
         if metrics.get("log_prob_diff", 0.0) > ALARMING_LOG_PROB_DIFF:
             warn(
@@ -170,13 +187,14 @@ class Loop:
                 raise SystemExit(self.interrupts.exit_status)
             if progress.rollout >= self.training.rollouts:
                 return self.saved
-            sequences = self._from_rank_0(driver and driver.rollout(progress.rollout + 1))
+            rollout = driver and driver.rollout(progress.rollout + 1)
+            sequences = self._from_rank_0(rollout and rollout.sequences)
             if sequences is None:
                 continue
-            self._learn(sequences)
+            self._learn(sequences, rollout)
             unsaved = True
 
-    def _learn(self, sequences: list[TrainingSequence]) -> None:
+    def _learn(self, sequences: list[TrainingSequence], rollout: Rollout | None) -> None:
         """Train on a rollout, hand the new weights to the engine, and count the rollout as done."""
         progress, driver, optimizer = self.progress, self.driver, self.learner.optimizer
         times = [time.perf_counter()]
@@ -198,7 +216,7 @@ class Loop:
         if driver:
             progress.cursor = driver.cursor.state()
             seconds = {"seconds_train": trained, "seconds_sync": synced, "seconds_sleep_wake": woke + made_room + slept}
-            driver.report(progress, metrics, seconds)
+            driver.report(progress, rollout, metrics, seconds)
         if progress.bad_steps_in_a_row >= self.training.max_bad_steps:
             good = self.saved.name if self.saved else "none yet"
             raise UserError(

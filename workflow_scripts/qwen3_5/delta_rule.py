@@ -14,7 +14,7 @@ FORGOTTEN = (-69.0, -torch.inf)  # below that a decay is one to 0: denormal numb
 
 
 def chunked_delta_rule(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, packed: Packed
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, beta: Tensor, packed: Packed
 ) -> Tensor:
     """`qwen3_5.kernels.gated_delta_rule` in fp32 or better: all chunks of all sequences at once, then states in turn.
 
@@ -32,24 +32,24 @@ def chunked_delta_rule(
     def per_value_head(x: Tensor) -> Tensor:
         return x.repeat_interleave(groups, 1)
 
-    query, key, value, decay, beta = (x.to(precision) for x in (query, key, value, decay, beta))
+    query, key, value, log_decay, beta = (x.to(precision) for x in (query, key, value, log_decay, beta))
     query = chunk(_unit(query) * query.shape[-1] ** -0.5)  # (N, Hk, C, Dk)
     key = chunk(_unit(key))
     value = chunk(value)  # (N, Hv, C, Dv)
-    decay = chunk(decay[..., None])[..., 0].cumsum(-1)  # (N, Hv, C) from the start of the chunk
+    log_decay = chunk(log_decay[..., None])[..., 0].cumsum(-1)  # (N, Hv, C) from the start of the chunk
     beta = chunk(beta[..., None])  # (N, Hv, C, 1)
 
-    fade = _PairwiseFade.apply(decay).unflatten(1, (-1, groups))  # (N, Hk, Hv / Hk, C, C)
-    attention = ((query @ key.transpose(-1, -2))[:, :, None] * fade).flatten(1, 2)  # (N, Hv, C, C)
+    decay = _PairwiseDecay.apply(log_decay).unflatten(1, (-1, groups))  # (N, Hk, Hv / Hk, C, C)
+    attention = ((query @ key.transpose(-1, -2))[:, :, None] * decay).flatten(1, 2)  # (N, Hv, C, C)
     # The solver takes the diagonal for 1.
-    system = ((key @ key.transpose(-1, -2))[:, :, None] * (fade * beta.unflatten(1, (-1, groups)))).flatten(1, 2)
+    system = ((key @ key.transpose(-1, -2))[:, :, None] * (decay * beta.unflatten(1, (-1, groups)))).flatten(1, 2)
     wanted = value * beta
     u = _Solve.apply(system, wanted)  # (N, Hv, C, Dv)
     if len(layout.counts) == 1:
         return _tokens(attention @ u, layout)
 
-    from_start = _fade(decay)[..., None]
-    to_end = _fade(decay[..., -1:] - decay)[..., None]
+    from_start = _decay(log_decay)[..., None]
+    to_end = _decay(log_decay[..., -1:] - log_decay)[..., None]
     key, query = per_value_head(key), per_value_head(query)
     later = slice(layout.counts[0], None)  # the chunks that have a state from before
     w = _Solve.apply(system[later], (key * beta * from_start)[later])
@@ -59,18 +59,18 @@ def chunked_delta_rule(
 
 
 def _pass_states(
-    attention: Tensor, u: Tensor, w: Tensor, query: Tensor, key: Tensor, fade: Tensor, layout: ChunkLayout
+    attention: Tensor, u: Tensor, w: Tensor, query: Tensor, key: Tensor, decay: Tensor, layout: ChunkLayout
 ) -> Tensor:
     """Run the states through the chunks of each sequence, sequences side by side.
 
     Args:
-        attention: (N, Hv, C, C); u: (N, Hv, C, Dv); query, key: (N, Hv, C, Dk) faded from the start and to the end of
-            their chunk; fade: (N, Hv, 1, 1) over the chunk; w: (N less the first chunks, Hv, C, Dk).
+        attention: (N, Hv, C, C); u: (N, Hv, C, Dv); query, key: (N, Hv, C, Dk) decayed from the start and to the end of
+            their chunk; decay: (N, Hv, 1, 1) over the chunk; w: (N less the first chunks, Hv, C, Dk).
 
     Returns:
         the outputs (N, Hv, C, Dv).
     """
-    attention, u, query, key, fade = (x.split(layout.counts) for x in (attention, u, query, key, fade))
+    attention, u, query, key, decay = (x.split(layout.counts) for x in (attention, u, query, key, decay))
     w = w.split(layout.counts[1:])
     state = key[0].transpose(-1, -2) @ u[0]  # (n, Hv, Dk, Dv)
     outputs = [attention[0] @ u[0]]
@@ -78,19 +78,19 @@ def _pass_states(
         state = state[:count]
         correction = u[number] - w[number - 1] @ state
         outputs.append(attention[number] @ correction + query[number] @ state)
-        state = fade[number] * state + key[number].transpose(-1, -2) @ correction
+        state = decay[number] * state + key[number].transpose(-1, -2) @ correction
     return torch.cat(outputs)
 
 
-class _PairwiseFade(torch.autograd.Function):
+class _PairwiseDecay(torch.autograd.Function):
     """exp(d_i - d_j) for j <= i, else 0: (..., C) to (..., C, C). ``d`` falls along C."""
 
     @staticmethod
-    def forward(ctx: Any, decay: Tensor) -> Tensor:
-        difference = decay[..., :, None] - decay[..., None, :]
-        fade = F.threshold_(difference, *FORGOTTEN).exp_().tril_()
-        ctx.save_for_backward(fade)
-        return fade
+    def forward(ctx: Any, log_decay: Tensor) -> Tensor:
+        difference = log_decay[..., :, None] - log_decay[..., None, :]
+        decay = F.threshold_(difference, *FORGOTTEN).exp_().tril_()
+        ctx.save_for_backward(decay)
+        return decay
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -149,9 +149,9 @@ def _join_blocks(inverse: Tensor, system: Tensor, start: int, end: int) -> None:
     inverse[..., middle:end, start:middle] = (second @ (system[..., middle:end, start:middle] @ first)).neg_()
 
 
-def _fade(decay: Tensor) -> Tensor:
-    """exp(decay) for decay <= 0."""
-    return F.threshold(decay, *FORGOTTEN).exp()
+def _decay(log_decay: Tensor) -> Tensor:
+    """exp(log_decay) for log_decay <= 0."""
+    return F.threshold(log_decay, *FORGOTTEN).exp()
 
 
 def _unit(x: Tensor) -> Tensor:

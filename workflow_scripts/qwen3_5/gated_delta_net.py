@@ -59,12 +59,12 @@ class GatedDeltaNet(MegatronGatedDeltaNet):
         alpha, beta = packed.spread(alpha), packed.spread(beta)
         query, key, value = qkv.split([section // self.cp_size for section in sections], dim=-1)
         a_log, dt_bias = (self._own_heads(x, [len(x)]) for x in (self.A_log, self.dt_bias))
-        decay, beta = _decay_and_beta(alpha, beta, a_log=a_log, dt_bias=dt_bias)  # (T, Hv) each
+        log_decay, beta = _log_decay_and_beta(alpha, beta, a_log=a_log, dt_bias=dt_bias)  # (T, Hv) each
         attended = self.gated_delta_rule(
             query.unflatten(-1, (-1, self.key_head_dim)),
             key.unflatten(-1, (-1, self.key_head_dim)),
             value.unflatten(-1, (-1, self.value_head_dim)),
-            decay,
+            log_decay,
             beta,
             packed,
         )
@@ -92,6 +92,6 @@ class GatedDeltaNet(MegatronGatedDeltaNet):
 
 
 @fused
-def _decay_and_beta(alpha: Tensor, beta: Tensor, *, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+def _log_decay_and_beta(alpha: Tensor, beta: Tensor, *, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
     """The logarithm of the state's gate, in fp32, and the strength of the update: (T, Hv) each."""
     return -a_log.exp() * F.softplus(alpha.float() + dt_bias), beta.sigmoid()

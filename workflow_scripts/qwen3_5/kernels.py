@@ -57,15 +57,17 @@ def causal_convolution(x: Tensor, weight: Tensor, packed: Packed) -> Tensor:
     return packed.spread(F.silu(_CausalConvolution.apply(x, weight, *earlier)))
 
 
-def gated_delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, packed: Packed) -> Tensor:
+def gated_delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, beta: Tensor, packed: Packed
+) -> Tensor:
     """The gated delta rule over each sequence from a zero state, queries and keys scaled to unit length first.
 
     With S the state (Dk, Dv) of a value head, for every token in turn (Yang et al. 2024, arXiv:2412.06464):
-    S <- exp(decay) S; S <- S + beta k (v - S^T k)^T; output = S^T q / sqrt(Dk).
+    S <- exp(log_decay) S; S <- S + beta k (v - S^T k)^T; output = S^T q / sqrt(Dk).
 
     Args:
         query, key: (T, Hk, Dk); value: (T, Hv, Dv), each key head serving Hv / Hk consecutive value heads.
-        decay: (T, Hv) logarithm of the gate, at most 0, fp32; beta: (T, Hv).
+        log_decay: (T, Hv) logarithm of the gate, at most 0, fp32; beta: (T, Hv).
 
     Returns:
         (T, Hv, Dv).
@@ -75,14 +77,14 @@ def gated_delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, b
 
         output, _ = chunk_gated_delta_rule(
             *(x.contiguous()[None] for x in (query, key, value)),
-            g=decay.contiguous()[None],
+            g=log_decay.contiguous()[None],
             beta=beta.contiguous()[None],
             use_qk_l2norm_in_kernel=True,
             cu_seqlens=packed.boundaries,
             cu_seqlens_cpu=packed.host_boundaries,
         )
         return output[0]
-    return chunked_delta_rule(query, key, value, decay, beta, packed).to(value.dtype)
+    return chunked_delta_rule(query, key, value, log_decay, beta, packed).to(value.dtype)
 
 
 @fused
