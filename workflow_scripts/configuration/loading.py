@@ -182,12 +182,8 @@ def _check(kind: type[BaseModel], layers: list[Layer], home: Layer) -> Any:
 
 def _say(error: dict[str, Any], key: tuple[str, ...], known: list[str]) -> str:
     if error["type"] == "extra_forbidden":
-        sections = [section for section in SHARED if len(key) == 1 and key[0] in _keys(Model, (section,))]
-        return (
-            f"unknown key, did you mean {sections[0]}.{key[0]}?"
-            if sections
-            else f"unknown key{_nearest(key[-1], known)}"
-        )
+        homes = [section for section in SHARED if len(key) == 1 and key[0] in _keys(Model, (section,))]
+        return f"unknown key, did you mean {homes[0]}.{key[0]}?" if homes else f"unknown key{_nearest(key[-1], known)}"
     if error["type"] == "missing":
         return "missing"
     message = error["msg"].removeprefix("Value error, ")
