@@ -102,6 +102,26 @@ def test_a_section_that_stands_twice_in_a_file_is_refused(tmp_path):
         user_settings([file], {})
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("null", None),
+        ("false", False),
+        ("3", 3),
+        ("3.5", 3.5),
+        ("#c92a2a", "#c92a2a"),
+        ("a: b", "a: b"),
+        ("", ""),
+        ("9B", "9B"),
+    ],
+)
+def test_what_config_nests_is_typed_as_yaml_types_a_word(text, value):
+    assert user_settings([], {"section": {"key": text, "list": [text]}, "run": text}) == {
+        "section": {"key": value, "list": [value]},
+        "run": text,
+    }
+
+
 def test_a_home_folder_is_meant_by_a_tilde(root, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert configured(root, {"results": "~/results"}).results == "/home/me/results"

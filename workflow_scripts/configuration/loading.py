@@ -25,6 +25,7 @@ from configuration import layout
 from configuration.schema import Dataset, Model, ModelSource, Plots, Root
 
 PLACES = frozenset(ModelSource.places + Dataset.places)
+RETYPED = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float")}
 SHARED = tuple(name for name in Model.model_fields if name not in ("source", "architecture"))
 
 
@@ -100,11 +101,8 @@ def user_settings(files: Sequence[Path], given: dict[str, Any]) -> dict[str, Any
             return {key: typed(content) for key, content in value.items()}
         if isinstance(value, list):
             return [typed(content) for content in value]
-        try:
-            found = yaml.safe_load(value) if isinstance(value, str) else value
-        except yaml.YAMLError:
-            return value
-        return found if found is None or isinstance(found, bool | int | float) else value
+        plain = isinstance(value, str) and yaml.resolver.Resolver().resolve(yaml.ScalarNode, value, (True, False))
+        return yaml.safe_load(value) if value and plain in RETYPED else value
 
     settings: dict[str, Any] = {}
     for file in files:
