@@ -1,8 +1,8 @@
 """Adam on the CPU for weights on a GPU: fp32 weights and moments stay in host memory, gradients and weights pass by.
 
-Weights are cut into pieces, and two locked buffers a direction take turns: while the CPU updates one piece, the
+Weights are cut into pieces, and two pinned buffers a direction take turns: while the CPU updates one piece, the
 gradient of the next comes in and the weights of the one before go out. So the host holds 12 bytes a parameter, where
-Megatron-Core's HybridDeviceOptimizer also holds all gradients, locked, in memory that is rounded up to powers of two.
+Megatron-Core's HybridDeviceOptimizer also holds all gradients, pinned, in memory that is rounded up to powers of two.
 """
 
 import weakref
@@ -102,7 +102,7 @@ class OffloadedAdam:
 
     def _piece(self, shard: Tensor, rows: slice, group: dict[str, Any], settings: Settings) -> _Piece:
         weights = shard[rows].detach()
-        # Through locked memory: to pageable memory a GPU copies many times slower.
+        # Through pinned memory: to pageable memory a GPU copies many times slower.
         master = nn.Parameter(self._weights[0].like(weights).copy_(weights).to(torch.float32, copy=True))
         adam = torch.optim.AdamW([master], betas=settings.betas, eps=settings.epsilon, fused=True)
         return _Piece(shard, rows, group, master, adam)

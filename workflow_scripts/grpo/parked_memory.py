@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PAGE = 4096  # bytes, the unit in which the host's memory is locked
+PAGE = 4096  # bytes, the unit in which the host's memory is pinned
 
 
 class _Away(NamedTuple):
@@ -21,7 +21,7 @@ class _Away(NamedTuple):
 class ParkedMemory:
     """Storages that `park` shrinks to nothing and `unpark` fills again; what is a view of them need not know.
 
-    The host memory is kept and locked in place, so that copies run at the bus's full speed: it is as large as all that
+    The host memory is kept and pinned, so that copies run at the bus's full speed: it is as large as all that
     was ever away at a time, and taking it for the first time costs about a second for 4 GiB.
     """
 
@@ -96,7 +96,7 @@ def pinned(size: int) -> Tensor:
 
 
 def unpin(memories: Iterable[Tensor]) -> None:
-    """Undo `locked`; the memory may be given to others afterwards, who could not lock it again."""
+    """Undo `pinned`; the memory may be given to others afterwards, who could not pin it again."""
     for memory in memories:
         if len(memory):
             torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
