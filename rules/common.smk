@@ -1,4 +1,5 @@
 # The checked configuration, where results lie, and the functions that the rules call.
+import json
 import os
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ sys.path.insert(0, f"{workflow.basedir}/workflow_scripts")
 
 from common.errors import UserError
 from common.working_folder import claim
+from configuration import staleness
 from configuration.layout import processes
 from configuration.loading import load, user_settings
 from configuration.preflight import check_jobs, table
@@ -76,13 +78,38 @@ def of_model(wildcards):
     return settings.models[wildcards.model]
 
 
-def proves(stage):
-    """The one param whose change runs a job again: what its result depends on (configuration/provenance.py)."""
+# ---- what a result depends on (configuration/provenance.py) ------------------------------------------------------
 
-    def of(wildcards):
-        if "model" in wildcards.keys():
-            of_model(wildcards)
-        return provenance.of(stage, **dict(wildcards))
+
+def which(wildcards):
+    """The result that a job makes, for `Provenance`; a model whose own file is wrong says so here."""
+    if "model" in wildcards.keys():
+        of_model(wildcards)
+    return dict(wildcards)
+
+
+def key(stage):
+    """The one param whose change runs a job again. The others ask for the output, so Snakemake does not mind them."""
+    return lambda wildcards: provenance.key(stage, **which(wildcards))
+
+
+def record(stage):
+    """What `key` is the digest of: the job takes its settings from it, and its manifest keeps it."""
+    return lambda wildcards, output: json.dumps(
+        provenance.of(stage, **which(wildcards))
+    )
+
+
+def changes(stage):
+    """What has changed since the result was made, in brackets, for a job's message."""
+
+    def of(wildcards, output):
+        made, now = Path(output[0]), provenance.of(stage, **which(wildcards))
+        if stage == "train":
+            found = staleness.of_training(made, now, work_folder(wildcards, output))
+        else:
+            found = staleness.changes(made, now)
+        return f" ({found})" if found else ""
 
     return of
 
@@ -115,6 +142,11 @@ def launcher(count):
 
 
 # ---- where things lie --------------------------------------------------------------------------------------------
+
+
+def work_folder(wildcards, output):
+    """Of a training: the same while its run may go on."""
+    return Path(output[0]).parent / provenance.work(wildcards.model)
 
 
 def training_data(wildcards):

@@ -15,13 +15,15 @@ rule convert:
         mem_mb=host_memory_mb,
         runtime=120,
     params:
-        provenance=proves("convert"),
+        key=key("convert"),
+        provenance=record("convert"),
+        changes=changes("convert"),
         processes=lambda wildcards: of_model(wildcards).conversion.processes,
         launch=lambda wildcards: launcher(of_model(wildcards).conversion.processes),
         mtp_num_layers=lambda wildcards: of_model(wildcards).conversion.mtp_num_layers,
         folder=subpath(output[0], strip_suffix="convert.json"),
     message:
-        "{wildcards.model}: convert to Megatron torch_dist"
+        "{wildcards.model}: convert to Megatron torch_dist{params.changes}"
     shell:
         "use_gpus 0; OMP_NUM_THREADS=$(share {threads} {params.processes}) {params.launch} convert --provenance {params.provenance:q} --hub {input.hub:q}"
         " --mtp-num-layers {params.mtp_num_layers} --folder {params.folder:q}torch_dist --manifest {output:q} |& logged {log:q}"
@@ -42,10 +44,12 @@ rule export:
         mem_mb=host_memory_mb,
         runtime=120,
     params:
-        provenance=proves("export"),
+        key=key("export"),
+        provenance=record("export"),
+        changes=changes("export"),
         folder=subpath(output[0], strip_suffix=".json"),
     message:
-        "{wildcards.model}: export the trained weights in the Hub's format"
+        "{wildcards.model}: export the trained weights in the Hub's format{params.changes}"
     shell:
         "use_gpus 0; python -m export --provenance {params.provenance:q} --hub {input.hub:q} --weights {input.weights:q}"
         " --folder {params.folder:q} --manifest {output:q} |& logged {log:q}"

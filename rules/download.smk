@@ -13,11 +13,13 @@ rule download:
         mem_mb=4096,
         runtime=240,
     params:
-        provenance=proves("download"),
+        key=key("download"),
+        provenance=record("download"),
+        changes=changes("download"),
         script=lambda wildcards: of_model(wildcards).source.script,
         hub=f"{RESULTS}/hub",
     message:
-        "{wildcards.model}: fetch the starting weights"
+        "{wildcards.model}: fetch the starting weights{params.changes}"
     shell:
         "use_gpus 0; python -m {params.script} --provenance {params.provenance:q} --name {wildcards.model}"
         " --folder {params.hub:q} --manifest {output:q} |& logged {log:q}"
@@ -35,11 +37,13 @@ rule dataset:
         mem_mb=4096,
         runtime=60,
     params:
-        provenance=proves("dataset"),
+        key=key("dataset"),
+        provenance=record("dataset"),
+        changes=changes("dataset"),
         script=lambda wildcards: settings.datasets[wildcards.name].script,
         folder=subpath(output[0], parent=True),
     message:
-        "{wildcards.name}: fetch the problem set"
+        "{wildcards.name}: fetch the problem set{params.changes}"
     shell:
         "python -m {params.script} --provenance {params.provenance:q} --name {wildcards.name}"
         " --folder {params.folder:q} --manifest {output:q} |& logged {log:q}"

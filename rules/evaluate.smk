@@ -18,10 +18,12 @@ rule evaluate:
         mem_mb=host_memory_mb,
         runtime=24 * 60,
     params:
-        provenance=proves("evaluate"),
+        key=key("evaluate"),
+        provenance=record("evaluate"),
+        changes=changes("evaluate"),
         samples=subpath(output[0], strip_suffix=".json"),
     message:
-        "{wildcards.model}: evaluate the {wildcards.weights} weights on {wildcards.dataset}"
+        "{wildcards.model}: evaluate the {wildcards.weights} weights on {wildcards.dataset}{params.changes}"
     shell:
         "use_gpus {resources.gpu}; python -m evaluate --provenance {params.provenance:q} --model {input.model:q} --data {input.data:q}"
         " --samples {params.samples:q}.jsonl --manifest {output:q} |& logged {log:q}"

@@ -31,7 +31,8 @@ rule tables:
         mem_mb=4096,
         runtime=30,
     params:
-        provenance=proves("tables"),
+        key=key("tables"),
+        provenance=record("tables"),
     message:
         "write the tables"
     shell:
@@ -54,10 +55,12 @@ rule plots:
         mem_mb=4096,
         runtime=30,
     params:
-        provenance=proves("plots"),
+        key=key("plots"),
+        provenance=record("plots"),
+        changes=changes("plots"),
         folder=subpath(output[0], strip_suffix=".json"),
     message:
-        "draw the plots"
+        "draw the plots{params.changes}"
     shell:
         "python -m make_plots --provenance {params.provenance:q} --scores {input.scores:q}"
         " --trainings {input.trainings:q} --folder {params.folder:q} --manifest {output:q} |& logged {log:q}"
@@ -81,7 +84,8 @@ rule page:
         mem_mb=4096,
         runtime=30,
     params:
-        provenance=proves("report"),
+        key=key("report"),
+        provenance=record("report"),
     message:
         "write the report"
     shell:

@@ -21,15 +21,17 @@ rule train:
         mem_mb=host_memory_mb,
         runtime=7 * 24 * 60,
     params:
-        provenance=proves("train"),
+        key=key("train"),
+        provenance=record("train"),
+        changes=changes("train"),
         processes=lambda wildcards: processes(of_model(wildcards).hardware),
         launch=lambda wildcards: launcher(processes(of_model(wildcards).hardware)),
-        work=lambda wildcards, output: f"{Path(output[0]).parent}/{provenance.work(wildcards.model)}",
+        work=work_folder,
         validation=lambda wildcards, input: (
             f"--validation {quote(str(input.validation))}" if input.validation else ""
         ),
     message:
-        "{wildcards.model}: train with GRPO"
+        "{wildcards.model}: train with GRPO{params.changes}"
     shell:
         "use_gpus {resources.gpu}; OMP_NUM_THREADS=$(share {threads} {params.processes}) {params.launch} train --provenance {params.provenance:q} --hub {input.hub:q} --weights {input.weights:q}"
         " --data {input.data:q} {params.validation} --work {params.work:q} --manifest {output:q} |& logged {log:q}"

@@ -43,7 +43,7 @@ def test_what_config_nests_is_read_as_yaml(snakemake, tmp_path, root):
     done = snakemake(
         *("-n", "-p", "--directory", str(tmp_path), "--config", given, "--", "train_9B"), snakefile=root / "Snakefile"
     )
-    taken = '"server_arguments":{"disable_prefill_cuda_graph":false,"grammar_backend":null,"random_seed":3}'
+    taken = '"server_arguments": {"disable_prefill_cuda_graph": false, "random_seed": 3, "grammar_backend": null}'
     assert taken in said(done)
 
 

@@ -117,10 +117,12 @@ def test_more_rollouts_continue_the_run_and_a_new_learning_rate_starts_another(w
     longer = work.run(
         "train_tiny", per_model__tiny__training=SETTINGS["per_model"]["tiny"]["training"] | {"rollouts": 3}
     )
-    assert ran(longer) == ["tiny: train with GRPO"]
+    assert ran(longer) == ["tiny: train with GRPO (training.rollouts: 2 -> 3; the run goes on)"]
     (folder,) = work.results.glob("tiny/grpo/grpo/*/")
     assert [json.loads(line)["rollout"] for line in (folder / "metrics.jsonl").open() if "loss" in line] == [1, 2, 3]
     other = work.run("train_tiny", per_model__tiny__optimizer={"learning_rate": 1.0e-3})
+    changed = "optimizer.learning_rate: 0.0001 -> 0.001, training.rollouts: 3 -> 2"
+    assert ran(other) == [f"tiny: train with GRPO ({changed}; a new run begins, and the old one stays)"]
     assert f"a new run, since its settings, code or data differ from those of {folder.name}" in other
     assert len(list(work.results.glob("tiny/grpo/grpo/*/"))) == 2
     assert folder.exists()

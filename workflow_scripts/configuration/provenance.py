@@ -1,8 +1,8 @@
 """What each result depends on: its slice of the settings, its code, and the same of everything upstream.
 
-Snakemake reruns a job when the value of one of its params changes. Every rule here has one param for that, the sorted
-JSON of `Provenance.of`; settings that a stage does not read, comments, formatting and docstrings are not in it, and a
-failed job upstream can't leave its consumers looking fresh.
+Snakemake reruns a job when the value of one of its params changes. Every rule here has one param for that, the digest
+`Provenance.key` of the record `Provenance.of`; settings that a stage does not read, comments, formatting and docstrings
+are not in it, and a failed job upstream can't leave its consumers looking fresh.
 """
 
 import ast
@@ -52,18 +52,23 @@ class Provenance:
         self._configuration = configuration
         self._scripts = scripts
 
-    def of(self, stage: str, **which: str) -> str:
-        """The provenance of one result as sorted JSON: ``{"code", "config", "upstream"}``."""
-        return _dump(self._record(stage, **which))
-
     @functools.cache  # noqa: B019  one instance lives as long as the process
+    def of(self, stage: str, **which: str) -> dict[str, Any]:
+        """The provenance of one result, which is plain JSON: ``{"code", "config", "upstream"}``."""
+        config, scripts, upstream = getattr(self, f"_{stage}")(**which)
+        return {
+            "config": {k: v.model_dump(mode="json") if isinstance(v, Section) else v for k, v in config.items()},
+            "code": code_digest(self._scripts, *scripts),
+            "upstream": upstream,
+        }
+
     def key(self, stage: str, **which: str) -> str:
-        """A short digest of `of`, by which results downstream refer to this one."""
-        return _digest(self._record(stage, **which))
+        """A short digest of `of`: it changes when the result is stale, and results downstream refer to it."""
+        return _digest(self.of(stage, **which))
 
     def work(self, model: str) -> str:
         """The name of a training's work folder: the same while the run may be continued, another otherwise."""
-        record = self._record("train", model=model)
+        record = self.of("train", model=model)
         config = {
             section: {key: value for key, value in content.items() if key not in (CONTINUES.get(section) or ())}
             for section, content in record["config"].items()
@@ -71,14 +76,6 @@ class Provenance:
         }
         upstream = {name: key for name, key in record["upstream"].items() if not name.startswith("validation")}
         return _digest({"config": config, "code": record["code"], "upstream": upstream})
-
-    def _record(self, stage: str, **which: str) -> dict[str, Any]:
-        config, scripts, upstream = getattr(self, f"_{stage}")(**which)
-        return {
-            "config": {k: v.model_dump(mode="json") if isinstance(v, Section) else v for k, v in config.items()},
-            "code": code_digest(self._scripts, *scripts),
-            "upstream": upstream,
-        }
 
     def _dataset(self, name: str):
         dataset = self._configuration.datasets[name]
@@ -205,14 +202,10 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
     return tree
 
 
-def _dump(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
 @functools.cache
 def _content(file: Path) -> str:
     return sha256_of(file)
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(_dump(value).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
