@@ -80,7 +80,7 @@ def main() -> None:
 
 def engine_rate(arguments: argparse.Namespace, settings: Engine, prompts: list[list[int]]) -> tuple[float, int]:
     """Tokens a second of our engine on one GPU (its best turn), and how many requests it runs at once."""
-    engine = start(arguments.folder, settings)
+    engine = start(arguments.folder, settings, arguments.folder / "logs")
     params = SamplingParams(max_new_tokens=arguments.response)
     requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
     try:

@@ -36,7 +36,7 @@ def main() -> None:
     model = random_model(tiny, config).eval()
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), config, hub_tensors(tiny, model), tokenizer)
-        engine = start_engine(folder, Engine(kind="cpu"))
+        engine = start_engine(folder, Engine(kind="cpu"), folder)
 
     prompts = torch.randint(256, (PROMPTS, PROMPT_TOKENS))
     requests = [

@@ -60,7 +60,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         model.require(digests=True)
         tokenizer = load_tokenizer(model.root)
         stops = stop_token_ids(model.root, tokenizer)
-        engine = start_engine(model.root, engine_settings, max_requests=min(len(wanted), BATCH))
+        logs = arguments.samples.with_name(f"{arguments.samples.stem}-engine")
+        engine = start_engine(model.root, engine_settings, logs, max_requests=min(len(wanted), BATCH))
         try:
             samples = sample_problems(engine, tokenizer, stops, problems, settings, file)
         finally:

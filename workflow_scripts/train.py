@@ -229,7 +229,7 @@ def start_driver(
         settings.training.prompts_per_rollout * settings.training.samples_per_prompt,
         len(problems) * settings.validation.samples_per_problem,
     )
-    engine = start_engine(hub.root, settings.engine, max_requests)
+    engine = start_engine(hub.root, settings.engine, arguments.work / "engine", max_requests)
     stack.callback(engine.close)
     grader = stack.enter_context(Grader(settings.reward))
     log = metrics.RunLog(arguments.work, progress.rollout + 1, settings.training.wandb_project)

@@ -23,7 +23,7 @@ def main(folder: Path) -> None:
     initialize()
     hub = HubCheckpoint(folder)
     weights = {name: hub.read(name).cuda() for name in hub}
-    engine = start_engine(folder, SETTINGS) if dist.get_rank() == 0 else None
+    engine = start_engine(folder, SETTINGS, folder / "logs") if dist.get_rank() == 0 else None
     held = []
 
     def send() -> None:

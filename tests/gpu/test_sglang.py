@@ -56,7 +56,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folders):
-    running = start_engine(folders / "one", settings())
+    running = start_engine(folders / "one", settings(), folders / "logs")
     yield running
     running.close()
 
@@ -145,7 +145,7 @@ def trainer_log_probs(folder, asked, completions):
 @pytest.mark.parametrize("kind", ["deep dense", "deep moe"])
 def test_engine_and_trainer_differ_by_bf16_s_rounding_alone(folders, kind):
     """Over many random layers rounding grows, for the one as for the other; no more than that may part them."""
-    engine = start_engine(folders / kind, settings())
+    engine = start_engine(folders / kind, settings(), folders / "logs")
     asked = requests(5, 64, 130, 40)
     completions = engine.generate(asked, SamplingParams(max_new_tokens=64))
     engine.close()
@@ -222,7 +222,9 @@ def test_a_hanging_scheduler_is_restarted(folders, engine, monkeypatch):
 
 
 def test_a_seed_decides_an_answer_where_sglang_is_deterministic(folders):
-    engine = start_engine(folders / "one", settings(server_arguments={"enable_deterministic_inference": True}))
+    engine = start_engine(
+        folders / "one", settings(server_arguments={"enable_deterministic_inference": True}), folders / "logs"
+    )
     try:
         params, asked = SamplingParams(max_new_tokens=32), requests(9, 40, 9)
         together = engine.generate(asked, params)
@@ -255,10 +257,10 @@ def test_drafting_with_the_mtp_head_changes_no_answer(warmed_up):
     questions = [[{"role": "user", "content": addition.question}] for addition in all_additions("evaluation")[::16]]
     asked = [Request(encode_prompt(tokenizer, question, True), seed) for seed, question in enumerate(questions)]
     greedy = SamplingParams(max_new_tokens=32, temperature=0, stop_token_ids=stop_token_ids(warmed_up, tokenizer))
-    plain = start_engine(warmed_up, settings())
+    plain = start_engine(warmed_up, settings(), warmed_up / "logs")
     expected = [completion.token_ids for completion in plain.generate(asked, greedy)]
     plain.close()
-    engine = start_engine(warmed_up, settings(speculation=Speculation()))
+    engine = start_engine(warmed_up, settings(speculation=Speculation()), warmed_up / "logs")
     try:
         assert [completion.token_ids for completion in engine.generate(asked, greedy)] == expected
         completions = engine.generate(asked, SamplingParams(max_new_tokens=32))
@@ -276,7 +278,7 @@ def test_drafting_with_the_mtp_head_changes_no_answer(warmed_up):
 
 def test_the_draft_gets_its_weights_in_the_same_sync(folders):
     """With a head that knows two tokens the draft is right half of the time; sent its norm negated, the other half."""
-    engine = start_engine(folders / "moe", settings(speculation=Speculation()))
+    engine = start_engine(folders / "moe", settings(speculation=Speculation()), folders / "logs")
     asked, greedy = requests(5, 64, 17, 40), SamplingParams(max_new_tokens=64, temperature=0)
 
     def weights(negated):
@@ -300,5 +302,5 @@ def test_the_draft_gets_its_weights_in_the_same_sync(folders):
 
 def test_a_start_that_fails_says_why_in_one_line(folders, tmp_path):
     with pytest.raises(UserError, match="did not start: ") as caught:
-        start_engine(tmp_path / "nothing", settings())
+        start_engine(tmp_path / "nothing", settings(), tmp_path)
     assert "\n" not in str(caught.value)

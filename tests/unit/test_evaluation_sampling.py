@@ -236,7 +236,8 @@ def test_regrade_never_samples(run, tmp_path, monkeypatch):
 def test_running_engine_can_be_evaluated(inputs, tmp_path):
     hub = inputs / "hub"
     tokenizer, settings = load_tokenizer(hub), Evaluation(**SETTINGS)
-    problems, engine = load_problems(read_manifest(inputs / "sums.json")), start_engine(hub, Engine(kind="cpu"))
+    problems = load_problems(read_manifest(inputs / "sums.json"))
+    engine = start_engine(hub, Engine(kind="cpu"), tmp_path / "logs")
     with Grader(Reward()) as grader:
         stops = stop_token_ids(hub, tokenizer)
         scores = evaluate_live(

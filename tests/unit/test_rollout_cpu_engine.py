@@ -28,7 +28,11 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folders):
-    return start_engine(folders / "dense", Engine(kind="cpu"))
+    return cpu_engine(folders / "dense")
+
+
+def cpu_engine(folder, **settings):
+    return start_engine(folder, Engine(kind="cpu", **settings), folder / "logs")
 
 
 @pytest.fixture(params=["dense", "packed experts", "single experts"])
@@ -53,7 +57,7 @@ def teacher_forced(model, prompt, tokens):
 
 
 def test_greedy_answers_are_those_of_transformers(folder):
-    model, engine = transformers_model(folder), start_engine(folder, Engine(kind="cpu", max_running_requests=3))
+    model, engine = transformers_model(folder), cpu_engine(folder, max_running_requests=3)
     prompts = random_prompts(*LENGTHS)
     completions = engine.generate(
         [Request(prompt, seed=0) for prompt in prompts], SamplingParams(max_new_tokens=12, temperature=0)
@@ -70,7 +74,7 @@ def test_greedy_answers_are_those_of_transformers(folder):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_log_probs_are_those_of_the_whole_distribution_at_the_temperature(folder, temperature):
-    model, engine = transformers_model(folder), start_engine(folder, Engine(kind="cpu"))
+    model, engine = transformers_model(folder), cpu_engine(folder)
     prompts = random_prompts(*LENGTHS)
     params = SamplingParams(max_new_tokens=20, temperature=temperature, top_p=0.9, top_k=50)
     completions = engine.generate([Request(prompt, seed) for seed, prompt in enumerate(prompts)], params)
@@ -121,9 +125,9 @@ def assert_same(left: list[Completion], right: list[Completion]):
 @pytest.mark.parametrize(("name", "running"), [("dense", 1), ("dense", 5), ("packed experts", 9)])
 def test_answers_do_not_depend_on_what_else_is_in_the_batch(folders, name, running):
     requests, params = a_mixed_batch()
-    together = start_engine(folders / name, Engine(kind="cpu")).generate(requests, params)
+    together = cpu_engine(folders / name).generate(requests, params)
     assert len({len(completion.token_ids) for completion in together}) > 5
-    few = start_engine(folders / name, Engine(kind="cpu", max_running_requests=running))
+    few = cpu_engine(folders / name, max_running_requests=running)
     assert_same(few.generate(requests, params), together)
     assert_same(few.generate(requests[::-1], params)[::-1], together)
 
@@ -180,11 +184,11 @@ def test_on_done_reports_each_completion_once_as_it_finishes(engine):
 
 def test_new_weights_answer_as_an_engine_started_with_them(folder, tmp_path):
     new = make_tiny_hub(tmp_path, DENSE if folder.name == "dense" else MOE, seed=1)
-    engine = start_engine(folder, Engine(kind="cpu"))
+    engine = cpu_engine(folder)
     requests, params = a_mixed_batch()
     old = engine.generate(requests, params)
     engine.load_weights((name, tensor) for name, tensor in new.items())
-    assert engine.generate(requests, params) == start_engine(tmp_path, Engine(kind="cpu")).generate(requests, params)
+    assert engine.generate(requests, params) == cpu_engine(tmp_path).generate(requests, params)
     assert engine.generate(requests, params) != old
 
 
@@ -205,11 +209,11 @@ def test_incomplete_checkpoint_is_refused_by_name(tmp_path):
     del tensors["model.language_model.layers.3.self_attn.k_norm.weight"]
     write_weights(tmp_path, tensors)
     with pytest.raises(UserError, match=r"layers\.3\.self_attn\.k_norm\.weight"):
-        start_engine(tmp_path, Engine(kind="cpu"))
+        cpu_engine(tmp_path)
 
 
 def test_a_sleeping_engine_wakes_as_it_was(folders):
-    engine = start_engine(folders / "dense", Engine(kind="cpu"))
+    engine = cpu_engine(folders / "dense")
     requests, params = a_mixed_batch()
     before = engine.generate(requests, params)
     engine.sleep()

@@ -99,14 +99,15 @@ def package(tmp_path_factory):
 
 
 @pytest.fixture
-def start(package, monkeypatch):
+def start(package, tmp_path, monkeypatch):
     """``start(servers, **server_arguments)`` -> a running engine."""
     monkeypatch.setenv("PYTHONPATH", str(package))
     engines = []
 
     def call(servers=1, settings=None, **arguments):
         settings = settings or Engine(server_arguments=arguments)
-        engine = SglangEngine(Path("model"), settings, [Server(Path("model"), settings, i) for i in range(servers)])
+        parts = [Server(Path("model"), settings, index, tmp_path / "logs") for index in range(servers)]
+        engine = SglangEngine(Path("model"), settings, parts)
         engines.append(engine)
         engine.start()
         return engine
@@ -265,6 +266,17 @@ def test_a_server_that_fails_at_the_start_says_why_in_one_line(start):
     assert "\n" not in str(caught.value)
 
 
+def test_what_a_server_said_is_kept_until_another_two_have_spoken(start, tmp_path):
+    log, previous = tmp_path / "logs/sglang-0.log", tmp_path / "logs/sglang-0.previous.log"
+    with pytest.raises(UserError):
+        start(1, random_seed=13)
+    said = log.read_text()
+    engine = start(1)
+    engine.servers[0].kill()
+    engine.generate(requests(1), PARAMS)
+    assert "as it were" in said and previous.read_text() == said and "as it were" not in log.read_text()
+
+
 def test_an_argument_that_this_sglang_has_not_is_named(start):
     with pytest.raises(UserError, match=r"engine\.server_arguments: this version of SGLang has no frobnicate"):
         start(1, frobnicate=1)
@@ -304,10 +316,10 @@ def test_a_restarted_server_is_given_the_weights_that_it_should_have(start):
 
 
 @pytest.mark.parametrize(("wanted", "expected"), [(None, 5), (3, 3), (512, 5)])
-def test_a_server_sets_memory_aside_for_its_share_of_the_requests(package, monkeypatch, wanted, expected):
+def test_a_server_sets_memory_aside_for_its_share_of_the_requests(package, tmp_path, monkeypatch, wanted, expected):
     monkeypatch.setenv("PYTHONPATH", str(package))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    engine = sglang_engine.start(Path("model"), Engine(max_running_requests=wanted), max_requests=9)
+    engine = sglang_engine.start(Path("model"), Engine(max_running_requests=wanted), tmp_path, max_requests=9)
     engine.close()
     assert [server._arguments["max_running_requests"] for server in engine.servers] == [expected] * 2
 

@@ -23,7 +23,7 @@ _MAX_RUNNING = 256  # sequences, where the settings name no number
 _PREFILL_TOKENS = 8192  # of one prefill, padding included
 
 
-def start(folder: Path, settings: Engine, max_requests: int | None = None) -> "CpuEngine":
+def start(folder: Path, settings: Engine, logs: Path, max_requests: int | None = None) -> "CpuEngine":
     """Load the checkpoint in ``folder``; `UserError` if it is no whole Qwen3.5. Memory is taken as requests come."""
     return CpuEngine(CpuModel(folder), settings.max_running_requests or _MAX_RUNNING)
 

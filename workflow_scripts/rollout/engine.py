@@ -136,13 +136,17 @@ def request_seed(*key: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def start_engine(folder: Path | str, settings: Engine, max_requests: int | None = None) -> RolloutEngine:
+def start_engine(
+    folder: Path | str, settings: Engine, logs: Path | str, max_requests: int | None = None
+) -> RolloutEngine:
     """Start the engine of kind ``settings.kind`` with the checkpoint in ``folder`` (in the Hub's format).
 
-    ``max_requests``: what one `RolloutEngine.generate` will bring at most, if that is known. An engine that sets memory
-    aside for each request has more for their tokens then.
+    Args:
+        logs: a folder for the words of processes that the engine starts; it is made if there are any.
+        max_requests: what one `RolloutEngine.generate` will bring at most, if that is known. An engine that sets memory
+            aside for each request has more for their tokens then.
     """
-    return _module(settings).start(Path(folder), settings, max_requests)
+    return _module(settings).start(Path(folder), settings, Path(logs), max_requests)
 
 
 def share_weights(folder: Path | str, settings: Engine, named: Iterable[tuple[str, Tensor]]) -> None:

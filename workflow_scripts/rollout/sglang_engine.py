@@ -10,7 +10,6 @@ Weights that came through `load_weights` are asked for by calling ``weights_want
 
 import contextlib
 import queue
-import shutil
 import sys
 import threading
 import time
@@ -40,7 +39,7 @@ UPDATE_SECONDS = 600.0  # for one bucket of weights
 ABORT_SECONDS = 30.0  # for a server to let go of what it is answering
 
 
-def start(folder: Path, settings: Engine, max_requests: int | None = None) -> "SglangEngine":
+def start(folder: Path, settings: Engine, logs: Path, max_requests: int | None = None) -> "SglangEngine":
     """Start the servers, all at once; `UserError` with the reason if one does not start.
 
     They take the GPUs of the training's processes, or without such all that are visible. No server runs more requests
@@ -55,7 +54,7 @@ def start(folder: Path, settings: Engine, max_requests: int | None = None) -> "S
         share = -(-max_requests // count)
         running = min(share, settings.max_running_requests or share)
         settings = settings.model_copy(update={"max_running_requests": running})
-    engine = SglangEngine(folder, settings, [Server(folder, settings, index) for index in range(count)])
+    engine = SglangEngine(folder, settings, [Server(folder, settings, index, logs) for index in range(count)])
     try:
         engine.start()
     except BaseException:
@@ -185,12 +184,9 @@ class SglangEngine:
         self._on(servers, lambda server: server.call("/weights_checker", {"action": "compare"}))
 
     def close(self) -> None:
-        """End all servers; the log of one that failed stays."""
+        """End all servers."""
         for server in self.servers:
-            nothing_to_tell = server.alive and server.starts == 1
             server.kill()
-            if nothing_to_tell:
-                shutil.rmtree(server.log.parent, ignore_errors=True)
 
     def _start(self, server: Server) -> None:
         server.start()

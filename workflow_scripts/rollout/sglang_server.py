@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -47,16 +46,17 @@ class Server:
         name: for messages.
         starts: how often it was started, so that late news of an earlier process can be told apart.
         holds_weights: its weights are the ones it should answer with.
+        log: what it says, through all its starts; that of the server before it is kept beside.
     """
 
-    def __init__(self, folder: Path, settings: Engine, index: int):
+    def __init__(self, folder: Path, settings: Engine, index: int, logs: Path):
         self.index, self.name = index, f"SGLang server {index}"
         self.starts, self.holds_weights = 0, False
         self._arguments = server_arguments(folder, settings, index)
         self._key = secrets.token_hex()
         self._process: subprocess.Popen | None = None
         self._port = 0
-        self.log = Path(tempfile.mkdtemp(prefix="milepost-sglang-")) / f"server-{index}.log"
+        self.log = logs / f"sglang-{index}.log"
 
     @property
     def alive(self) -> bool:
@@ -65,6 +65,10 @@ class Server:
 
     def start(self) -> None:
         """Start the process and wait until it answers; `UserError` with the reason if it does not."""
+        if not self.starts:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            if self.log.exists():
+                self.log.replace(self.log.with_suffix(".previous.log"))
         self.starts += 1
         self._port = _free_port()
         arguments = self._arguments | {"port": self._port, "api_key": self._key}
