@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-MODELS = ("4B", "9B", "27B", "35B_A3B", "tiny", "tiny_moe")
+MODELS = ("4B", "9B", "27B", "35B_A3B", "tiny", "tiny_gpu", "tiny_moe")
 STAGES = ("download", "convert", "train", "export", "eval")
 
 

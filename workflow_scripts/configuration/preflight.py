@@ -108,7 +108,8 @@ def shortcomings(model: Model, machine: Machine) -> list[str]:
     """What one recipe lacks on this machine, each as words that follow the model's name."""
     hardware, faults = model.hardware, []
     if hardware.gpus > len(machine.gpus):
-        faults.append(f"needs {hardware.gpus} GPUs and this machine has {len(machine.gpus) or 'none'}")
+        gpus = "1 GPU" if hardware.gpus == 1 else f"{hardware.gpus} GPUs"
+        faults.append(f"needs {gpus} and this machine has {len(machine.gpus) or 'none'}")
     if hardware.host_memory_gib > machine.host_memory_gib:
         faults.append(f"needs {hardware.host_memory_gib} GiB of memory and there are {machine.host_memory_gib:.0f}")
     if hardware.gpus and machine.missing_packages:
