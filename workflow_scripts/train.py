@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -78,6 +79,8 @@ def main() -> None:
         if dist.get_rank():  # rank 0 says it
             sys.exit(1)
         raise
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"rank {dist.get_rank()}: {out_of_memory(error)}") from error
     if dist.get_rank() == 0:
         write_result(arguments, checkpoint)
     finalize()
@@ -195,6 +198,17 @@ def taken_gib() -> float:
     """What is not free of this process's GPU."""
     free, total = torch.cuda.mem_get_info()
     return (total - free) / GIB
+
+
+def out_of_memory(error: torch.OutOfMemoryError) -> str:
+    """Where a GPU's memory ran out, and what to do."""
+    here = Path(__file__).parent
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(here)]
+    place = f"{Path(ours[-1].filename).relative_to(here)}, line {ours[-1].lineno}"
+    return (
+        f"{str(error).partition(' Of the allocated memory')[0]} ({place}): lower training.max_tokens_per_gpu or"
+        " engine.mem_fraction_static and run again; it goes on from the last checkpoint"
+    )
 
 
 def announce(work: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -109,6 +110,23 @@ def test_a_training_asked_to_end_saves_and_goes_on_as_if_nothing_had_happened(pr
     assert ended(command_line, ask_to_end) == 128 + signal.SIGTERM
     assert run_state.newest(tmp_path / "run").name == f"checkpoint-{saved:06d}"
     assert not (tmp_path / "run.json").exists()
+    grpo_run.run(command_line)
+    assert_same_run(tmp_path / "run", prepared / "straight")
+
+
+def test_where_gpu_memory_ran_out_is_one_line_and_nothing_that_was_saved_is_lost(prepared, tmp_path):
+    command_line = grpo_run.arguments(prepared, tmp_path / "run")
+
+    def run_out(gradings):
+        if gradings == GRADINGS_BEFORE_ROLLOUT_4:
+            raise torch.OutOfMemoryError("Tried to allocate 512 MiB.\n64 MiB are free. Of the allocated memory 1 is")
+
+    said = ended(command_line, run_out)
+    assert re.fullmatch(
+        r"error: rank 0: Tried to allocate 512 MiB\. 64 MiB are free\. \(grpo/\w+\.py, line \d+\): lower"
+        r" training\.max_tokens_per_gpu or engine\.mem_fraction_static and run again; .*",
+        said,
+    )
     grpo_run.run(command_line)
     assert_same_run(tmp_path / "run", prepared / "straight")
 

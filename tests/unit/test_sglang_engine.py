@@ -20,6 +20,7 @@ from rollout import sglang_engine
 from rollout.engine import Drafting, Request, SamplingParams
 from rollout.sglang_engine import SglangEngine
 from rollout.sglang_server import Server, server_arguments
+from tiny_hub import MOE, make_tiny_hub
 
 SERVER_ARGS = """
     import dataclasses
@@ -322,6 +323,17 @@ def test_a_server_sets_memory_aside_for_its_share_of_the_requests(package, tmp_p
     engine = sglang_engine.start(Path("model"), Engine(max_running_requests=wanted), tmp_path, max_requests=9)
     engine.close()
     assert [server._arguments["max_running_requests"] for server in engine.servers] == [expected] * 2
+
+
+def test_what_drafts_remember_is_part_of_the_engine_s_memory(package, tmp_path, monkeypatch):
+    """SGLang does not count it: of four layers, one of them full attention, it would take nearly twice its share."""
+    monkeypatch.setenv("PYTHONPATH", str(package))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    make_tiny_hub(tmp_path, MOE)
+    for speculation, expected in ((None, 0.6), (Speculation(), 0.3)):
+        engine = sglang_engine.start(tmp_path, Engine(mem_fraction_static=0.6, speculation=speculation), tmp_path)
+        engine.close()
+        assert engine.servers[0]._arguments["mem_fraction_static"] == pytest.approx(expected)
 
 
 def test_the_recipe_s_arguments_have_sglang_s_names():

@@ -258,7 +258,9 @@ class Engine(Section):
     kind: Literal["sglang", "cpu"] = "sglang"
     gpus_per_engine: PositiveInt = 1
     expert_parallel: PositiveInt = 1
-    mem_fraction_static: Share = 0.7
+    mem_fraction_static: Share = Field(
+        0.7, description="of a GPU's memory: for the weights and for what requests and their drafts remember"
+    )
     cuda_graph_batch_sizes: list[PositiveInt] | None = None
     max_running_requests: PositiveInt | None = Field(
         None, description="of one engine; at most its share of a rollout or validation runs at once in any case"

@@ -28,6 +28,7 @@ from torch import Tensor
 from checkpoints.safetensors_io import HubCheckpoint
 from common.errors import UserError
 from configuration.schema import Engine
+from qwen3_5.architecture import Architecture
 from rollout import sglang_weights
 from rollout.engine import Completion, Request, SamplingParams
 from rollout.sglang_server import KINDS_OF_MEMORY, Server, ServerDown
@@ -54,6 +55,8 @@ def start(folder: Path, settings: Engine, logs: Path, max_requests: int | None =
         share = -(-max_requests // count)
         running = min(share, settings.max_running_requests or share)
         settings = settings.model_copy(update={"max_running_requests": running})
+    if settings.speculation:
+        settings = settings.model_copy(update={"mem_fraction_static": _without_drafts(folder, settings)})
     engine = SglangEngine(folder, settings, [Server(folder, settings, index, logs) for index in range(count)])
     try:
         engine.start()
@@ -397,6 +400,17 @@ class _Answering:
             self.events.put(_Down(server, server.starts, str(error)))
         else:
             self.events.put(_Up(server))
+
+
+def _without_drafts(folder: Path, settings: Engine) -> float:
+    """``mem_fraction_static`` as SGLang means it: without the drafts' keys and values.
+
+    Those come on top, for as many tokens as the model's own (in 0.5.16; its sum asks for a draft checkpoint's path,
+    which an MTP layer has not), and are as large as those of one of its full attention layers.
+    """
+    shape = Architecture.from_folder(folder)
+    layers = shape.num_layers // shape.full_attention_interval
+    return settings.mem_fraction_static * layers / (layers + 1)
 
 
 def _whole(folder: Path, settings: Engine, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
