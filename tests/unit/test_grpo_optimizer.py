@@ -11,6 +11,8 @@ from configuration.schema import Optimizer as Settings
 from grpo.cpu_optimizer import CpuAdam
 from grpo.optimizer import learning_rate_at
 
+pytestmark = pytest.mark.usefixtures("one_process")
+
 
 class Toy(nn.Module):
     """Weights of the kinds that weight decay tells apart: a matrix, a bias, a norm, a convolution."""

@@ -265,7 +265,10 @@ print((peak() - before) / (4 * 1000 * 40_000 * 4))
 
 
 def test_a_step_never_holds_the_logits_of_all_positions(environment):
-    """The peak of host memory rises by a small part of what the fp32 logits of its 4000 response tokens take."""
+    """The peak of host memory rises by less than the fp32 logits of its 4000 response tokens, of which one copy is 1.0.
+
+    It rises by 0.33 to 0.48, as the allocator finds its room; a loss over whole logits holds three copies.
+    """
     done = subprocess.run([sys.executable, "-c", STEP], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.splitlines()[-1]) < 0.4
+    assert float(done.stdout.splitlines()[-1]) < 0.7

@@ -55,8 +55,6 @@ class CpuAdam:
             buffer.zero_()
 
     def reduce(self) -> None:
-        if not dist.is_initialized():
-            return
         sum_partial_gradients(self.parameters, self.gradients)
         data_parallel = parallel_state.get_data_parallel_group(with_context_parallel=True)
         for of_experts, group in ((False, data_parallel), (True, parallel_state.get_expert_data_parallel_group())):
@@ -87,9 +85,8 @@ class CpuAdam:
         for name, parameter in self.parameters.items():
             if _counts_here(parameter):
                 squares[is_expert(parameter)] += self.gradients[name].norm(dtype=torch.float64) ** 2
-        if dist.is_initialized():
-            dist.all_reduce(squares[False], group=parallel_state.get_model_parallel_group())
-            dist.all_reduce(squares[True], group=parallel_state.get_expert_tensor_model_pipeline_parallel_group())
+        dist.all_reduce(squares[False], group=parallel_state.get_model_parallel_group())
+        dist.all_reduce(squares[True], group=parallel_state.get_expert_tensor_model_pipeline_parallel_group())
         return math.sqrt(squares[False] + squares[True])
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -139,7 +136,7 @@ def _accumulate_into(gradient: Tensor):
 
 def _counts_here(parameter: nn.Parameter) -> bool:
     """Whether this rank's copy stands for the weight in the norm: a shard always does, of replicas the first."""
-    if not dist.is_initialized() or getattr(parameter, "tensor_model_parallel", False):
+    if getattr(parameter, "tensor_model_parallel", False):
         return True
     rank = (
         parallel_state.get_expert_tensor_parallel_rank()

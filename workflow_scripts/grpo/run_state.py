@@ -72,20 +72,20 @@ def save(work: Path, progress: Progress, model: nn.Module, optimizer: Optimizer,
     folder = work / f"checkpoint-{progress.rollout:06d}"
     partial = partial_folder(folder)
     state = optimizer.state_dict() | {RANDOM_STATE: torch.get_rng_state()}
-    if _rank() == 0:
+    if dist.get_rank() == 0:
         start_folder(partial)
         (partial / "optimizer").mkdir()
-    _barrier()
+    dist.barrier()
     require_room(partial, torch_dist.whole_bytes(model) + _over_all_ranks(sum(t.nbytes for t in state.values())))
     torch_dist.save(model, partial / "weights")
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, _rank_file(partial))
-    _barrier()
-    if _rank() == 0:
+    dist.barrier()
+    if dist.get_rank() == 0:
         write_json(partial / "progress.json", asdict(progress))
         files = [str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file()]
         write_manifest(partial / "manifest.json", "checkpoint", partial, files, provenance)
         finish_folder(partial, folder)
-    _barrier()
+    dist.barrier()
     return folder
 
 
@@ -185,21 +185,11 @@ def _number(folder: Path) -> int:
 
 
 def _rank_file(folder: Path) -> Path:
-    return folder / "optimizer" / f"rank-{_rank():05d}.safetensors"
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return folder / "optimizer" / f"rank-{dist.get_rank():05d}.safetensors"
 
 
 def _over_all_ranks(number: int) -> int:
     """The sum of every rank's number."""
     total = torch.tensor(number)
-    if dist.is_initialized():
-        dist.all_reduce(total)
+    dist.all_reduce(total)
     return int(total)
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
