@@ -1,12 +1,16 @@
 """Preflight refuses what would fail hours later, and nothing that would have passed."""
 
+from functools import partial
+
 import pytest
 
 from common.errors import UserError
-from configuration.loading import load
+from common.files import write_json
+from configuration.loading import load, read_yaml
 from configuration.memory import GIB, disk_gib
 from configuration.preflight import Machine, check_jobs, shortcomings
 from configuration.provenance import Provenance
+from configuration.shape import text_config
 
 
 def configured(root, overrides=None):
@@ -36,6 +40,23 @@ def test_an_engine_needs_room_for_its_weights(root, changes, gpu_gib, weights):
     (fault,) = faults
     assert fault.startswith(f"needs {weights} GiB of each GPU for the engine's weights")
     assert "engine.mem_fraction_static" in fault and "engine.gpus_per_engine" in fault and "\n" not in fault
+
+
+def test_a_model_of_one_s_own_is_measured_by_its_folder(root, tmp_path):
+    """One that declares no architecture, as a newcomer's file does."""
+    models, shape = tmp_path / "models", configured(root).models["9B"].architecture
+    models.mkdir()
+    write_json(tmp_path / "config.json", text_config(shape))
+    settings = read_yaml(root / "config/models/9B.yaml") | {"source": {"folder": str(tmp_path)}}
+    del settings["architecture"]
+    write_json(models / "mine.yaml", settings)  # JSON is YAML
+    load_mine = partial(load, root / "config/config.yaml", models)
+    mine = load_mine({"models": ["mine"]}).models["mine"]
+    assert disk_gib(mine, "train") == disk_gib(configured(root).models["9B"], "train") > 0
+    assert shortcomings(mine, node(141)) == []
+    assert any("GiB a GPU to train" in fault for fault in shortcomings(mine, node(20)))
+    with pytest.raises(UserError, match=r"parallel\.tensor: 8 does not divide the 4 key-value groups"):
+        load_mine({"models": ["mine"], "per_model": {"mine": {"parallel": {"tensor": 8}}}})
 
 
 def test_a_training_that_goes_on_needs_no_disk_for_the_checkpoints_it_has(root, tmp_path, monkeypatch):

@@ -145,9 +145,9 @@ def beside(engine: schema.Engine, taken_gib: float, gpu_memory_gib: float) -> sc
 
 def disk_gib(model: schema.Model, stage: str) -> float:
     """Disk that one stage's results take: bf16 weights, and for training the checkpoints with fp32 Adam states."""
-    if model.architecture is None:
+    if (architecture := architecture_of(model)) is None:
         return 0.0
-    parameters = architecture_of(model).parameters(mtp_num_layers=1)
+    parameters = architecture.parameters(mtp_num_layers=1)
     kept = model.training.keep_checkpoints + 2  # the best one, and the one being written
     checkpoints = min(kept, -(-model.training.rollouts // model.training.save_interval))
     width = {"download": 2, "convert": 2, "train": 14 * checkpoints, "export": 2}

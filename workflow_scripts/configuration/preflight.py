@@ -120,9 +120,9 @@ def shortcomings(model: Model, machine: Machine) -> list[str]:
         faults.append(f"needs a C compiler, {' or '.join(COMPILERS)}: install one, or name yours in the variable CC")
     if hardware.gpus and not machine.has_cuda_toolkit:
         faults.append("needs a CUDA toolkit (nvcc), with which SGLang builds kernels: install one, or set CUDA_HOME")
-    if hardware.gpus and machine.gpus and model.architecture:
+    if hardware.gpus and machine.gpus and (architecture := architecture_of(model)):
         memory = min(machine.gpus)
-        needed = estimate(architecture_of(model), model, memory)
+        needed = estimate(architecture, model, memory)
         if max(needed.training, needed.rollout) > memory:
             faults.append(
                 f"needs about {needed.training:.0f} GiB a GPU to train and {needed.rollout:.0f} to roll out, and the"
@@ -151,9 +151,9 @@ def table(configuration: Configuration) -> str:
     for name in configuration.listed:
         model = configuration.models[name]
         disk = sum(disk_gib(model, stage) for stage in ("download", "convert", "train", "export"))
-        if model.architecture and model.hardware.gpus:
+        if model.hardware.gpus and (architecture := architecture_of(model)):
             memory = min(machine.gpus) if machine.gpus else model.hardware.gpu_memory_gib
-            m = estimate(architecture_of(model), model, memory)
+            m = estimate(architecture, model, memory)
             columns = f"{m.weights:9.1f}{m.gradients:7.1f}{m.optimizer:7.1f}{m.activations:8.1f}{m.logits:8.1f}"
             columns += f"{m.training:10.1f}{m.rollout:9.1f}{m.recompute:>11}"
         else:

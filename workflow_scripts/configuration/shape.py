@@ -1,4 +1,4 @@
-"""The shape that a recipe declares its model to have, as the checkpoint's own config.json would state it."""
+"""The shape of a model as its recipe declares it, or as the ``config.json`` of its own folder states it."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -49,8 +49,11 @@ def text_config(shape: Shape) -> dict:
 
 
 def architecture_of(model: Model) -> Architecture | None:
-    """The declared shape of a model, or None where it is made here and fits anywhere."""
-    return Architecture.from_config(text_config(model.architecture)) if model.architecture else None
+    """The declared shape of a model, else that of the folder that it comes from; None where neither says it."""
+    if model.architecture:
+        return Architecture.from_config(text_config(model.architecture))
+    folder = Path(model.source.folder).expanduser() if model.source.folder else None
+    return Architecture.from_folder(folder) if folder and (folder / "config.json").is_file() else None
 
 
 def require_shape(folder: Path, shape: Shape) -> None:
