@@ -79,7 +79,9 @@ def main() -> None:
         if dist.get_rank():  # rank 0 says it
             sys.exit(1)
         raise
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # the allocator's, NCCL's or the driver's
+        if "out of memory" not in str(error).lower():
+            raise
         raise UserError(f"rank {dist.get_rank()}: {out_of_memory(error)}") from error
     if dist.get_rank() == 0:
         write_result(arguments, checkpoint)
@@ -200,7 +202,7 @@ def taken_gib() -> float:
     return (total - free) / GIB
 
 
-def out_of_memory(error: torch.OutOfMemoryError) -> str:
+def out_of_memory(error: RuntimeError) -> str:
     """Where a GPU's memory ran out, and what to do."""
     here = Path(__file__).parent
     ours = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(here)]
@@ -245,6 +247,8 @@ def start_driver(
     )
     engine = start_engine(hub.root, settings.engine, arguments.work / "engine", max_requests)
     stack.callback(engine.close)
+    engine.sleep()
+    engine.wake()  # as in every step: its caches, which are not needed yet, leave their room for what sends the weights
     grader = stack.enter_context(Grader(settings.reward))
     log = metrics.RunLog(arguments.work, progress.rollout + 1, settings.training.wandb_project)
     stack.callback(log.close)

@@ -39,6 +39,21 @@ def test_a_process_that_saves_itself_is_not_cut_off(tmp_path, environment):
     assert len(list(tmp_path.glob("saved-*"))) == 2
 
 
+def test_a_training_of_two_processes_of_which_the_first_fails_saves_itself(root, tmp_path, environment):
+    grpo_run.prepare(tmp_path)
+    grpo_run.convert_model(tmp_path)
+    status, printed = torchrun_until(
+        (tmp_path / "run" / "checkpoint-000003" / "manifest.json").exists,
+        lambda run: None,
+        str(root / "tests" / "grpo_run.py"),
+        *grpo_run.arguments(tmp_path, tmp_path / "run"),
+        env=environment | {"FAIL_AT": "5"},  # in rollout 4
+    )
+    assert status != 0
+    assert "stopped after 3 rollouts" in printed and "error: the grader is out of breath" in printed
+    read_manifest(tmp_path / "run" / "checkpoint-000003" / "manifest.json").require(digests=True)
+
+
 def test_a_training_of_two_processes_that_is_asked_to_end_saves_itself(root, tmp_path, environment):
     grpo_run.prepare(tmp_path)
     grpo_run.convert_model(tmp_path)

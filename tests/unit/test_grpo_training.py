@@ -13,6 +13,7 @@ import torch
 
 import grpo_run
 from checkpoints.manifest import describe, read_manifest
+from common.errors import UserError
 from grpo import run_state
 from qwen3_5.build import finalize
 from stages import flip_a_bit, unmeasured
@@ -114,16 +115,32 @@ def test_a_training_asked_to_end_saves_and_goes_on_as_if_nothing_had_happened(pr
     assert_same_run(tmp_path / "run", prepared / "straight")
 
 
+@pytest.mark.parametrize(
+    ("grading", "saved"), [(GRADINGS_BEFORE_ROLLOUT_4, 3), (3, 2)], ids=["in a rollout", "in a validation"]
+)
+def test_a_training_whose_engine_or_grader_fails_saves_what_it_has(prepared, tmp_path, grading, saved):
+    command_line = grpo_run.arguments(prepared, tmp_path / "run")
+
+    def fail(gradings):
+        if gradings == grading:
+            raise UserError("the servers are out of breath")
+
+    assert ended(command_line, fail) == "error: the servers are out of breath"
+    assert run_state.newest(tmp_path / "run").name == f"checkpoint-{saved:06d}"
+    grpo_run.run(command_line)
+    assert_same_run(tmp_path / "run", prepared / "straight")
+
+
 def test_where_gpu_memory_ran_out_is_one_line_and_nothing_that_was_saved_is_lost(prepared, tmp_path):
     command_line = grpo_run.arguments(prepared, tmp_path / "run")
 
     def run_out(gradings):
         if gradings == GRADINGS_BEFORE_ROLLOUT_4:
-            raise torch.OutOfMemoryError("Tried to allocate 512 MiB.\n64 MiB are free. Of the allocated memory 1 is")
+            raise torch.OutOfMemoryError("CUDA out of memory. 64 MiB are free. Of the allocated memory 1 is")
 
     said = ended(command_line, run_out)
     assert re.fullmatch(
-        r"error: rank 0: Tried to allocate 512 MiB\. 64 MiB are free\. \(grpo/\w+\.py, line \d+\): lower"
+        r"error: rank 0: CUDA out of memory\. 64 MiB are free\. \(grpo/\w+\.py, line \d+\): lower"
         r" training\.max_tokens_per_gpu or engine\.mem_fraction_static and run again; .*",
         said,
     )

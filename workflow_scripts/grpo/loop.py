@@ -161,13 +161,16 @@ class Loop:
     driver: Driver | None
     saved: Path | None  # the checkpoint that the run goes on from
     control: dist.ProcessGroup | None  # all ranks, where there are several: see `control_group`
+    failure: Exception | None = None  # of what rank 0 does alone: raised once the run is saved
+    sending: bool = False  # while rank 0 does so all ranks are in it, too
 
     def run(self) -> Path:
         """Train until ``training.rollouts`` rollouts are done and saved; gives the last checkpoint.
 
         Raises:
-            SystemExit: the process was asked to end; the run is saved and can be continued.
+            SystemExit: the process was asked to end, or rank 0 failed; the run is saved and can be continued.
             UserError: too many bad steps in a row.
+            Exception: on rank 0, whatever ended a rollout or a validation; the run is saved, as above.
         """
         progress, driver = self.progress, self.driver
         if driver:
@@ -176,23 +179,42 @@ class Loop:
         unsaved = False
         while True:
             if driver:
-                unsaved |= driver.validate_if_due(progress)
-            stop, save = self._from_rank_0((self.interrupts.requested, unsaved and self._save_due()))
-            if save or (stop and unsaved):
+                unsaved |= bool(self._attempt(driver.validate_if_due, progress))
+            stop = self._exit_status()
+            stop, save = self._from_rank_0((stop, unsaved and (stop or self._save_due())))
+            if save:
                 self._save()
                 unsaved = False
             if stop:
                 if driver:
                     print(f"stopped after {progress.rollout} rollouts: run again to go on from there", file=sys.stderr)
-                raise SystemExit(self.interrupts.exit_status)
+                raise self.failure or SystemExit(stop)
             if progress.rollout >= self.training.rollouts:
                 return self.saved
-            rollout = driver and driver.rollout(progress.rollout + 1)
+            rollout = driver and self._attempt(driver.rollout, progress.rollout + 1)
             sequences = self._from_rank_0(rollout and rollout.sequences)
             if sequences is None:
                 continue
             self._learn(sequences, rollout)
             unsaved = True
+
+    def _attempt(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """What rank 0 does while the others wait; None if it fails, which ends the run."""
+        if self.failure:
+            return None
+        try:
+            return work(*arguments)
+        except Exception as error:
+            if self.sending:
+                raise  # the others can't be told: they wait for what is sent
+            self.failure = error
+            return None
+
+    def _exit_status(self) -> int:
+        """0 to go on."""
+        if self.failure:
+            return 1
+        return self.interrupts.exit_status if self.interrupts.requested else 0
 
     def _learn(self, sequences: list[TrainingSequence], rollout: Rollout | None) -> None:
         """Train on a rollout, hand the new weights to the engine, and count the rollout as done."""
@@ -233,8 +255,10 @@ class Loop:
     def _weights_wanted(self) -> None:
         """On rank 0: a restarted part of the engine needs the weights, while the other ranks wait for a decision."""
         with self.interrupts.held():  # the others are in it, too
+            self.sending = True
             from_rank_0(WeightsWanted(), self.control)
             self._send_weights()
+            self.sending = False
 
     def _from_rank_0(self, value: Any) -> Any:
         """Rank 0's ``value``, on every rank; weights that are wanted meanwhile are sent."""

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.errors import UserError
+
 PAGE = 4096  # bytes, the unit in which the host's memory is pinned
 
 
@@ -91,7 +93,10 @@ def pinned(size: int) -> Tensor:
     memory = torch.empty(size + 2 * PAGE, dtype=torch.uint8)
     memory = memory[-memory.data_ptr() % PAGE :][:size]
     if size:
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
+        try:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
+        except torch.cuda.CudaError as error:
+            raise UserError(f"pinning {size / 2**30:.1f} GiB of host memory failed ({error}): free some") from None
     return memory
 
 
