@@ -42,6 +42,14 @@ def test_an_engine_needs_room_for_its_weights(root, changes, gpu_gib, weights):
     assert "engine.mem_fraction_static" in fault and "engine.gpus_per_engine" in fault and "\n" not in fault
 
 
+def test_an_evaluation_alone_needs_room_for_the_engine_s_weights_alone(root):
+    model = configured(root).models["27B"]
+    assert any("engine.mem_fraction_static" in fault for fault in shortcomings(model, node(80)))
+    assert shortcomings(model, node(80), {"evaluate"}) == []
+    (fault,) = shortcomings(model, node(48), {"evaluate"})
+    assert "evaluation.mem_fraction_static gives the engine 40.8 of 48" in fault
+
+
 def test_a_model_of_one_s_own_is_measured_by_its_folder(root, tmp_path):
     """One that declares no architecture, as a newcomer's file does."""
     models, shape = tmp_path / "models", configured(root).models["9B"].architecture

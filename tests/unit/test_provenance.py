@@ -51,3 +51,14 @@ def test_what_continues_a_training_and_what_begins_another(root, changes, contin
         return Provenance(configuration, root / "workflow_scripts").work("9B")
 
     assert (work() == work(**changes)) == continues
+
+
+def test_an_evaluation_does_not_depend_on_what_its_engine_does_for_a_training_alone(root):
+    def key(**engine):
+        overrides = {"per_model": {"35B_A3B": {"engine": engine}}}
+        configuration = load(root / "config/config.yaml", root / "config/models", overrides)
+        provenance = Provenance(configuration, root / "workflow_scripts")
+        return provenance.key("evaluate", model="35B_A3B", dataset="aime-2024", weights="base")
+
+    assert key() == key(mem_fraction_static=0.4, check_weights=True, replay_routing=True)
+    assert key() != key(speculation=None)

@@ -11,8 +11,9 @@ from qwen3_5.architecture import Architecture
 
 GIB = 2**30
 CONTEXT_GIB = 1.5  # CUDA context, NCCL's buffers and kernels of one process
+SYNC_GIB = 5.0  # to send weights: two buckets, and one layer's tensors as they are gathered and put together
 BESIDE_GIB = 20.0  # what an engine takes beside its static memory: graphs, activations, workspaces, its context
-LEFT_FREE = 0.2  # of a GPU: the first step, which tunes kernels, took 10 GiB more; and the engine keeps a context
+LEFT_FREE = 0.2  # of a GPU: the first step, which tunes kernels, took 10 GiB more; and the engine keeps CUDA graphs
 
 
 class Settings(Protocol):
@@ -52,8 +53,8 @@ class GpuMemory:
 
     @property
     def rollout(self) -> float:
-        """The engine's share and the trainer's context, all of the trainer that has to stay."""
-        return self.engine + CONTEXT_GIB
+        """What meets when a part of the engine was started anew and is sent the weights while the rest generates."""
+        return self.engine + self.weights + SYNC_GIB + CONTEXT_GIB
 
     @property
     def lasting(self) -> float:
@@ -62,7 +63,7 @@ class GpuMemory:
 
     def lasts_beside_engine(self, gpu_memory_gib: float) -> bool:
         """Whether that can stay while the engine generates, and need not wait on the host."""
-        return self.rollout + BESIDE_GIB + self.lasting < gpu_memory_gib
+        return self.engine + CONTEXT_GIB + BESIDE_GIB + self.lasting < gpu_memory_gib
 
 
 def estimate(shape: Architecture, settings: Settings, gpu_memory_gib: float) -> GpuMemory:

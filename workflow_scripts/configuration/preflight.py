@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,8 +83,8 @@ def check_jobs(
     faults = []
     for name in sorted({model for _, model in jobs}):
         model = configuration.models[name]
-        if any(rule in HEAVY for rule, of in jobs if of == name):
-            faults += [f"{name} {fault}" for fault in shortcomings(model, machine)]
+        if stages := HEAVY & {rule for rule, of in jobs if of == name}:
+            faults += [f"{name} {fault}" for fault in shortcomings(model, machine, stages)]
     disk = sum(_disk_to_take_gib(configuration, provenance, model, rule) for rule, model in jobs)
     if disk > machine.free_disk_gib:
         faults.append(f"the results need about {disk:.0f} GiB of disk and {machine.free_disk_gib:.0f} are free")
@@ -104,8 +104,8 @@ def _disk_to_take_gib(configuration: Configuration, provenance: Provenance, mode
     return max(disk - taken / GIB, 0)
 
 
-def shortcomings(model: Model, machine: Machine) -> list[str]:
-    """What one recipe lacks on this machine, each as words that follow the model's name."""
+def shortcomings(model: Model, machine: Machine, stages: Set[str] = HEAVY) -> list[str]:
+    """What one recipe's ``stages`` lack on this machine, each as words that follow the model's name."""
     hardware, faults = model.hardware, []
     if hardware.gpus > len(machine.gpus):
         gpus = "1 GPU" if hardware.gpus == 1 else f"{hardware.gpus} GPUs"
@@ -123,18 +123,21 @@ def shortcomings(model: Model, machine: Machine) -> list[str]:
     if hardware.gpus and machine.gpus and (architecture := architecture_of(model)):
         memory = min(machine.gpus)
         needed = estimate(architecture, model, memory)
-        if max(needed.training, needed.rollout) > memory:
+        if "train" in stages and max(needed.training, needed.rollout) > memory:
             faults.append(
                 f"needs about {needed.training:.0f} GiB a GPU to train and {needed.rollout:.0f} to roll out, and the"
-                f" smallest has {memory:.0f}: lower training.max_tokens_per_gpu or raise parallel.tensor"
+                f" smallest has {memory:.0f}: lower training.max_tokens_per_gpu or engine.mem_fraction_static, or raise"
+                " parallel.tensor"
                 " (a pack holds at least one whole answer, of sampling.max_response_tokens)"
             )
-        if needed.engine_weights > needed.engine:
-            faults.append(
-                f"needs {needed.engine_weights:.1f} GiB of each GPU for the engine's weights, and"
-                f" engine.mem_fraction_static gives the engine {needed.engine:.1f} of {memory:.0f}:"
-                " raise it, or engine.gpus_per_engine"
-            )
+        for stage, section in (("train", "engine"), ("evaluate", "evaluation")):
+            share = getattr(model, section).mem_fraction_static * memory
+            if stage in stages and needed.engine_weights > share:
+                faults.append(
+                    f"needs {needed.engine_weights:.1f} GiB of each GPU for the engine's weights, and"
+                    f" {section}.mem_fraction_static gives the engine {share:.1f} of {memory:.0f}:"
+                    " raise it, or engine.gpus_per_engine"
+                )
     return faults
 
 

@@ -26,6 +26,7 @@ CONTINUES = {
     "engine": {"mem_fraction_static", "max_running_requests", "cuda_graph_batch_sizes"},
     "validation": None,
 }
+OF_TRAINING = {"mem_fraction_static", "check_weights", "replay_routing"}  # the engine's, beside a training alone
 TRAIN_SECTIONS = (
     "training",
     "validation",
@@ -115,7 +116,7 @@ class Provenance:
         settings = self._configuration.models[model]
         config = {
             "evaluation": settings.evaluation.model_dump(mode="json", exclude={"datasets"}),
-            "engine": settings.engine,
+            "engine": settings.engine.model_dump(mode="json", exclude=OF_TRAINING),
             "reward": settings.reward,
             "hardware": settings.hardware.model_dump(mode="json", include={"gpus"}),
         }

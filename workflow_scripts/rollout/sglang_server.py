@@ -156,6 +156,11 @@ class Server:
         if reason == "abort":
             return None
         tokens = answer["output_ids"]
+        if reason == "length" and len(tokens) < params.max_new_tokens:  # SGLang shortens what it has no room for
+            raise UserError(
+                f"{self.name}: its memory holds an answer of {len(tokens)} tokens, not of {params.max_new_tokens}:"
+                " raise mem_fraction_static, or lower engine.max_running_requests"
+            )
         scored = information["output_token_logprobs"][: len(tokens)]  # (log-prob, token, text) each
         if [token for _, token, _ in scored] != tokens:
             raise RuntimeError(f"{self.name}: the log-probs of an answer are of other tokens than the answer's")
