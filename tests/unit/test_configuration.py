@@ -276,7 +276,8 @@ def test_preflight_says_everything_that_is_missing_at_once(root):
     node = Machine(gpus=(141.0,) * 8, host_memory_gib=1500, free_disk_gib=4000, missing_packages=())
     assert shortcomings(model, node) == []
     small = Machine(gpus=(24.0,) * 8, host_memory_gib=1500, free_disk_gib=4000, missing_packages=())
-    assert (
+    advice = "lower training.max_tokens_per_gpu or engine.mem_fraction_static, or raise parallel.tensor"
+    assert advice in shortcomings(model, small)[0]
         "lower training.max_tokens_per_gpu or engine.mem_fraction_static, or raise parallel.tensor"
         in shortcomings(model, small)[0]
     )
