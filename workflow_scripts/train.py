@@ -70,6 +70,8 @@ def main() -> None:
     parser.add_argument("--manifest", type=Path, required=True, help="the trained weights' manifest, written last")
     arguments = parser.parse_args()
     settings = Settings.model_validate(arguments.provenance["config"])
+    if settings.validation.interval and arguments.validation is None:
+        parser.error("validation.interval is set, but no --validation set is given: give one, or set interval: 0")
 
     initialize(settings.parallel, settings.training.seed)
     try:
@@ -139,6 +141,8 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
     if saved:
         say(f"loading {saved.name}")
     progress = run_state.load(saved, model, optimizer) if saved else Progress(inputs=inputs)
+    if settings.validation.interval and progress.protocol != (protocol := validation_protocol(arguments, settings)):
+        progress.score, progress.protocol = None, protocol
     if progress.rollout > training.rollouts:
         raise UserError(
             f"{arguments.work}: holds {progress.rollout} rollouts, training.rollouts is {training.rollouts}:"
@@ -276,9 +280,16 @@ def validation_problems(arguments: argparse.Namespace, settings: Settings) -> li
     """Those of the evaluation during training; none if there is to be none."""
     if not settings.validation.interval:
         return []
-    if arguments.validation is None:
-        raise UserError("validation.interval is set, but no --validation set is given: give one, or set interval: 0")
     return load_problems(read_manifest(arguments.validation))
+
+
+def validation_protocol(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    """What a validation score depends on besides the weights."""
+    return {
+        **settings.validation.model_dump(mode="json", exclude={"interval"}),
+        "enable_thinking": settings.sampling.enable_thinking,
+        "problems": sha256_of_all(read_manifest(arguments.validation).files),
+    }
 
 
 def validator(

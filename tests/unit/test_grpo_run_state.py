@@ -40,8 +40,8 @@ def step(model, optimizer):
     optimizer.step(1e-2)
 
 
-def save(work, rollout, trained, score=None):
-    return run_state.save(work, Progress(rollout=rollout, score=score), *trained, {"config": {}})
+def save(work, rollout, trained, score=None, **protocol):
+    return run_state.save(work, Progress(rollout=rollout, score=score, protocol=protocol), *trained, {"config": {}})
 
 
 def names(work):
@@ -73,7 +73,8 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, trained):
     model, optimizer = trained
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     moments = {name: value.clone() for name, value in optimizer.state_dict().items()}
-    progress = Progress(20, 19, 1, 0, {"epoch": 1, "position": 3, "prompts": 9}, {METRICS: 7}, 0.25)
+    cursor, protocol = {"epoch": 1, "position": 3, "prompts": 9}, {"temperature": 0.6}
+    progress = Progress(20, 19, 1, 0, cursor, {METRICS: 7}, 0.25, protocol)
     folder = run_state.save(tmp_path, progress, model, optimizer, {})
     draw = torch.rand(3)
 
@@ -120,6 +121,8 @@ def test_pruning_keeps_the_last_and_the_best(tmp_path, trained):
         run_state.prune(tmp_path, 2)
     assert names(tmp_path) == ["checkpoint-000002", "checkpoint-000004", "checkpoint-000005"]
     assert run_state.best(tmp_path).name == "checkpoint-000002"
+    save(tmp_path, 6, trained, 0.05, max_response_tokens=8)  # harder, so its scores are others
+    assert run_state.best(tmp_path).name == "checkpoint-000006"
 
 
 def test_a_run_of_more_processes_is_not_resumed_as_if_its_states_were_there(tmp_path, trained):

@@ -161,6 +161,16 @@ def test_a_finished_training_goes_on_when_rollouts_grow_and_refuses_when_they_sh
     )
 
 
+def test_under_another_validation_the_last_weights_are_evaluated_anew_and_old_scores_do_not_compare(prepared, tmp_path):
+    work = tmp_path / "run"
+    grpo_run.run(grpo_run.arguments(prepared, work))
+    grpo_run.run(grpo_run.arguments(prepared, work, validation={"samples_per_problem": 1}))
+    validations = [line for line in lines(work) if "validation_average" in line]
+    assert [line["rollout"] for line in validations] == [0, 2, 4, 4]
+    best = read_manifest(tmp_path / "run.json").facts["best"]
+    assert best == {"checkpoint": "checkpoint-000004", "score": validations[-1]["validation_average"]}
+
+
 def test_bad_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(prepared, tmp_path):
     settings = {"training": {"max_bad_steps": 2, "save_interval": 1}, "algorithm": {"entropy_coefficient": 1e300}}
     message = ended(grpo_run.arguments(prepared, tmp_path / "run", **settings))

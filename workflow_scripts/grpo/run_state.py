@@ -47,6 +47,7 @@ class Progress:
         cursor: the prompt cursor's own state.
         log_bytes: log file -> its length in bytes, where a resumed run goes on writing.
         score: the validation score of just these weights, or None where they were not evaluated.
+        protocol: what the score was measured by, or will be (plain JSON): two of different protocols say nothing.
         inputs: digests of the starting weights and of the prompts.
     """
 
@@ -57,6 +58,7 @@ class Progress:
     cursor: dict[str, int] = field(default_factory=dict)
     log_bytes: dict[str, int] = field(default_factory=dict)
     score: float | None = None
+    protocol: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
 
     def validation_due(self, interval: int) -> bool:
@@ -145,10 +147,15 @@ def newest(work: Path) -> Path | None:
 
 
 def best(work: Path) -> Path | None:
-    """The checkpoint with the highest validation score, the earlier of equals; None where none was evaluated."""
-    scores = {folder: read_progress(folder).score for folder in sorted(_named(work), key=_number)}
-    evaluated = {folder: score for folder, score in scores.items() if score is not None}
-    return max(evaluated, key=evaluated.__getitem__, default=None)
+    """The checkpoint with the highest validation score, the earlier of equals; None where none was evaluated.
+
+    Only those compare that were evaluated as the last one was.
+    """
+    found = {folder: read_progress(folder) for folder in sorted(_named(work), key=_number)}
+    evaluated = {folder: progress for folder, progress in found.items() if progress.score is not None}
+    last = next(reversed(evaluated.values()), None)
+    alike = {folder: progress.score for folder, progress in evaluated.items() if progress.protocol == last.protocol}
+    return max(alike, key=alike.__getitem__, default=None)
 
 
 def prune(work: Path, keep: int) -> None:
