@@ -25,8 +25,10 @@ ready=$(cat "$venv/.ready" 2>/dev/null)
 # Python 3.12: on PATH, from pyenv, or for uv to fetch.
 python=3.12
 for candidate in python3.12 "$HOME"/.pyenv/versions/3.12*/bin/python3.12; do
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; then
-        python=$candidate
+    # By its path, and not that of a virtual environment that happens to be active.
+    found=$("$candidate" -c 'import sys; print(sys._base_executable if sys.version_info[:2] == (3, 12) else "")' 2>/dev/null)
+    if [ -n "$found" ]; then
+        python=$found
         break
     fi
 done
