@@ -15,6 +15,7 @@ ALL_SOURCES = [
 
 
 rule tables:
+    """Write the tables."""
     input:
         scores=ALL_SCORES,
     output:
@@ -41,6 +42,7 @@ rule tables:
 
 
 rule plots:
+    """Draw the plots."""
     input:
         scores=ALL_SCORES,
         trainings=ALL_TRAININGS,
@@ -67,6 +69,7 @@ rule plots:
 
 
 rule page:
+    """Write the page that `report` stands for."""
     input:
         scores=ALL_SCORES,
         trainings=ALL_TRAININGS,

@@ -102,7 +102,8 @@ def test_every_training_is_sent_to_a_node_of_its_own(begin, root, slurm):
 
 def test_a_failed_job_is_tried_again(root, tmp_path, environment):
     where = ("--snakefile", str(root / "Snakefile"), "--directory", str(tmp_path), "--cores", "1")
-    broken = f"datasets={{broken: {{folder: {tmp_path}, file: missing.jsonl}}}}"
+    (tmp_path / "damaged.jsonl").write_text("no JSON")
+    broken = f"datasets={{broken: {{folder: {tmp_path}, file: damaged.jsonl}}}}"
     done = subprocess.run(
         [sys.executable, "-m", "snakemake", *where, "--config", broken, "--", "results/data/broken.json"],
         env=environment,

@@ -31,6 +31,10 @@ def configured(root, overrides=None):
         ({"rollouts": 3}, "rollouts: unknown key, did you mean training.rollouts?"),
         ({"sampling": {"temperature": 0}}, "sampling.temperature: 0 gives every sample of a prompt the same answer"),
         ({"training": {"rollouts": None}}, "training.rollouts: Input should be a valid integer, not None"),
+        ({"training": 3}, "training: a section of settings is expected, not 3"),
+        ({"models": "9B"}, "models: a list is expected, not '9B'"),
+        ({"optimizer": {"betas": 0.9}}, "optimizer.betas: a list is expected, not 0.9"),
+        ({"results": "of {mine}"}, "results: braces mean something else to Snakemake"),
         ({"models": []}, "models: List should have at least 1 item"),
         ({"per_model": {"9b": {}}}, "per_model: unknown model '9b', did you mean '9B'?"),
         ({"models": ["9b"]}, "unknown model '9b', did you mean '9B'?"),
@@ -120,6 +124,19 @@ def test_what_config_nests_is_typed_as_yaml_types_a_word(text, value):
         "section": {"key": value, "list": [value]},
         "run": text,
     }
+
+
+@pytest.mark.parametrize("name", ["all", "data", "my model", "-x"])
+def test_a_model_s_name_is_that_of_no_target_or_folder(root, tmp_path, name):
+    for file in ("9B", name):
+        (tmp_path / f"{file}.yaml").write_text((root / "config/models/9B.yaml").read_text())
+    with pytest.raises(UserError, match=f"{name}.yaml: a model can't be called '{name}'"):
+        load(root / "config/config.yaml", tmp_path, {"models": ["9B"]})
+
+
+def test_a_setting_that_does_not_fit_one_of_the_listed_models_says_which(root):
+    with pytest.raises(UserError, match=r"does not divide the 4 .*\(of 35B_A3B; settings of one model alone belong to"):
+        configured(root, {"hardware": {"gpus": 4}})
 
 
 def test_a_home_folder_is_meant_by_a_tilde(root, monkeypatch):

@@ -1,5 +1,6 @@
 """Preflight refuses what would fail hours later, and nothing that would have passed."""
 
+import json
 from functools import partial
 
 import pytest
@@ -65,6 +66,23 @@ def test_a_model_of_one_s_own_is_measured_by_its_folder(root, tmp_path):
     assert any("GiB a GPU to train" in fault for fault in shortcomings(mine, node(20)))
     with pytest.raises(UserError, match=r"parallel\.tensor: 8 does not divide the 4 key-value groups"):
         load_mine({"models": ["mine"], "per_model": {"mine": {"parallel": {"tensor": 8}}}})
+
+
+@pytest.mark.parametrize(
+    ("job", "overrides"),
+    [
+        (("download", {"model": "9B"}), {"per_model": {"9B": {"source": {"folder": "{folder}"}}}}),
+        (("dataset", {"name": "mine"}), {"datasets": {"mine": {"folder": "{folder}/..", "file": "nowhere"}}}),
+    ],
+)
+def test_a_local_folder_that_is_not_there_is_missed_before_anything_runs(root, tmp_path, job, overrides):
+    missing = tmp_path / "nowhere"
+    configuration = configured(root, json.loads(json.dumps(overrides).replace("{folder}", str(missing))))
+    provenance = Provenance(configuration, root / "workflow_scripts")
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
+        check_jobs([job], configuration, provenance)
+    missing.mkdir()
+    check_jobs([job], configuration, provenance)
 
 
 def test_a_training_that_goes_on_needs_no_disk_for_the_checkpoints_it_has(root, tmp_path, monkeypatch):

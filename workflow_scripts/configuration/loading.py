@@ -12,6 +12,7 @@ Every fault is a `UserError` of one line that names the file, the key, the value
 
 import copy
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,18 @@ from pydantic import BaseModel, ValidationError
 
 from common.errors import UserError
 from configuration import layout
-from configuration.schema import Dataset, Model, ModelSource, Plots, Root
+from configuration.schema import NAME, Dataset, Model, ModelSource, Plots, Root
 
 PLACES = frozenset(ModelSource.places + Dataset.places)
 RETYPED = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float")}
 SHARED = tuple(name for name in Model.model_fields if name not in ("source", "architecture"))
+TAKEN = {"all", "data", "hub", "logs", "benchmarks", "caches", "tables", "plots"}  # by targets, or beside the models'
+EXPECTED = {  # where pydantic's own words are about Python
+    "model_type": "a section of settings is expected",
+    "dict_type": "a section of settings is expected",
+    "list_type": "a list is expected",
+    "tuple_type": "a list is expected",
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,9 @@ def load(shared: Path, models_folder: Path, overrides: dict[str, Any]) -> Config
     user = Layer("--config/--configfile", overrides)
     root = _check(Root, [base, user], base)
     known = {file.stem: file for file in sorted(models_folder.glob("*.yaml"))}
+    for name, file in known.items():
+        if name in TAKEN or not re.match(NAME, name):
+            raise UserError(f"{_name(file)}: a model can't be called {name!r}: give the file another name")
     for key in [*(("models", name) for name in root.models), *(("per_model", name) for name in root.per_model)]:
         if key[1] not in known:
             raise UserError(
@@ -147,7 +158,8 @@ def _model(name: str, own: Layer, base: Layer, user: Layer, datasets: dict[str, 
             layers.append(Layer(f"{layer.origin}: per_model: {name}", particular))
     model = _check(Model, layers, own)
     if fault := layout.fault(model):
-        raise UserError(f"{_origin(layers, tuple(fault.key.split('.')))}: {fault}")
+        origin = _origin(layers, tuple(fault.key.split(".")))
+        raise UserError(f"{origin}: {fault} (of {name}; settings of one model alone belong to per_model)")
     for key, names in (
         (("training", "dataset"), [model.training.dataset]),
         (("validation", "dataset"), [model.validation.dataset]),
@@ -184,7 +196,7 @@ def _say(error: dict[str, Any], key: tuple[str, ...], known: list[str]) -> str:
         return f"unknown key, did you mean {homes[0]}.{key[0]}?" if homes else f"unknown key{_nearest(key[-1], known)}"
     if error["type"] == "missing":
         return "missing"
-    message = error["msg"].removeprefix("Value error, ")
+    message = EXPECTED.get(error["type"]) or error["msg"].removeprefix("Value error, ")
     shown = error["input"]
     says_it = error["type"] == "too_short" or isinstance(shown, dict | BaseModel)
     return message if says_it else f"{message}, not {shown!r}"

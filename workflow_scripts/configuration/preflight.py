@@ -14,7 +14,7 @@ from common.files import free_bytes
 from configuration.loading import Configuration
 from configuration.memory import GIB, disk_gib, estimate
 from configuration.provenance import Provenance
-from configuration.schema import Model
+from configuration.schema import Model, Source
 from configuration.shape import architecture_of
 
 GPU_PACKAGES = ("sglang", "fla", "tilelang")
@@ -76,6 +76,12 @@ def check_jobs(
     Args:
         jobs: (rule, wildcards) of every job that is about to run.
     """
+    jobs = [*jobs]
+    for rule, wildcards in jobs:
+        if rule == "download":
+            _require(configuration.models[wildcards["model"]].source, wildcards["model"])
+        elif rule == "dataset":
+            _require(configuration.datasets[wildcards["name"]], wildcards["name"])
     jobs = [(rule, wildcards["model"]) for rule, wildcards in jobs if "model" in wildcards]
     if not jobs:
         return
@@ -92,6 +98,14 @@ def check_jobs(
         print(f"warning: {'; '.join(faults)}", file=sys.stderr)
     elif faults:
         raise UserError(f"{'; '.join(faults)} (`preflight: warn` in the configuration starts it anyway)")
+
+
+def _require(source: Source, name: str) -> None:
+    """Its own folder, and there a problem set's file."""
+    if source.folder:
+        wanted = Path(source.folder).expanduser() / getattr(source, "file", "")
+        if not wanted.exists():
+            raise UserError(f"{name}: {wanted}: no such file or folder")
 
 
 def _disk_to_take_gib(configuration: Configuration, provenance: Provenance, model: str, stage: str) -> float:
@@ -144,12 +158,14 @@ def shortcomings(model: Model, machine: Machine, stages: Set[str] = HEAVY) -> li
 def table(configuration: Configuration) -> str:
     """What every listed model needs, beside what is here, for a person to read."""
     machine = Machine.here(configuration.results)
-    gpus = f"{len(machine.gpus)} GPUs of {min(machine.gpus):.0f} GiB" if machine.gpus else "no GPU"
+    gpus = "no GPU (estimated for hardware.gpu_memory_gib)"
+    if machine.gpus:
+        gpus = f"{len(machine.gpus)} GPUs of {min(machine.gpus):.0f} GiB"
     lines = [
         f"here: {gpus}, {machine.host_memory_gib:.0f} GiB of memory, {machine.free_disk_gib:.0f} GiB of disk free",
         "",
         f"{'':10}{'GPUs':>5}{'weights':>9}{'grads':>7}{'Adam':>7}{'activ.':>8}{'logits':>8}{'training':>10}{'rollout':>9}"
-        f"{'recompute':>11}{'host':>7}{'disk':>7}   GiB; the first seven of one rank",
+        f"{'recompute':>11}{'host':>7}{'disk':>7}   GiB; weights to rollout are of one rank",
     ]
     for name in configuration.listed:
         model = configuration.models[name]
@@ -160,7 +176,7 @@ def table(configuration: Configuration) -> str:
             columns = f"{m.weights:9.1f}{m.gradients:7.1f}{m.optimizer:7.1f}{m.activations:8.1f}{m.logits:8.1f}"
             columns += f"{m.training:10.1f}{m.rollout:9.1f}{m.recompute:>11}"
         else:
-            columns = f"{'':69}"
+            columns = f"{'not estimated: no architecture' if model.hardware.gpus else '':>69}"
         faults = shortcomings(model, machine)
         if disk > machine.free_disk_gib:
             faults.append(f"needs {disk:.0f} GiB of disk")

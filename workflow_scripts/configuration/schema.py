@@ -11,7 +11,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 
 Share = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Name = Annotated[str, Field(pattern=NAME)]
 
 
 class Section(BaseModel):
@@ -361,6 +362,12 @@ def _not_base(name: str) -> str:
     return name
 
 
+def _without_braces(folder: str) -> str:
+    if {"{", "}"} & set(folder):
+        raise ValueError("braces mean something else to Snakemake: choose another folder")
+    return os.path.expanduser(folder)
+
+
 class Root(Section):
     """config/config.yaml beside the sections of `Model` that all models share."""
 
@@ -372,11 +379,12 @@ class Root(Section):
         coerce_numbers_to_str=True,
         description="name of the training run; another name keeps the old one's results",
     )
-    results: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
+    results: Annotated[str, AfterValidator(_without_braces)] = Field(
         "results", description="the folder of everything that is made"
     )
     preflight: Literal["refuse", "warn"] = Field(
-        "refuse", description="what becomes of a run that this machine seems too small for; estimates can be wrong"
+        "refuse",
+        description="whether a run that this machine seems too small for is refused, or only warned of",
     )
     datasets: dict[Name, Dataset]
     plots: Plots = Plots()
