@@ -167,6 +167,7 @@ def table(configuration: Configuration) -> str:
         f"{'':10}{'GPUs':>5}{'weights':>9}{'grads':>7}{'Adam':>7}{'activ.':>8}{'logits':>8}{'training':>10}{'rollout':>9}"
         f"{'recompute':>11}{'host':>7}{'disk':>7}   GiB; weights to rollout are of one rank",
     ]
+    lacking: dict[str, list[str]] = {}
     for name in configuration.listed:
         model = configuration.models[name]
         disk = sum(disk_gib(model, stage) for stage in ("download", "convert", "train", "export"))
@@ -180,8 +181,10 @@ def table(configuration: Configuration) -> str:
         faults = shortcomings(model, machine)
         if disk > machine.free_disk_gib:
             faults.append(f"needs {disk:.0f} GiB of disk")
+        for fault in faults:
+            lacking.setdefault(fault, []).append(name)
         lines.append(
             f"{name:10}{model.hardware.gpus:5}{columns}{model.hardware.host_memory_gib:7}{disk:7.0f}"
-            f"   {'; '.join(faults) or 'ready'}"
+            f"   {'lacks what is named below' if faults else 'ready'}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *(f"{', '.join(names)}: {fault}" for fault, names in lacking.items())]).rstrip()
