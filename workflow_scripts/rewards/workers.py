@@ -99,8 +99,10 @@ class _Worker:
     def read(self, seconds: float) -> str | None:
         """The next line; None when it did not come in time, an empty string when the process has ended."""
         deadline, line = time.monotonic() + seconds, b""
+        answer = select.poll()  # not select(), which takes no descriptor above 1023: a rank can have more open
+        answer.register(self.process.stdout, select.POLLIN)
         while not line.endswith(b"\n"):
-            if not select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not answer.poll(1000 * max(0.0, deadline - time.monotonic())):
                 return None
             received = os.read(self.process.stdout.fileno(), 4096)
             if not received:
