@@ -3,6 +3,7 @@
 The true reward is 0 for whatever a random model says, so the grader is replaced by a fixed function of the text.
 """
 
+import gc
 import json
 import os
 import signal
@@ -103,7 +104,10 @@ def run(command_line: list[str], hook=None) -> None:
     FixedReward.hook = staticmethod(hook or (lambda gradings: None))
     train.Grader = FixedReward
     sys.argv = ["train", *command_line]
-    train.run(train.main)
+    try:
+        train.run(train.main)
+    finally:
+        gc.collect()  # model and groups refer to each other: each training left 72 sockets and pipes open otherwise
 
 
 if __name__ == "__main__":

@@ -103,6 +103,6 @@ def test_a_job_sees_as_many_gpus_as_it_claims_of_those_that_are_visible(root, vi
 
 
 def test_the_linter_has_nothing_to_say_but_that_rules_name_no_environment(snakemake):
-    """One locked environment serves every rule, so no rule names one: the README says why."""
+    """One locked environment serves every rule, so no rule names one: docs/limits.md says why."""
     lints = set(re.findall(r"^ +\* (.+):$", said(snakemake("--lint")), flags=re.MULTILINE))
     assert lints == {"Specify a conda environment or container for each rule."}
