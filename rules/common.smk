@@ -134,11 +134,16 @@ def host_memory_mb(wildcards):
     return of_model(wildcards).hardware.host_memory_gib * 1024
 
 
-def launcher(count):
-    """How a script is started: by itself, or as several processes of this machine."""
-    if count == 1:
+def launched(by, count):
+    """How a script is started: alone by ``python``, or by ``torchrun`` as so many processes of this machine."""
+    if by == "python":
         return "python -m"
     return f"python -m torchrun --standalone --nproc-per-node={count} -m"
+
+
+def training_launch(wildcards):
+    count = processes(of_model(wildcards).hardware)
+    return launched("torchrun" if count > 1 else "python", count)
 
 
 # ---- where things lie --------------------------------------------------------------------------------------------

@@ -19,7 +19,10 @@ rule convert:
         provenance=record("convert"),
         changes=changes("convert"),
         processes=lambda wildcards: of_model(wildcards).conversion.processes,
-        launch=lambda wildcards: launcher(of_model(wildcards).conversion.processes),
+        launch=lambda wildcards: launched(
+            of_model(wildcards).conversion.launcher,
+            of_model(wildcards).conversion.processes,
+        ),
         mtp_num_layers=lambda wildcards: of_model(wildcards).conversion.mtp_num_layers,
         folder=subpath(output[0], strip_suffix="convert.json"),
     message:

@@ -25,7 +25,7 @@ rule train:
         provenance=record("train"),
         changes=changes("train"),
         processes=lambda wildcards: processes(of_model(wildcards).hardware),
-        launch=lambda wildcards: launcher(processes(of_model(wildcards).hardware)),
+        launch=training_launch,
         work=work_folder,
         validation=lambda wildcards, input: (
             f"--validation {quote(str(input.validation))}" if input.validation else ""

@@ -123,8 +123,8 @@ class Architecture(Section):
 
 
 class Conversion(Section):
-    launcher: Literal["python", "torchrun"] = "python"
-    processes: PositiveInt = 1
+    launcher: Literal["python", "torchrun"] = Field("python", description="torchrun where it takes several processes")
+    processes: PositiveInt = Field(1, description="they share the experts, or a dense model's matrices")
     mtp_num_layers: Annotated[int, Field(ge=0, le=1)] = 0
 
     @model_validator(mode="after")
