@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from common.files import allow_open_files
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Tests run side by side, one a core: more threads would wait for each other, and must not spin while they do.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# One layout after another in one process: torch keeps the sockets of every group until the process ends.
+allow_open_files()
 
 
 def pytest_collection_modifyitems(items):

@@ -5,6 +5,7 @@ protocol. tests/gpu/ runs the same calls against SGLang itself.
 """
 
 import os
+import resource
 import signal
 import textwrap
 import threading
@@ -48,10 +49,13 @@ HTTP_SERVER = """
         if arguments.random_seed == 13:
             raise RuntimeError("CUDA out of memory, as it were")
 
+        running = arguments.max_running_requests or 4
+
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *_): pass
 
-            def do_GET(self): self.reply({"internal_states": [{"effective_max_running_requests_per_dp": 4}]})
+            def do_GET(self):
+                self.reply({"internal_states": [{"effective_max_running_requests_per_dp": running}]})
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -79,6 +83,7 @@ HTTP_SERVER = """
                 self.end_headers()
                 self.wfile.write(content)
 
+        ThreadingHTTPServer.request_queue_size = 128
         ThreadingHTTPServer((arguments.host, arguments.port), Handler).serve_forever()
 """
 
@@ -140,6 +145,18 @@ def test_answers_come_in_the_order_of_requests_from_all_servers(start):
     assert [completion.token_ids for completion in completions] == [[1000 + n, n] for n in range(20)]
     assert processes(completions) == {pid(server) for server in engine.servers}
     assert sorted(seen) == list(range(20))
+
+
+def test_more_requests_are_under_way_than_files_may_usually_be_open(start):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, before[1]))
+    try:
+        engine = start(settings=Engine(max_running_requests=100))
+        completions = engine.generate(requests(100, length=50), PARAMS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert [completion.token_ids for completion in completions] == [[1000 + n, n] for n in range(100)]
+    assert engine.repeated == 0
 
 
 def test_drafting_and_routing_are_handed_on(start):

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -52,6 +53,15 @@ def read_json(path: Path | str) -> Any:
         raise UserError(f"{path}: no such file") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def allow_open_files(count: int = 65536) -> None:
+    """Let this process have ``count`` files and connections open, or as many as it may; shells often allow 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        count = min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 def sync_folder(folder: Path) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from checkpoints.safetensors_io import HubCheckpoint
 from common.errors import UserError
+from common.files import allow_open_files
 from configuration.schema import Engine
 from qwen3_5.architecture import Architecture
 from rollout import sglang_weights
@@ -97,6 +98,7 @@ class SglangEngine:
 
     def start(self) -> None:
         """Start every server."""
+        allow_open_files()  # each request under way is a connection
         with ThreadPoolExecutor(len(self.servers)) as pool:
             list(pool.map(self._start, self.servers))
 
