@@ -81,6 +81,8 @@ def main() -> None:
         if dist.get_rank():  # rank 0 says it
             sys.exit(1)
         raise
+    except MemoryError as error:  # the host's, of this rank perhaps alone
+        raise UserError(f"rank {dist.get_rank()}: {error}") from error
     except RuntimeError as error:  # the allocator's, NCCL's or the driver's
         if "out of memory" not in str(error).lower():
             raise

@@ -118,7 +118,7 @@ def test_a_training_asked_to_end_saves_and_goes_on_as_if_nothing_had_happened(pr
 @pytest.mark.parametrize(
     ("grading", "saved"), [(GRADINGS_BEFORE_ROLLOUT_4, 3), (3, 2)], ids=["in a rollout", "in a validation"]
 )
-def test_a_training_whose_engine_or_grader_fails_saves_what_it_has(prepared, tmp_path, grading, saved):
+def test_a_training_whose_engine_or_grader_fails_saves_what_it_has(prepared, tmp_path, capsys, grading, saved):
     command_line = grpo_run.arguments(prepared, tmp_path / "run")
 
     def fail(gradings):
@@ -126,6 +126,10 @@ def test_a_training_whose_engine_or_grader_fails_saves_what_it_has(prepared, tmp
             raise UserError("the servers are out of breath")
 
     assert ended(command_line, fail) == "error: the servers are out of breath"
+    told, said = "warning: the servers are out of breath: the run is saved", capsys.readouterr().err
+    assert (
+        0 <= said.find(told) < said.find("stopped after")
+    )  # the reason is told before a save that may take minutes, or fail
     assert run_state.newest(tmp_path / "run").name == f"checkpoint-{saved:06d}"
     grpo_run.run(command_line)
     assert_same_run(tmp_path / "run", prepared / "straight")

@@ -11,12 +11,14 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from common.errors import UserError
 from configuration.schema import Engine, Speculation
+from qwen3_5.architecture import Architecture
 from rollout import sglang_engine
 from rollout.engine import Drafting, Request, SamplingParams
 from rollout.sglang_engine import SglangEngine
@@ -353,7 +355,10 @@ def test_what_drafts_remember_is_part_of_the_engine_s_memory(package, tmp_path, 
     monkeypatch.setenv("PYTHONPATH", str(package))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     make_tiny_hub(tmp_path, MOE)
-    for speculation, expected in ((None, 0.6), (Speculation(), 0.3)):
+    weights = 2 * Architecture.from_folder(tmp_path).parameters(mtp_num_layers=1)
+    gpu = SimpleNamespace(total_memory=5 * weights)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    for speculation, expected in ((None, 0.6), (Speculation(), 0.2 + 0.4 / 2)):  # the weights are shared
         engine = sglang_engine.start(tmp_path, Engine(mem_fraction_static=0.6, speculation=speculation), tmp_path)
         engine.close()
         assert engine.servers[0]._arguments["mem_fraction_static"] == pytest.approx(expected)

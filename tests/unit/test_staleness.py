@@ -40,6 +40,7 @@ def manifest(tmp_path):
         ),
         (now(config=config(engine=None)), 'engine: {"speculation": null, "argume... -> null'),
         (now(upstream={"convert": "c2", "dataset": "d2"}), "another result of convert and dataset"),
+        (now(upstream={"convert": "c1"}), "another result of dataset"),
         (
             now(config=config(training={f"key_{number}": number for number in range(5)})),
             'training.dtype: "float32" -> nothing, training.key_0: nothing -> 0, training.key_1: nothing -> 1, 4 more',
@@ -68,3 +69,5 @@ def test_a_training_says_whether_it_goes_on(manifest, tmp_path):
     (work / "checkpoint-000040").mkdir(parents=True)
     assert staleness.of_training(manifest, changed, work) == "its code; the run goes on"
     assert staleness.of_training(tmp_path / "none.json", changed, work) == "the run goes on"
+    (work / "checkpoint-000080").mkdir()
+    assert "the run has 80 rollouts: ask for at least as many" in staleness.of_training(manifest, changed, work)

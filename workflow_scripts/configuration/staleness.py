@@ -1,6 +1,7 @@
 """Why a result is stale, in the few words that stand in a job's message: a dry run is read by people."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from common.files import read_json
 LISTED = 4  # changes; of more the number is told
 WIDTH = 32  # characters of a value
 NOT_THERE = object()
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def changes(manifest: Path, now: dict[str, Any]) -> str:
@@ -23,7 +25,8 @@ def changes(manifest: Path, now: dict[str, Any]) -> str:
         found = [*_values("", before["config"], now["config"])]
         if before["code"] != now["code"]:
             found.append("its code")
-        upstream = [name for name, key in now["upstream"].items() if before["upstream"].get(name) != key]
+        then, today = before["upstream"], now["upstream"]
+        upstream = [name for name in {**then, **today} if then.get(name) != today.get(name)]
     except (UserError, AttributeError, KeyError, TypeError):
         return ""  # nothing is there, or no manifest: whoever reads it says so
     if upstream:
@@ -34,8 +37,10 @@ def changes(manifest: Path, now: dict[str, Any]) -> str:
 def of_training(manifest: Path, now: dict[str, Any], work: Path) -> str:
     """`changes` of a training, and whether it goes on in its work folder or begins anew."""
     changed = changes(manifest, now)
-    if any(work.glob("checkpoint-*")):
-        return "; ".join(filter(None, [changed, "the run goes on"]))
+    if done := max((int(found[1]) for path in work.glob("*") if (found := CHECKPOINT.fullmatch(path.name))), default=0):
+        enough = done <= now["config"]["training"]["rollouts"]
+        goes_on = "the run goes on" if enough else f"the run has {done} rollouts: ask for at least as many"
+        return "; ".join(filter(None, [changed, goes_on]))
     return f"{changed}; a new run begins, and the old one stays" if changed else ""
 
 

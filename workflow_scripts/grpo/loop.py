@@ -207,7 +207,9 @@ class Loop:
         except Exception as error:
             if self.sending:
                 raise  # the others can't be told: they wait for what is sent
+            warn(f"{error if isinstance(error, UserError) else repr(error)}: the run is saved, and ends")
             self.failure = error
+            self.driver.engine.close()  # what is saved may need the memory
             return None
 
     def _exit_status(self) -> int:

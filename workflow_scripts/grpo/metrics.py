@@ -32,6 +32,7 @@ class JsonLines:
 
     def sync(self) -> int:
         """Make what was written durable; the length in bytes."""
+        self.file.flush()  # raises again what kept a line from being written: the length would count it
         os.fsync(self.file.fileno())
         return self.file.tell()
 

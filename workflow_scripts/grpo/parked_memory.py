@@ -7,8 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.errors import UserError
-
 PAGE = 4096  # bytes, the unit in which the host's memory is pinned
 
 
@@ -88,7 +86,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 def pinned(size: int) -> Tensor:
     """Host memory of ``size`` bytes, on pages of its own, that the GPU can copy to and from by itself.
 
-    (torch's pinned memory is rounded up to a power of two.)
+    (torch's pinned memory is rounded up to a power of two.) `MemoryError` where the host has not as much to pin.
     """
     memory = torch.empty(size + 2 * PAGE, dtype=torch.uint8)
     memory = memory[-memory.data_ptr() % PAGE :][:size]
@@ -96,7 +94,7 @@ def pinned(size: int) -> Tensor:
         try:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
         except torch.cuda.CudaError as error:
-            raise UserError(f"pinning {size / 2**30:.1f} GiB of host memory failed ({error}): free some") from None
+            raise MemoryError(f"pinning {size / 2**30:.1f} GiB of host memory failed ({error}): free some") from None
     return memory
 
 

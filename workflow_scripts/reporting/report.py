@@ -85,8 +85,8 @@ def _model(name: str, scores: Sequence[Score], trainings: Sequence[Training]) ->
         if "samples" in training.manifest.facts
     ]
     settings: dict[str, Any] = {}
-    for manifest in [*(training.manifest for training in trained), *(score.manifest for score in own)]:
-        settings |= manifest.provenance["config"]
+    for result in [*own, *trained]:  # what both tell, the engine's settings, a training tells in full
+        settings |= result.manifest.provenance["config"]
     return {
         "name": name,
         "training": [row for training in trained for row in _training_facts(training)],

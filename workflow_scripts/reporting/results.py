@@ -118,8 +118,8 @@ def read_trainings(paths: Iterable[Path]) -> list[Training]:
     for path in map(Path.absolute, paths):
         manifest = _read(path, "train")
         rows = pd.DataFrame(_json_lines(manifest.root / manifest.facts["metrics"]))
-        # A rollout and a validation after it are two lines of the log, and one row here.
-        metrics = rows.groupby("rollout").first() if len(rows) else rows
+        # A rollout and a validation after it are two lines of the log, and one row here; of two validations the last.
+        metrics = rows.groupby("rollout").last() if len(rows) else rows
         trainings.append(Training(path.parts[-4], path.parts[-2], manifest, metrics))
     return trainings
 

@@ -92,7 +92,7 @@ class CpuEngine:
     def close(self) -> None:
         """Free the caches and the weights."""
         self.sleep()
-        del self.model
+        self.model = None
 
 
 @dataclass

@@ -408,11 +408,14 @@ def _without_drafts(folder: Path, settings: Engine) -> float:
     """``mem_fraction_static`` as SGLang means it: without the drafts' keys and values.
 
     Those come on top, for as many tokens as the model's own (in 0.5.16; its sum asks for a draft checkpoint's path,
-    which an MTP layer has not), and are as large as those of one of its full attention layers.
+    which an MTP layer has not), and are as large as those of one of its full attention layers. All that is not weights
+    is taken for keys and values here, linear attention's states, too: rather a little less than too much.
     """
     shape = Architecture.from_folder(folder)
     layers = shape.num_layers // shape.full_attention_interval
-    return settings.mem_fraction_static * layers / (layers + 1)
+    memory = torch.cuda.get_device_properties(0).total_memory
+    weights = 2 * shape.parameters(mtp_num_layers=1) / settings.gpus_per_engine / memory
+    return weights + (settings.mem_fraction_static - weights) * layers / (layers + 1)
 
 
 def _whole(folder: Path, settings: Engine, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
