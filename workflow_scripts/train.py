@@ -287,10 +287,12 @@ def validation_problems(arguments: argparse.Namespace, settings: Settings) -> li
 
 def validation_protocol(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     """What a validation score depends on besides the weights."""
+    problems = read_manifest(arguments.validation)
     return {
         **settings.validation.model_dump(mode="json", exclude={"interval"}),
         "enable_thinking": settings.sampling.enable_thinking,
-        "problems": sha256_of_all(read_manifest(arguments.validation).files),
+        "problems": sha256_of_all(problems.files),
+        "prompts": problems.provenance["config"]["dataset"],  # how they are made of the problems
     }
 
 

@@ -59,6 +59,10 @@ def test_known_case_gets_its_verdict(grader, case):
         (r"10\,000\pi", r"10000\pi"),
         (r"33\text{ 种}", "33"),
         ("33元", "33"),
+        (r"{\rm 33}", "33"),
+        (r"\text{Final Answer: }33", "33"),
+        (r"\(33\)", "33"),
+        (r"\$33.00", "33"),
     ],
 )
 def test_the_label_in_other_words_is_correct(grader, answer, label):
@@ -83,6 +87,9 @@ def test_the_label_in_other_words_is_correct(grader, answer, label):
         ("3³", "33"),
         ("3 3", "33"),
         (r"3\quad 3", "33"),
+        ("3$3", "33"),
+        (r"3\%3", "33"),
+        (r"\sin 30", r"\sin 30^\circ"),
         ("33 34", "3334"),
         ("x = 3 3", "33"),
         (r"33\text{ millions}", "33"),

@@ -11,6 +11,17 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 
 Share = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _not_none_at_all(top_k: int) -> int:
+    if top_k == 0:
+        raise ValueError("0 leaves no token to choose: -1 leaves all")
+    return top_k
+
+
+TopK = Annotated[int, Field(ge=-1), AfterValidator(_not_none_at_all)]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
 
@@ -172,7 +183,7 @@ class Optimizer(Section):
     learning_rate: NonNegative = 1e-6
     warm_up_steps: Annotated[int, Field(ge=0)] = Field(0, description="linear from 0; constant afterwards")
     weight_decay: NonNegative = 0.1
-    betas: tuple[NonNegative, NonNegative] = (0.9, 0.98)
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
     epsilon: NonNegative = 1e-8
     clip_gradient_norm: NonNegative = 1.0
     cpu_offload: bool = Field(
@@ -242,7 +253,7 @@ class Sampling(Section):
     max_prompt_tokens: PositiveInt = 2048
     temperature: NonNegative = 1.0
     top_p: Share = 1.0
-    top_k: Annotated[int, Field(ge=-1)] = Field(-1, description="-1 for all")
+    top_k: TopK = Field(-1, description="-1 for all")
     enable_thinking: bool = Field(True, description="passed to the chat template")
 
 
@@ -290,7 +301,7 @@ class Reward(Section):
         description="required: only text after the last </think> counts; optional: all of it where there is none, as"
         " under enable_thinking: false",
     )
-    max_seconds: NonNegative = Field(5.0, description="time one answer's grading may take in its worker")
+    max_seconds: Positive = Field(5.0, description="time one answer's grading may take in its worker")
 
 
 class Evaluation(Section):
@@ -301,8 +312,8 @@ class Evaluation(Section):
     max_response_tokens: PositiveInt = 16384
     temperature: NonNegative = 1.0
     top_p: Share = 1.0
-    top_k: Annotated[int, Field(ge=-1)] = -1
-    presence_penalty: float = 0.0
+    top_k: TopK = -1
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     enable_thinking: bool = True
     seed: int = Field(
         42,

@@ -191,9 +191,16 @@ def _protocol(scores: Sequence[Score]) -> str:
     sentences = []
     for score in scores:
         used, facts = score.protocol, score.facts
+        sampled = [f"temperature {used['temperature']:g}", f"top-p {used['top_p']:g}"]
+        if used["top_k"] != -1:
+            sampled.append(f"top-k {used['top_k']}")
+        if used["presence_penalty"]:
+            sampled.append(f"presence penalty {used['presence_penalty']:g}")
+        if not used["enable_thinking"]:
+            sampled.append("without thinking")
         sentence = (
-            f"{score.dataset}: {facts['problems']} problems, {facts['samples_per_problem']} samples each, temperature"
-            f" {used['temperature']:g}, top-p {used['top_p']:g}, up to {used['max_response_tokens']:,} tokens."
+            f"{score.dataset}: {facts['problems']} problems, {facts['samples_per_problem']} samples each,"
+            f" {', '.join(sampled)}, up to {used['max_response_tokens']:,} tokens."
         )
         if sentence not in sentences:
             sentences.append(sentence)

@@ -31,9 +31,11 @@ VULGAR_FRACTION = re.compile("[¼-¾⅐-⅞↉]")  # NFKC would make 3½ into 31
 FONT = r"(?:text|math)(?:rm|bf|it|sf|tt|normal|up)?|mbox|bm|boldsymbol|operatorname|boxed|fbox"
 FONT_COMMAND = re.compile(rf"\\(?:{FONT})\s*(?=\{{)")
 EMPTY_FONT = re.compile(rf"\\(?:{FONT})\s*\{{\s*\}}")
-LEAD_IN = re.compile(r"^\s*(?:\{\s*answer\s*:\s*\}|answer\s*:|=)", re.IGNORECASE)
+LEAD_IN = re.compile(r"^\s*(?:\{\s*(?:final )?answer\s*:\s*\}|(?:final )?answer\s*:|=)", re.IGNORECASE)
 SPACE_COMMAND = re.compile(r"\\[,;:> ]|\\(?:quad|qquad|thinspace|enspace)(?![a-zA-Z])|~|\s+")
-REMOVED = re.compile(r"\\!|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits)(?![a-zA-Z])|\\[$%()\[\]]|[$%£€¥]")
+REMOVED = re.compile(r"\\!|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|rm|bf|it)(?![a-zA-Z])")
+MARK = re.compile(r"\\[$%()\[\]]|[$%£€¥]")  # a space is left of it: 3$3 is two numbers, not 33
+ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 DEGREES = re.compile(r"(?:\^\s*(?:\\circ|°|\{\s*(?:\\circ|°)\s*\})|\\degree(?![a-zA-Z])|°)\s*[CF]?\s*$")
 
 HAN = "一-鿿"
@@ -157,7 +159,7 @@ def normalise(text: str) -> str:
     text = "".join(character for character in text if unicodedata.category(character) != "Cf")
     if "\\begin" not in text:  # a doubled backslash before a command is one too many, except between a matrix's rows
         text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)
-    text = REMOVED.sub("", text).replace("{,}", ",")
+    text = MARK.sub(" ", REMOVED.sub("", text)).replace("{,}", ",")
     text = re.sub(r"\\[dtc](frac|binom)(?![a-zA-Z])", r"\\\1", text)
     text = _trimmed(EMPTY_FONT.sub("", SPACE_COMMAND.sub(" ", text)))
     text = _trimmed(LEAD_IN.sub("", FONT_COMMAND.sub("", text)))
@@ -189,7 +191,7 @@ def _latex_fraction(match: re.Match) -> str:
 
 def _trimmed(text: str) -> str:
     """Without degrees, units, full stops and braces around all of it, in whatever order they come."""
-    while (shorter := _unwrapped(_without_unit(DEGREES.sub("", text)).strip(STOPS))) != text:
+    while (shorter := _unwrapped(_without_unit(_without_degrees(text)).strip(STOPS))) != text:
         text = shorter
     return re.sub(" +", " ", text)
 
@@ -204,6 +206,11 @@ def _unwrapped(text: str) -> str:
         if not depth and position < len(text) - 1:
             return text
     return text[1:-1]
+
+
+def _without_degrees(text: str) -> str:
+    """Drop the degrees of an angle; those in a sine say that it is not one of radians."""
+    return text if ANGLE_FUNCTION.search(text) else DEGREES.sub("", text)
 
 
 def _without_unit(text: str) -> str:
