@@ -4,7 +4,7 @@ A step is everything between a rollout's sequences and new weights: forward and 
 and the optimizer. Model FLOPs utilisation is 6 N D over the time and 989 TFLOP/s, recompute not counted.
 
     PYTHONPATH=workflow_scripts python benchmarks/gpu_training.py --model 4B --budgets 8192 16384 32768
-    PYTHONPATH=workflow_scripts torchrun --nproc-per-node 4 benchmarks/gpu_training.py --model 27B --tensor 4
+    PYTHONPATH=workflow_scripts python -m torchrun --nproc-per-node 4 benchmarks/gpu_training.py --model 27B --tensor 4
 """
 
 import argparse

@@ -1,26 +1,42 @@
-"""torchrun, but patient with processes that it was asked to end: a training needs minutes to save itself.
-
-torchrun passes SIGTERM and SIGINT on to its processes and kills what is left of them 30 seconds later. Here only a
-second signal starts that clock. Where a process fails, the others still have no more than the 30 seconds.
+"""torchrun on this machine alone: it opens no port, and waits for processes that save themselves when asked to end.
 
     python -m torchrun --standalone --nproc-per-node=8 -m train ...
+
+torchrun's own rendezvous opens two TCPStores on all interfaces, without authentication. One launcher that starts all
+processes has nobody to meet: `OneMachine` takes the place of the rendezvous, and the processes find each other through
+files (see `common.loopback`).
+
+torchrun passes SIGTERM and SIGINT on to its processes and kills what is left of them 30 seconds later, but a training
+needs minutes to save itself. Here only a second signal starts that clock. If a process fails, the others still have no
+more than the 30 seconds.
 """
 
+import os
 import signal
+import sys
+import tempfile
 import time
 from types import FrameType
 
+import torch.distributed as dist
 from torch.distributed import run
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousStoreInfo,
+    rendezvous_handler_registry,
+)
 from torch.distributed.launcher import api
 
+from common import loopback
 from common.interrupts import ECHO_SECONDS
 
 PATIENCE = 24 * 60 * 60  # seconds
 
 
 class PatientAgent(LocalElasticAgent):
-    """Starts and ends the processes of this node."""
+    """Starts and ends the processes of this machine."""
 
     def _shutdown(self, death_sig: signal.Signals | None = None) -> None:
         if death_sig is not None and self._pcontext:  # otherwise one of the processes has failed, or all have ended
@@ -30,18 +46,57 @@ class PatientAgent(LocalElasticAgent):
 
 
 def _ignore_echoes() -> None:
-    """One Ctrl-C may come from the terminal and from Snakemake: heed no other signal in the next few seconds."""
+    """Ignore further signals for a few seconds: one Ctrl-C may come from the terminal and from Snakemake."""
     began = time.monotonic()
-    heed = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def handle(number: int, frame: FrameType | None) -> None:
         if time.monotonic() - began > ECHO_SECONDS:
-            heed[number](number, frame)
+            handlers[number](number, frame)
 
-    for number in heed:
+    for number in handlers:
         signal.signal(number, handle)
 
 
-if __name__ == "__main__":
+class OneMachine(RendezvousHandler):
+    """The rendezvous of a single launcher: a store in its own memory."""
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+
+    def get_backend(self) -> str:
+        return "one-machine"
+
+    def get_run_id(self) -> str:
+        return self.run_id
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        # Nothing listens at this address; the processes are given a folder instead.
+        nowhere = RendezvousStoreInfo(master_addr="127.0.0.1", master_port=0)
+        return RendezvousInfo(dist.HashStore(), rank=0, world_size=1, bootstrap_store_info=nowhere)
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        """Nobody else could join."""
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def shutdown(self) -> bool:
+        return True
+
+
+def main(arguments: list[str]) -> None:
+    """Run torchrun with ``arguments``."""
     api.LocalElasticAgent = PatientAgent
-    run.main()
+    rendezvous_handler_registry.register("one-machine", lambda parameters: OneMachine(parameters.run_id))
+    arguments = [argument for argument in arguments if argument != "--standalone"]  # would choose torch's rendezvous
+    with tempfile.TemporaryDirectory(prefix="milepost-") as folder:
+        os.environ[loopback.STORE] = folder
+        run.main(["--nnodes=1", "--rdzv-backend=one-machine", *arguments])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

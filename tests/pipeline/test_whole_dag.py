@@ -8,6 +8,8 @@ import pandas
 import pytest
 import yaml
 
+from listeners import listeners
+
 SETTINGS = {
     "models": ["tiny"],
     "datasets": {
@@ -68,7 +70,8 @@ def work(tmp_path_factory, root, snakemake):
             return json.loads((self.results / name).read_text())
 
     made = Work()
-    made.first = made.run("all")
+    with listeners() as made.listeners:
+        made.first = made.run("all")
     return made
 
 
@@ -86,6 +89,12 @@ def test_everything_is_made(work):
     metrics = [json.loads(line) for line in next(work.results.glob("tiny/grpo/grpo/*/metrics.jsonl")).open()]
     assert [row["rollout"] for row in metrics if "loss" in row] == [1, 2]
     assert len(work.samples("tiny/eval/sums-evaluation/base.jsonl")) == 16
+
+
+@pytest.mark.slow
+def test_nothing_listens_beyond_loopback_meanwhile(work):
+    assert work.listeners.loopback  # gloo's: whatever listens elsewhere would have been seen as well
+    assert not work.listeners.open, work.listeners.open
 
 
 @pytest.mark.slow

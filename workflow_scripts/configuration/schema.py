@@ -7,7 +7,7 @@ slice it, and entry scripts are handed the slices back as these types.
 import os
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 Share = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -264,6 +264,13 @@ class Speculation(Section):
     draft_tokens: PositiveInt = 3
 
 
+# SGLang's arguments by which its servers would listen elsewhere or take other GPUs than the pipeline counts on.
+OWN_SERVER_ARGUMENTS = {
+    *("model_path", "tp_size", "ep_size", "base_gpu_id", "nnodes", "node_rank"),
+    *("host", "port", "api_key", "dist_init_addr", "nccl_port"),
+}
+
+
 class Engine(Section):
     """The rollout engine."""
 
@@ -285,6 +292,18 @@ class Engine(Section):
         False, description="after every sync make sure that the engine holds exactly what was sent; slow, for diagnosis"
     )
     server_arguments: dict[str, Any] = Field({}, description="further SGLang server arguments, passed through")
+
+    @field_validator("server_arguments")
+    @classmethod
+    def _keeps_to_its_place(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted(OWN_SERVER_ARGUMENTS & set(arguments)):
+            raise ValueError(
+                f"{', '.join(taken)}: where the servers listen and which GPUs they take is decided by the pipeline;"
+                " use gpus_per_engine and expert_parallel"
+            )
+        if arguments.get("dp_size", 1) != 1 and not arguments.get("enable_dp_attention"):
+            raise ValueError("dp_size: there is one engine for every gpus_per_engine GPUs already; lower that instead")
+        return arguments
 
 
 class Experts(Section):

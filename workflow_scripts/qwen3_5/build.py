@@ -1,5 +1,6 @@
 """Processes and the model on them: `initialize` once a process, then `build_model`."""
 
+import itertools
 import logging
 import os
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,6 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from common import loopback
 from common.errors import UserError
 from configuration.schema import Experts, Parallel, Recompute
 from qwen3_5.architecture import Architecture
@@ -21,10 +23,11 @@ from qwen3_5.specs import decoder_spec, mtp_spec
 
 # The first step may compile kernels on some ranks while others wait in a collective.
 _TIMEOUT = timedelta(minutes=60)
+_groups = itertools.count()
 
 
 def initialize(parallel: Parallel | None = None, seed: int = 1234) -> torch.device:
-    """Join the processes that torchrun started (or be the only one), and lay the model-parallel groups over them.
+    """Join the processes that our torchrun started (or be the only one), and lay the model-parallel groups over them.
 
     NCCL where there are GPUs, one a process; otherwise gloo. Returns this process's device.
     """
@@ -35,11 +38,10 @@ def initialize(parallel: Parallel | None = None, seed: int = 1234) -> torch.devi
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = _choose_device()
     if not dist.is_initialized():
+        os.environ |= loopback.INTERFACE
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=_TIMEOUT)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
+        store, rank, world = loopback.rendezvous(next(_groups))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_TIMEOUT)
     world, needed = dist.get_world_size(), parallel.tensor * parallel.pipeline * parallel.context
     routed = parallel.expert * parallel.expert_tensor * parallel.pipeline
     if world % needed or world % routed:

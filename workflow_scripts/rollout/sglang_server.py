@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common import loopback
 from common.errors import UserError
 from configuration.schema import Engine
 from rollout import sglang_launch
@@ -30,7 +32,9 @@ KINDS_OF_MEMORY = ("kv_cache", "weights", "cuda_graph")
 SCRIPTS = Path(__file__).parents[1]
 
 # What a launcher such as torchrun sets for its processes is not meant for theirs.
-NOT_INHERITED = re.compile(r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*)")
+NOT_INHERITED = re.compile(
+    r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*|MILEPOST_.*)"
+)
 # What SGLang's processes say when another of them has failed.
 CONSEQUENCE = re.compile(r"EOFError|scheduler died|Initialization failed|error messages above", re.IGNORECASE)
 
@@ -46,7 +50,7 @@ class Server:
         name: for messages.
         starts: how often it was started, so that late news of an earlier process can be told apart.
         holds_weights: its weights are the ones it should answer with.
-        log: what it says, through all its starts; that of the server before it is kept beside.
+        log: the output of all its starts; the previous server's log is kept next to it.
     """
 
     def __init__(self, folder: Path, settings: Engine, index: int, logs: Path):
@@ -56,6 +60,7 @@ class Server:
         self._key = secrets.token_hex()
         self._process: subprocess.Popen | None = None
         self._port = 0
+        self._private: tempfile.TemporaryDirectory | None = None
         self.log = logs / f"sglang-{index}.log"
 
     @property
@@ -72,9 +77,8 @@ class Server:
         self.starts += 1
         self._port = _free_port()
         arguments = self._arguments | {"port": self._port, "api_key": self._key}
-        environment = {name: value for name, value in os.environ.items() if not NOT_INHERITED.fullmatch(name)}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SCRIPTS), environment.get("PYTHONPATH")]))
-        environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"  # a check of health must not be a request
+        # New for every start: a store that a killed process left is useless to the next. What was killed may be dying.
+        self._private = tempfile.TemporaryDirectory(prefix="milepost-sglang-", ignore_cleanup_errors=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", sglang_launch.__name__],
@@ -82,7 +86,7 @@ class Server:
                 bufsize=0,
                 stdout=log,
                 stderr=log,
-                env=environment,
+                env=self._environment(),
                 start_new_session=True,  # an interrupt from the keyboard is the trainer's to handle
             )
         with contextlib.suppress(BrokenPipeError):  # its log says why
@@ -103,6 +107,8 @@ class Server:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process.stdin.close()
+        if self._private is not None:
+            self._private.cleanup()
 
     def call(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
         """POST ``body`` (GET where there is none) and return the JSON of the answer.
@@ -189,6 +195,21 @@ class Server:
     def resume(self, *kinds: str) -> None:
         """Take memory again, its content undefined."""
         self.call("/resume_memory_occupation", {"tags": list(kinds)}, timeout=600)
+
+    def _environment(self) -> dict[str, str]:
+        """The environment of SGLang's processes: they meet in a private folder and listen on loopback alone."""
+        inherited = {name: value for name, value in os.environ.items() if not NOT_INHERITED.fullmatch(name)}
+        return (
+            inherited
+            | loopback.INTERFACE
+            | {
+                "PYTHONPATH": os.pathsep.join(filter(None, [str(SCRIPTS), inherited.get("PYTHONPATH")])),
+                "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",  # a check of health must not be a request
+                # Otherwise its processes meet at a TCPStore, which listens on every interface.
+                "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{self._private.name}/group",
+                "TMPDIR": self._private.name,  # for the sockets by which its processes talk
+            }
+        )
 
     def _answers(self) -> bool:
         try:
