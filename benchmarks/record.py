@@ -1,7 +1,9 @@
 """One line of JSON a figure: what was measured, on what, by which command, with which versions."""
 
 import json
+import os
 import platform
+import re
 import shlex
 import sys
 from datetime import UTC, datetime
@@ -15,13 +17,21 @@ RESULTS = Path(__file__).parent / "results"
 COMMAND = shlex.join(["python", *sys.argv])  # now: a script that is run in this process sets its own
 
 
+def processor() -> str:
+    """The processor's own name, how many of its cores there are, and the widest vectors that torch uses on it."""
+    names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
+    name = names[0] if names else platform.machine()
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} cores of {name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def record(name: str, model: str, value: float, unit: str, *, gpus: int = 0, file: str | None = None, **note) -> None:
     """Append a figure to ``results/<file or name>.jsonl`` and print it; ``note`` says under which circumstances."""
     line = {
         "name": name,
         "model": model,
         "gpus": gpus,
-        "hardware": torch.cuda.get_device_name() if gpus else f"{platform.machine()} CPU",
+        "hardware": torch.cuda.get_device_name() if gpus else processor(),
         "value": float(f"{value:.5g}"),
         "unit": unit,
         "command": COMMAND,

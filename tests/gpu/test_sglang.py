@@ -18,6 +18,7 @@ from configuration.loading import load
 from configuration.schema import Engine, Speculation, TinyModel
 from gpu.sglang_arguments import ARGUMENTS
 from grpo.log_probs import token_log_probs
+from listeners import listeners
 from qwen3_5.architecture import Architecture
 from qwen3_5.build import build_model
 from qwen3_5.model import hidden_states, output_weight
@@ -55,10 +56,18 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def engine(folders):
-    running = start_engine(folders / "one", settings(), folders / "logs")
-    yield running
+def watched(folders):
+    """An engine, and what its processes listened on while it started and answered."""
+    with listeners() as seen:
+        running = start_engine(folders / "one", settings(), folders / "logs")
+        running.generate(requests(5, 64), SamplingParams(max_new_tokens=8))
+    yield running, seen
     running.close()
+
+
+@pytest.fixture(scope="module")
+def engine(watched):
+    return watched[0]
 
 
 def prompts(*lengths, seed=0):
@@ -118,6 +127,12 @@ def check(folder, engine, **params):
     far = log_prob_differences(folder, asked, completions, params.get("temperature", 1.0) or 1.0)
     assert far.mean() < 0.02 and far.max() < 0.3, (far.mean(), far.max())
     return completions
+
+
+def test_nothing_listens_beyond_loopback(watched):
+    _, seen = watched
+    assert seen.loopback  # its HTTP server: whatever listens elsewhere would have been seen as well
+    assert not seen.open, seen.open
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.7}, {"temperature": 0.0}, {"top_p": 0.8, "top_k": 50}])

@@ -7,6 +7,7 @@ import pytest
 import grpo_run
 from checkpoints.manifest import read_manifest
 from gpu.sglang_arguments import ARGUMENTS
+from listeners import listeners
 from stages import kill_the_second_rank, torchrun, torchrun_until
 
 pytestmark = [pytest.mark.gpu(2), pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -46,7 +47,9 @@ def test_two_gpus_train_and_go_on_after_a_rank_was_killed(root, tmp_path, enviro
     status, _ = torchrun_until(saved, kill_the_second_rank, script, *command_line, env=environment)
     assert status != 0
     assert len(logged(tmp_path / "run")) < 4
-    torchrun(2, script, *command_line, env=environment)
+    with listeners() as seen:
+        torchrun(2, script, *command_line, env=environment)
+    assert seen.loopback and not seen.open, seen.open
     read_manifest(tmp_path / "run.json").require(digests=True)
     rows = logged(tmp_path / "run")
     assert [row["rollout"] for row in rows] == [1, 2, 3, 4]
