@@ -42,4 +42,4 @@ def record(name: str, model: str, value: float, unit: str, *, gpus: int = 0, fil
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{file or name}.jsonl").open("a", encoding="utf-8") as results:
         results.write(json.dumps(line, ensure_ascii=False) + "\n")
-    print(f"{name} {model}: {line['value']} {unit} {note}", flush=True)
+    print(f"{name} {model}: {line['value']} {unit} {json.dumps(note)}", flush=True)
