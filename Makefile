@@ -1,7 +1,7 @@
 # make demo: set up, then the whole pipeline on a CPU with a tiny Qwen3.5.   make test: set up, then the tests.
 SNAKEMAKE := .venv/bin/snakemake --cores all
 
-.PHONY: setup demo test lint lock schema
+.PHONY: setup demo test lint lock schema benchmark-tables
 
 setup:
 	@envs/setup.sh
@@ -26,3 +26,7 @@ lock:
 # After a change of workflow_scripts/configuration/schema.py: the JSON schemas by which editors check the YAML.
 schema: setup
 	@PYTHONPATH=workflow_scripts .venv/bin/python -m configuration.json_schema
+
+# After a new line in benchmarks/results: the tables of README.md and benchmarks/README.md.
+benchmark-tables: setup
+	@.venv/bin/python benchmarks/tables.py
