@@ -1,9 +1,7 @@
 """What a user calls, and what Snakemake answers, for the four recipes on a machine without GPUs."""
 
-import os
 import re
 import shutil
-import subprocess
 
 import pytest
 
@@ -87,19 +85,6 @@ def test_a_mistake_in_the_configuration_ends_in_one_line(snakemake):
     assert done.returncode == 1
     assert "error: --config/--configfile: optimizer.lr: unknown key, did you mean 'learning_rate'?" in said(done)
     assert "Traceback" not in said(done)
-
-
-@pytest.mark.parametrize(
-    ("visible", "count", "seen"),
-    [(None, 2, "0,1"), ("4,5,6,7", 2, "4,5"), ("GPU-a,GPU-b", 8, "GPU-a,GPU-b"), ("3,4", 0, ""), ("", 4, "")],
-)
-def test_a_job_sees_as_many_gpus_as_it_claims_of_those_that_are_visible(root, visible, count, seen):
-    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    if visible is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = visible
-    script = f"set -euo pipefail; source {root}/rules/job.sh; use_gpus {count}; printenv CUDA_VISIBLE_DEVICES"
-    done = subprocess.run(["bash", "-c", script], env=environment, text=True, capture_output=True, check=True)
-    assert done.stdout == f"{seen}\n"
 
 
 def test_the_linter_has_nothing_to_say_but_that_rules_name_no_environment(snakemake):

@@ -3,11 +3,13 @@
 import json
 import shutil
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 
 import evaluate
-from checkpoints.manifest import read_manifest, write_manifest
+from checkpoints.manifest import read_manifest, versions, write_manifest
 from common.errors import UserError
 from configuration.schema import Engine, Evaluation, Reward, TinyModel
 from evaluation import sampling
@@ -47,8 +49,8 @@ def inputs(tmp_path_factory):
 def run(inputs, tmp_path, monkeypatch):
     """Run the entry script on these; returns its manifest. What it writes lies in tmp_path."""
 
-    def call(*options, model="download.json", reward=None, **settings):
-        config = {"evaluation": SETTINGS | settings, "engine": {"kind": "cpu"}, "reward": reward or {}}
+    def call(*options, model="download.json", reward=None, engine=None, **settings):
+        config = {"evaluation": SETTINGS | settings, "engine": {"kind": "cpu"} | (engine or {}), "reward": reward or {}}
         arguments = {
             "--provenance": json.dumps({"config": config, "code": "c", "upstream": {}}),
             "--model": inputs / model,
@@ -137,6 +139,63 @@ def test_less_memory_for_the_engine_keeps_the_samples(run, monkeypatch):
     scores = run().facts
     monkeypatch.setattr(evaluate, "start_engine", forbidden)
     assert run(mem_fraction_static=0.5).facts == scores
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({}, True),
+        ({"code": "other"}, False),
+        ({"versions": {"torch": "0.1"}}, False),
+        ({"versions": {"sglang": "0.1"}}, False),
+        ({"versions": {"snakemake": "0.1"}}, True),  # no sample depends on it
+        ({"engine": {"speculation": {}}}, False),
+        ({"engine": {"server_arguments": {"dtype": "half"}}}, False),
+        ({"engine": {"max_running_requests": 2}}, True),
+        ({"model": "other.json"}, False),
+        ({"seed": 6}, False),
+        ({"top_p": 0.9}, False),
+        ({"top_k": 5}, False),
+        ({"max_response_tokens": 5}, False),
+        ({"presence_penalty": 1.0}, False),
+        ({"enable_thinking": False}, False),
+        ({"bootstrap_samples": 7, "pass_at": [2]}, True),
+        ({"reward": {"think_block": "optional"}}, True),
+    ],
+    ids=str,
+)
+def test_samples_serve_again_only_where_all_that_made_them_is_the_same(
+    run, inputs, tmp_path, monkeypatch, changes, kept
+):
+    run()
+    other = shutil.copytree(inputs / "hub", tmp_path / "other")
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    write_manifest(inputs / "other.json", "download", other, [file.name for file in other.iterdir()], {})
+    if "code" in changes:
+        monkeypatch.setattr(evaluate, "code_digest", lambda *_: changes["code"])
+    if "versions" in changes:
+        monkeypatch.setattr(evaluate, "versions", lambda: versions() | changes["versions"])
+    asked = []
+
+    def start(*_, **__):
+        asked.append("an engine")
+        raise UserError("asked for")
+
+    monkeypatch.setattr(evaluate, "start_engine", start)
+    given = {key: value for key, value in changes.items() if key not in ("code", "versions")}
+    with nullcontext() if kept else pytest.raises(UserError, match="asked for"):
+        run(**given)
+    assert bool(asked) != kept
+
+
+def test_samples_of_other_prompts_are_never_scored_and_those_of_other_labels_are(inputs):
+    settings, problems = Evaluation(**SETTINGS), load_problems(read_manifest(inputs / "sums.json"))
+    relabelled = [replace(problem, label="0") for problem in problems]
+    asked_otherwise = [replace(problem, messages=[{"role": "user", "content": "2?"}]) for problem in problems]
+    was = origin_of("weights", problems, settings)
+    assert origin_of("weights", relabelled, settings) == was
+    assert origin_of("weights", asked_otherwise, settings) != was
+    assert origin_of("weights", problems[::-1], settings) != was
 
 
 def test_samples_of_other_weights_or_another_protocol_are_never_scored(run, inputs, tmp_path, capsys):
