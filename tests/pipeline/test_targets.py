@@ -31,6 +31,19 @@ def test_the_dag_resolves_completely(snakemake, tmp_path, target, root):
             assert re.search(rf"^Job \d+: {model}: {message}$", said(done), flags=re.MULTILINE), (model, message)
 
 
+@pytest.mark.parametrize("interval", [20, 0])
+def test_a_training_waits_for_its_validation_set_if_it_has_one(snakemake, tmp_path, root, interval):
+    given = f"per_model={{9B: {{validation: {{interval: {interval}}}}}}}"
+    done = snakemake(
+        *("-n", "-p", "--directory", str(tmp_path), "--config", given, "--", "train_9B"), snakefile=root / "Snakefile"
+    )
+    fetched = set(re.findall(r"^Job \d+: (\S+): fetch the problem set$", said(done), flags=re.MULTILINE))
+    assert fetched == {"dapo-math-17k"} | ({"aime-2024"} if interval else set())
+    command = next(line for line in said(done).splitlines() if " train --provenance" in line)
+    assert ("--validation results/data/aime-2024.json" in command) == bool(interval)
+    assert "--data results/data/dapo-math-17k.json" in command
+
+
 def test_without_a_target_everything_is_made(snakemake, tmp_path, root):
     done = snakemake("-n", "--directory", str(tmp_path), "--config", "models=[tiny]", snakefile=root / "Snakefile")
     assert re.search(r"^all +1$", said(done), flags=re.MULTILINE), said(done)
