@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -17,8 +18,9 @@ from evaluation.problems import load_problems
 from evaluation.sampling import SampleFile, origin_of, read_samples, sample_problems
 from evaluation.scores import evaluate as evaluate_live
 from rewards.math import Grader
-from rollout.engine import Completion, request_seed, start_engine
-from rollout.prompts import load_tokenizer, stop_token_ids
+from rollout.engine import Completion, SamplingParams, request_seed, start_engine
+from rollout.prompts import encode_prompt, load_tokenizer, stop_token_ids
+from stages import flip_a_bit
 from tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
 from tiny.tokenizer import train_tokenizer
 
@@ -231,8 +233,10 @@ class Unseeded:
 
     def __init__(self, failures=()):
         self.batches, self.failures, self.repeated = [], list(failures), 0
+        self.requests, self.params = [], None
 
     def generate(self, requests, params, on_done):
+        self.requests, self.params = [*self.requests, *requests], params
         self.batches.append(len(requests))
         self.repeated += self.failures.pop(0) if self.failures else 0
         for index in range(len(requests)):
@@ -248,10 +252,25 @@ def draw(inputs, tmp_path):
     def call(engine, **settings):
         settings = Evaluation(**SETTINGS | settings)
         file = SampleFile.open(tmp_path / "samples.jsonl", origin_of("m", problems, settings))
-        samples = sample_problems(engine, tokenizer, (), problems, settings, file)
+        samples = sample_problems(engine, tokenizer, (7,), problems, settings, file)
         return [sample.response for sample in samples]
 
     return call
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_what_is_asked_for_is_what_the_protocol_says(draw, inputs, tmp_path, thinking):
+    engine, tokenizer, began = Unseeded(), load_tokenizer(inputs / "hub"), time.perf_counter()
+    drawn = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "presence_penalty": 1.5}
+    draw(engine, max_response_tokens=77, enable_thinking=thinking, **drawn)
+    took = time.perf_counter() - began
+    assert engine.params == SamplingParams(max_new_tokens=77, stop_token_ids=(7,), **drawn)
+    problems = load_problems(read_manifest(inputs / "sums.json"))
+    prompts = [encode_prompt(tokenizer, problem.messages, enable_thinking=thinking) for problem in problems]
+    assert [request.prompt_ids for request in engine.requests] == [prompt for prompt in prompts for _ in range(2)]
+    assert len({request.seed for request in engine.requests}) == 6
+    _, samples, _ = read_samples(tmp_path / "samples.jsonl")
+    assert 0 <= sum(sample.seconds for sample in samples) <= took
 
 
 def test_a_stopped_batch_counts_only_where_seeds_are_heeded(draw, tmp_path, capsys):
@@ -290,6 +309,17 @@ def test_regrade_never_samples(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "start_engine", forbidden)
     with pytest.raises(UserError, match="holds 0 of 6 samples"):
         run("--regrade")
+
+
+@pytest.mark.parametrize("damaged", ["hub/model.safetensors", "sums.jsonl"])
+def test_a_flipped_bit_in_the_weights_or_the_problems_is_found_before_sampling(run, inputs, monkeypatch, damaged):
+    monkeypatch.setattr(evaluate, "start_engine", forbidden)
+    whole = flip_a_bit(inputs / damaged)
+    try:
+        with pytest.raises(UserError, match="its sha256 is not the one"):
+            run()
+    finally:
+        (inputs / damaged).write_bytes(whole)
 
 
 def test_running_engine_can_be_evaluated(inputs, tmp_path):
