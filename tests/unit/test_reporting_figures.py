@@ -5,10 +5,12 @@ import math
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib.colors import to_hex
 
 from checkpoints.manifest import write_manifest
 from common.errors import UserError
 from configuration.schema import Plots
+from reporting.plots import Theme, all_plots
 from reporting.report import report_page
 from reporting.results import pairs, read_scores, read_trainings
 from reporting.tables import (
@@ -256,3 +258,57 @@ def test_a_model_is_compared_with_its_own_base_on_the_same_problem_set(tmp_path)
         ("9B", "math", "base"),
     ]
     assert all((p.base.model, p.base.dataset) == (p.trained.model, p.trained.dataset) for p in found)
+
+
+@pytest.mark.parametrize(("p", "shown"), [(0.0004, "< 0.001"), (0.0012, "0.001"), (0.0096, "0.010"), (0.5, "0.500")])
+def test_p_values_are_said_to_three_places(tmp_path, p, shown):
+    paths = [score(tmp_path, "base", BASE), score(tmp_path, "grpo", TRAINED)]
+    table = difference_table(pairs(read_scores(paths))).assign(p=p)
+    assert readable_differences(table).iloc[0]["p"] == shown
+
+
+def test_a_pass_at_k_that_was_not_estimated_is_left_blank(tmp_path):
+    paths = [score(tmp_path, "base", BASE), score(tmp_path, "grpo", TRAINED, facts={"pass_at": {"1": 0.75}})]
+    table = score_table(read_scores(paths))
+    assert table["pass@2"].iloc[0] == 0.5 and math.isnan(table["pass@2"].iloc[1])
+    assert list(readable_scores(table)["pass@2"]) == ["50.0", "–"]
+
+
+THEME = Theme.light(Plots(color_base="#aa1122", color_trained="#11aa22"))
+
+
+def drawn(trainings, pairs, name):
+    """The axes of the plot whose name begins with ``name``."""
+    (plot,) = [plot for plot in all_plots(trainings, pairs) if plot.name.startswith(name)]
+    return plot.draw(THEME).axes
+
+
+def test_bars_are_as_long_as_the_scores_with_their_intervals(tmp_path):
+    found = pairs(read_scores([score(tmp_path, "base", BASE), score(tmp_path, "grpo", TRAINED)]))
+    (axes,) = drawn([], found, "scores")
+    assert [bar.get_width() for bar in axes.patches] == [0.25, 0.75]
+    assert [to_hex(bar.get_facecolor()) for bar in axes.patches] == [THEME.base, THEME.trained]
+    spans = [line.get_segments()[0][:, 0] for line in axes.collections]
+    assert [tuple(span) for span in spans] == [pytest.approx((0.15, 0.35)), pytest.approx((0.65, 0.85))]
+    assert [text.get_text() for text in axes.texts] == ["25.0%", "75.0%"]
+
+
+def test_problems_are_sorted_by_the_base_and_drawn_in_its_colour(tmp_path):
+    base = [[True, True], [False, False], [True, False], [False, False]]
+    trained = [[False, True], [True, True], [True, True], [False, False]]
+    found = pairs(read_scores([score(tmp_path, "base", base), score(tmp_path, "grpo", trained)]))
+    (axes,) = drawn([], found, "problems-9B-aime")
+    _, before, after = axes.collections
+    assert before.get_offsets()[:, 1].tolist() == [0.0, 0.0, 0.5, 1.0]
+    assert after.get_offsets()[:, 1].tolist() == [0.0, 1.0, 1.0, 0.5]
+    assert [to_hex(dots.get_facecolor()[0]) for dots in (before, after)] == [THEME.base, THEME.trained]
+
+
+def test_the_reward_is_drawn_as_it_was_and_smoothed_with_its_validations(tmp_path):
+    values = [0.0, 0.3, 0.6, *[0.5] * 8, 0.2]
+    validations = [{"rollout": 0, "validation_average": 0.1}, {"rollout": 12, "validation_average": 0.9}]
+    (axes,) = drawn([training(tmp_path, [*rewards(*values), *validations])], [], "reward")
+    raw, smooth, validated = axes.lines
+    assert raw.get_ydata().tolist() == values and raw.get_xdata().tolist() == list(range(1, 13))
+    assert smooth.get_ydata()[[0, 1, 2, -1]] == pytest.approx([0.15, 0.3, 1.4 / 3, 0.35])  # means of three
+    assert validated.get_xdata().tolist() == [0, 12] and validated.get_ydata().tolist() == [0.1, 0.9]
