@@ -90,6 +90,11 @@ OVERRIDES = {
         "datasets={dapo-math-17k: {revision: v2}}",
         {DATASET.format("dapo-math-17k")} | trained("9B"),
     ),
+    "the validation and evaluation set's revision": (
+        "datasets={aime-2024: {revision: v2}}",
+        {DATASET.format("aime-2024")} | trained("9B") | evaluated("9B", "aime-2024"),
+    ),
+    "the validation's interval alone": ("per_model={9B: {validation: {interval: 0}}}", trained("9B")),
     "the model's revision": (
         "per_model={9B: {source: {revision: v2}}}",
         {DOWNLOAD.format("9B"), CONVERT.format("9B")} | trained("9B") | evaluated("9B", "aime-2024"),

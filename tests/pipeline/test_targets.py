@@ -1,9 +1,7 @@
 """What a user calls, and what Snakemake answers, for the four recipes on a machine without GPUs."""
 
-import os
 import re
 import shutil
-import subprocess
 
 import pytest
 
@@ -31,6 +29,19 @@ def test_the_dag_resolves_completely(snakemake, tmp_path, target, root):
     for model in models:
         for message in ("fetch the starting weights", "convert to Megatron torch_dist", "train with GRPO"):
             assert re.search(rf"^Job \d+: {model}: {message}$", said(done), flags=re.MULTILINE), (model, message)
+
+
+@pytest.mark.parametrize("interval", [20, 0])
+def test_a_training_waits_for_its_validation_set_if_it_has_one(snakemake, tmp_path, root, interval):
+    given = f"per_model={{9B: {{validation: {{interval: {interval}}}}}}}"
+    done = snakemake(
+        *("-n", "-p", "--directory", str(tmp_path), "--config", given, "--", "train_9B"), snakefile=root / "Snakefile"
+    )
+    fetched = set(re.findall(r"^Job \d+: (\S+): fetch the problem set$", said(done), flags=re.MULTILINE))
+    assert fetched == {"dapo-math-17k"} | ({"aime-2024"} if interval else set())
+    command = next(line for line in said(done).splitlines() if " train --provenance" in line)
+    assert ("--validation results/data/aime-2024.json" in command) == bool(interval)
+    assert "--data results/data/dapo-math-17k.json" in command
 
 
 def test_without_a_target_everything_is_made(snakemake, tmp_path, root):
@@ -87,19 +98,6 @@ def test_a_mistake_in_the_configuration_ends_in_one_line(snakemake):
     assert done.returncode == 1
     assert "error: --config/--configfile: optimizer.lr: unknown key, did you mean 'learning_rate'?" in said(done)
     assert "Traceback" not in said(done)
-
-
-@pytest.mark.parametrize(
-    ("visible", "count", "seen"),
-    [(None, 2, "0,1"), ("4,5,6,7", 2, "4,5"), ("GPU-a,GPU-b", 8, "GPU-a,GPU-b"), ("3,4", 0, ""), ("", 4, "")],
-)
-def test_a_job_sees_as_many_gpus_as_it_claims_of_those_that_are_visible(root, visible, count, seen):
-    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    if visible is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = visible
-    script = f"set -euo pipefail; source {root}/rules/job.sh; use_gpus {count}; printenv CUDA_VISIBLE_DEVICES"
-    done = subprocess.run(["bash", "-c", script], env=environment, text=True, capture_output=True, check=True)
-    assert done.stdout == f"{seen}\n"
 
 
 def test_the_linter_has_nothing_to_say_but_that_rules_name_no_environment(snakemake):

@@ -3,11 +3,14 @@
 import json
 import shutil
 import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 
 import evaluate
-from checkpoints.manifest import read_manifest, write_manifest
+from checkpoints.manifest import read_manifest, versions, write_manifest
 from common.errors import UserError
 from configuration.schema import Engine, Evaluation, Reward, TinyModel
 from evaluation import sampling
@@ -15,8 +18,9 @@ from evaluation.problems import load_problems
 from evaluation.sampling import SampleFile, origin_of, read_samples, sample_problems
 from evaluation.scores import evaluate as evaluate_live
 from rewards.math import Grader
-from rollout.engine import Completion, request_seed, start_engine
-from rollout.prompts import load_tokenizer, stop_token_ids
+from rollout.engine import Completion, SamplingParams, request_seed, start_engine
+from rollout.prompts import encode_prompt, load_tokenizer, stop_token_ids
+from stages import flip_a_bit
 from tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
 from tiny.tokenizer import train_tokenizer
 
@@ -47,8 +51,8 @@ def inputs(tmp_path_factory):
 def run(inputs, tmp_path, monkeypatch):
     """Run the entry script on these; returns its manifest. What it writes lies in tmp_path."""
 
-    def call(*options, model="download.json", reward=None, **settings):
-        config = {"evaluation": SETTINGS | settings, "engine": {"kind": "cpu"}, "reward": reward or {}}
+    def call(*options, model="download.json", reward=None, engine=None, **settings):
+        config = {"evaluation": SETTINGS | settings, "engine": {"kind": "cpu"} | (engine or {}), "reward": reward or {}}
         arguments = {
             "--provenance": json.dumps({"config": config, "code": "c", "upstream": {}}),
             "--model": inputs / model,
@@ -139,6 +143,63 @@ def test_less_memory_for_the_engine_keeps_the_samples(run, monkeypatch):
     assert run(mem_fraction_static=0.5).facts == scores
 
 
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({}, True),
+        ({"code": "other"}, False),
+        ({"versions": {"torch": "0.1"}}, False),
+        ({"versions": {"sglang": "0.1"}}, False),
+        ({"versions": {"snakemake": "0.1"}}, True),  # no sample depends on it
+        ({"engine": {"speculation": {}}}, False),
+        ({"engine": {"server_arguments": {"dtype": "half"}}}, False),
+        ({"engine": {"max_running_requests": 2}}, True),
+        ({"model": "other.json"}, False),
+        ({"seed": 6}, False),
+        ({"top_p": 0.9}, False),
+        ({"top_k": 5}, False),
+        ({"max_response_tokens": 5}, False),
+        ({"presence_penalty": 1.0}, False),
+        ({"enable_thinking": False}, False),
+        ({"bootstrap_samples": 7, "pass_at": [2]}, True),
+        ({"reward": {"think_block": "optional"}}, True),
+    ],
+    ids=str,
+)
+def test_samples_serve_again_only_where_all_that_made_them_is_the_same(
+    run, inputs, tmp_path, monkeypatch, changes, kept
+):
+    run()
+    other = shutil.copytree(inputs / "hub", tmp_path / "other")
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    write_manifest(inputs / "other.json", "download", other, [file.name for file in other.iterdir()], {})
+    if "code" in changes:
+        monkeypatch.setattr(evaluate, "code_digest", lambda *_: changes["code"])
+    if "versions" in changes:
+        monkeypatch.setattr(evaluate, "versions", lambda: versions() | changes["versions"])
+    asked = []
+
+    def start(*_, **__):
+        asked.append("an engine")
+        raise UserError("asked for")
+
+    monkeypatch.setattr(evaluate, "start_engine", start)
+    given = {key: value for key, value in changes.items() if key not in ("code", "versions")}
+    with nullcontext() if kept else pytest.raises(UserError, match="asked for"):
+        run(**given)
+    assert bool(asked) != kept
+
+
+def test_samples_of_other_prompts_are_never_scored_and_those_of_other_labels_are(inputs):
+    settings, problems = Evaluation(**SETTINGS), load_problems(read_manifest(inputs / "sums.json"))
+    relabelled = [replace(problem, label="0") for problem in problems]
+    asked_otherwise = [replace(problem, messages=[{"role": "user", "content": "2?"}]) for problem in problems]
+    was = origin_of("weights", problems, settings)
+    assert origin_of("weights", relabelled, settings) == was
+    assert origin_of("weights", asked_otherwise, settings) != was
+    assert origin_of("weights", problems[::-1], settings) != was
+
+
 def test_samples_of_other_weights_or_another_protocol_are_never_scored(run, inputs, tmp_path, capsys):
     run()
     warm = content(tmp_path / "eval" / "base.jsonl")
@@ -172,8 +233,10 @@ class Unseeded:
 
     def __init__(self, failures=()):
         self.batches, self.failures, self.repeated = [], list(failures), 0
+        self.requests, self.params = [], None
 
     def generate(self, requests, params, on_done):
+        self.requests, self.params = [*self.requests, *requests], params
         self.batches.append(len(requests))
         self.repeated += self.failures.pop(0) if self.failures else 0
         for index in range(len(requests)):
@@ -189,10 +252,25 @@ def draw(inputs, tmp_path):
     def call(engine, **settings):
         settings = Evaluation(**SETTINGS | settings)
         file = SampleFile.open(tmp_path / "samples.jsonl", origin_of("m", problems, settings))
-        samples = sample_problems(engine, tokenizer, (), problems, settings, file)
+        samples = sample_problems(engine, tokenizer, (7,), problems, settings, file)
         return [sample.response for sample in samples]
 
     return call
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_what_is_asked_for_is_what_the_protocol_says(draw, inputs, tmp_path, thinking):
+    engine, tokenizer, began = Unseeded(), load_tokenizer(inputs / "hub"), time.perf_counter()
+    drawn = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "presence_penalty": 1.5}
+    draw(engine, max_response_tokens=77, enable_thinking=thinking, **drawn)
+    took = time.perf_counter() - began
+    assert engine.params == SamplingParams(max_new_tokens=77, stop_token_ids=(7,), **drawn)
+    problems = load_problems(read_manifest(inputs / "sums.json"))
+    prompts = [encode_prompt(tokenizer, problem.messages, enable_thinking=thinking) for problem in problems]
+    assert [request.prompt_ids for request in engine.requests] == [prompt for prompt in prompts for _ in range(2)]
+    assert len({request.seed for request in engine.requests}) == 6
+    _, samples, _ = read_samples(tmp_path / "samples.jsonl")
+    assert 0 <= sum(sample.seconds for sample in samples) <= took
 
 
 def test_a_stopped_batch_counts_only_where_seeds_are_heeded(draw, tmp_path, capsys):
@@ -231,6 +309,18 @@ def test_regrade_never_samples(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "start_engine", forbidden)
     with pytest.raises(UserError, match="holds 0 of 6 samples"):
         run("--regrade")
+
+
+@pytest.mark.parametrize("damaged", ["hub/*.safetensors", "sums.jsonl"])
+def test_a_flipped_bit_in_the_weights_or_the_problems_is_found_before_sampling(run, inputs, monkeypatch, damaged):
+    monkeypatch.setattr(evaluate, "start_engine", forbidden)
+    file = next(inputs.glob(damaged))
+    whole = flip_a_bit(file)
+    try:
+        with pytest.raises(UserError, match="its sha256 is not the one"):
+            run()
+    finally:
+        file.write_bytes(whole)
 
 
 def test_running_engine_can_be_evaluated(inputs, tmp_path):

@@ -8,7 +8,7 @@ from common.problems import Problem
 from configuration.schema import Evaluation, Reward
 from evaluation.sampling import Sample
 from evaluation.scores import scores
-from rewards.math import Grader
+from rewards.math import Grader, Verdict
 
 SETTINGS = Evaluation(samples_per_problem=4, pass_at=[1, 2, 4], bootstrap_samples=500)
 PROBLEMS = [Problem([{"role": "user", "content": label}], label, 1) for label in ("33", "34")]
@@ -53,3 +53,48 @@ def test_one_problem_scores_without_an_error():
 def test_a_problem_that_lacks_samples_is_refused():
     with pytest.raises(ValueError, match="same number of samples"):
         scored(boxed("33", "33", "33", "33", "34"))
+
+
+def test_each_answer_is_graded_by_the_label_of_its_own_problem():
+    """Whatever order the samples come in."""
+    responses = boxed("33", "33", "33", "34", "33", "33", "33", "34")
+    result = scored(responses)
+    assert [problem["correct"] for problem in result["per_problem"]] == [
+        [True, True, True, False],
+        [False, False, False, True],
+    ]
+    assert [problem["label"] for problem in result["per_problem"]] == ["33", "34"]
+    assert result["average"] == 0.5 and result["majority"] == 0.5
+
+
+def test_an_interval_ends_where_scores_do():
+    result = scored(boxed("33", "33", "33", "33", "34", "34", "34", "33"))
+    assert result["average"] == 7 / 8 and result["interval"][1] == 1 and result["interval"][0] == 0
+
+
+class Fixed:
+    """A grader whose verdicts are given: what goes wrong in one is not to be had at will."""
+
+    def __init__(self, *reasons):
+        self.verdicts = [Verdict(reason == "correct", None, reason) for reason in reasons]
+
+    def grade(self, pairs):
+        return self.verdicts
+
+
+def test_shares_are_of_all_samples_and_every_kind_of_grading_error_counts():
+    reasons = ("correct", "grading_timeout", "grading_error", "wrong", "no_box", "too_long", "correct", "no_think_end")
+    samples = [
+        Sample(number // 4, number % 4, 0, [], "", number, "length" if number == 5 else "stop", 0.5)
+        for number in range(8)
+    ]
+    result = scores(PROBLEMS, samples, SETTINGS, Fixed(*reasons))
+    shares = ("average", "grading_error_share", "no_box_share", "no_think_end_share", "truncated_share")
+    assert [result[share] for share in shares] == [2 / 8, 2 / 8, 1 / 8, 1 / 8, 1 / 8]
+    assert [problem["tokens"] for problem in result["per_problem"]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [problem["finish"] for problem in result["per_problem"]] == [
+        ["stop"] * 4,
+        ["stop", "length", "stop", "stop"],
+    ]
+    assert [problem["reasons"] for problem in result["per_problem"]] == [list(reasons[:4]), list(reasons[4:])]
+    assert result["mean_tokens"] == 3.5

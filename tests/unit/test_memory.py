@@ -1,10 +1,161 @@
-"""The memory estimate follows what a recipe asks for, where nothing was measured."""
+"""The estimate of memory and disk: against figures worked out by hand, other code's shapes, and measured peaks."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from configuration.loading import load
-from configuration.memory import estimate
-from configuration.shape import architecture_of
+from configuration.memory import CONTEXT_GIB, SYNC_GIB, beside, disk_gib, estimate
+from configuration.shape import architecture_of, text_config
+
+RECORDED = Path(__file__).parents[2] / "benchmarks/results"
+MEASURED = [
+    line
+    for file in ("gpu_recipes.jsonl", "gpu_training.jsonl")
+    for line in map(json.loads, (RECORDED / file).read_text().splitlines())
+    if line["name"] == "memory_estimate_error"
+]
+
+# Parameters of Qwen3.5-9B: 24 layers of Gated DeltaNet and 8 of attention, 4096 wide, with 32 value and 16 key heads of
+# 128, or 16 heads of 256 with 4 key-value groups.
+NORMS, FFN = 2 * 4096, 3 * 4096 * 12288
+ATTENTION = 4096 * (2 * 16 * 256 + 2 * 4 * 256 + 16 * 256) + 2 * 256  # queries with their gate, keys, values; output
+DELTA_NET = (
+    4096 * (2 * 16 * 128 + 32 * 128 + 32 * 128 + 32 + 32)  # queries, keys, values, gate; beta, alpha
+    + 4 * (2 * 16 * 128 + 32 * 128)  # the convolution
+    + (32 + 32 + 128)  # A_log, dt_bias, norm
+    + 4096 * 32 * 128  # output
+)
+EMBEDDING = 248320 * 4096
+OF_9B = 2 * EMBEDDING + 24 * (DELTA_NET + FFN + NORMS) + 8 * (ATTENTION + FFN + NORMS) + 4096
+MTP_OF_9B = ATTENTION + FFN + NORMS + 2 * 4096 * 4096 + 3 * 4096
+
+GIB = 1024**3
+
+
+def configured(root, name, **changes):
+    return load(root / "config/config.yaml", root / "config/models", {"per_model": {name: changes}}).models[name]
+
+
+def estimated(root, name, gpu_gib=141, **changes):
+    model = configured(root, name, **changes)
+    return estimate(architecture_of(model), model, gpu_gib)
+
+
+def test_parameters_of_9b_are_those_counted_by_hand(root):
+    architecture = architecture_of(configured(root, "9B"))
+    assert architecture.parameters() == OF_9B
+    assert architecture.parameters(mtp_num_layers=1) == OF_9B + MTP_OF_9B
+
+
+@pytest.mark.parametrize("name", ["4B", "9B", "27B", "35B_A3B"])
+def test_parameters_are_those_of_transformers_model(root, name):
+    from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+    from transformers.models.qwen3_5_moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+
+    shape = configured(root, name).architecture
+    dense, experts = (Qwen3_5TextConfig, Qwen3_5ForCausalLM), (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM)
+    config_class, model_class = experts if shape.experts else dense
+    with torch.device("meta"):
+        theirs = model_class(config_class(**text_config(shape)))
+    assert architecture_of(configured(root, name)).parameters() == sum(p.numel() for p in theirs.parameters())
+
+
+def test_weights_gradients_and_adam_of_9b_are_those_worked_out_by_hand(root):
+    """Two GPUs share a copy, and the four copies share Adam's states."""
+    memory = estimated(root, "9B")
+    assert memory.weights == pytest.approx(2 * OF_9B / 2 / GIB)
+    assert memory.gradients == pytest.approx(4 * OF_9B / 2 / GIB)
+    assert memory.optimizer == pytest.approx(12 * OF_9B / 2 / 4 / GIB)
+    assert memory.logits == pytest.approx(3 * 4 * 1024 * 248320 / 2 / GIB)
+    parts = memory.weights + memory.gradients + memory.optimizer + memory.activations + memory.logits
+    assert memory.training == pytest.approx(parts + CONTEXT_GIB)
+    assert estimated(root, "9B", optimizer={"cpu_offload": True}).optimizer == 0
+    with_mtp = estimated(root, "9B", mtp={"train": True}, conversion={"mtp_num_layers": 1})
+    assert with_mtp.weights == pytest.approx(2 * (OF_9B + MTP_OF_9B) / 2 / GIB)
+
+
+def test_experts_of_35b_are_shared_by_their_own_ranks(root):
+    """A rank holds 32 of the 256 experts of each of 40 layers and the MTP layer, and all that is not an expert."""
+    experts = 41 * 256 * 3 * 2048 * 512
+    whole = architecture_of(configured(root, "35B_A3B")).parameters(mtp_num_layers=1)
+    held = whole - experts + experts / 8
+    memory = estimated(root, "35B_A3B")
+    assert memory.weights == pytest.approx(2 * held / GIB)
+    assert memory.gradients == pytest.approx(4 * held / GIB)
+    assert memory.optimizer == 0
+    on_gpu = estimated(root, "35B_A3B", optimizer={"cpu_offload": False})
+    assert on_gpu.optimizer == pytest.approx(12 * ((whole - experts) / 8 + experts / 8) / GIB)
+    copies = estimated(root, "35B_A3B", parallel={"expert": 4}, optimizer={"cpu_offload": False})
+    assert copies.optimizer == pytest.approx(on_gpu.optimizer)  # twice the experts on a rank, shared by two
+    assert copies.weights == pytest.approx(2 * (whole - experts + experts / 4) / GIB)
+
+
+def test_a_rollout_holds_the_engine_and_the_weights_that_it_is_sent(root):
+    memory = estimated(root, "9B", gpu_gib=80)
+    assert memory.engine == pytest.approx(0.6 * 80)
+    assert memory.rollout == pytest.approx(0.6 * 80 + 2 * OF_9B / 2 / GIB + SYNC_GIB + CONTEXT_GIB)
+    assert memory.engine_weights == pytest.approx(2 * OF_9B / GIB)
+    assert memory.lasting == pytest.approx((2 * OF_9B / 2 + 12 * OF_9B / 2 / 4) / GIB)
+    shared = estimated(root, "9B", gpu_gib=80, engine={"gpus_per_engine": 2, "speculation": {}})
+    assert shared.engine_weights == pytest.approx(2 * (OF_9B + MTP_OF_9B) / 2 / GIB)
+
+
+def test_states_stay_on_the_gpu_only_where_they_fit_beside_the_engine(root):
+    """The engine takes its share and 20 GiB beside it; what is left must hold weights and Adam's states."""
+    needed = (20 + CONTEXT_GIB + (2 * OF_9B / 2 + 12 * OF_9B / 2 / 4) / GIB) / 0.4
+    for gpu_gib, stay in ((needed - 0.1, False), (needed + 0.1, True)):
+        assert estimated(root, "9B", gpu_gib).lasts_beside_engine(gpu_gib) == stay
+
+
+def test_an_engine_beside_what_is_taken_gets_as_much_memory_as_alone(root):
+    engine = configured(root, "9B").engine
+    assert beside(engine, 41, 141).mem_fraction_static * (141 - 41) == pytest.approx(0.6 * 141)
+
+
+@pytest.mark.parametrize(
+    "line", MEASURED, ids=[f"{line['model']}-{line['gpus']}-{line['note']['recompute']}" for line in MEASURED]
+)
+def test_a_rank_takes_what_was_measured_within_7_percent(root, line):
+    """As the README says, of every peak that the benchmarks recorded."""
+    note = line["note"]
+    parallel = note.get("parallel", {"tensor": 1, "sequence": False})
+    model = configured(
+        root,
+        line["model"],
+        hardware={"gpus": line["gpus"]},
+        parallel=parallel,
+        training={"max_tokens_per_gpu": note["tokens_a_pack"] // parallel["tensor"], "recompute": note["recompute"]},
+        sampling={"max_response_tokens": note["response_tokens"]},
+        optimizer={"cpu_offload": note["cpu_offload"]},
+        engine={"gpus_per_engine": 1, "expert_parallel": 1},
+    )
+    shape = architecture_of(model)
+    shape = replace(shape, num_layers=note.get("layers", shape.num_layers))
+    assert estimate(shape, model, 141).training == pytest.approx(note["peak_gib"], rel=0.07)
+
+
+@pytest.mark.parametrize(
+    ("stage", "training", "bytes_each"),
+    [
+        ("download", {}, 2),
+        ("convert", {}, 2),
+        ("export", {}, 2),
+        ("evaluate", {}, 0),
+        ("train", {}, 4 * 14),  # two kept, the best, and the one being written: bf16 weights and Adam's three in fp32
+        ("train", {"keep_checkpoints": 5}, 7 * 14),
+        ("train", {"rollouts": 20}, 14),
+        ("train", {"rollouts": 21}, 2 * 14),
+        ("train", {"rollouts": 60}, 3 * 14),
+        ("train", {"rollouts": 100, "save_interval": 100}, 14),
+    ],
+)
+def test_disk_is_what_the_weights_and_the_kept_checkpoints_take(root, stage, training, bytes_each):
+    model = configured(root, "9B", training=training)
+    assert disk_gib(model, stage) == pytest.approx(bytes_each * (OF_9B + MTP_OF_9B) / GIB)
 
 
 @pytest.mark.parametrize(

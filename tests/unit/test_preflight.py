@@ -1,7 +1,10 @@
 """Preflight refuses what would fail hours later, and nothing that would have passed."""
 
 import json
+import re
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,7 +12,7 @@ from common.errors import UserError
 from common.files import write_json
 from configuration.loading import load, read_yaml
 from configuration.memory import GIB, disk_gib
-from configuration.preflight import Machine, check_jobs, shortcomings
+from configuration.preflight import Machine, check_jobs, shortcomings, table
 from configuration.provenance import Provenance
 from configuration.shape import text_config
 
@@ -108,3 +111,109 @@ def test_a_training_that_goes_on_needs_no_disk_for_the_checkpoints_it_has(root, 
     hold(work, "checkpoint-000060", 5)
     with pytest.raises(UserError, match="the results need about"):  # what is over makes no room for another's
         check_jobs([*jobs, ("train", {"model": "9B"})], configuration, provenance)
+
+
+@pytest.mark.parametrize(("share", "fits"), [(0.89, True), (0.90, False)])
+def test_an_engine_leaves_room_for_the_weights_that_it_is_sent(root, share, fits):
+    """9B's are 8.3 GiB on each of two GPUs; with 5 GiB to send them and 1.5 of context, 126 of 141 are left."""
+    model = configured(root, {"per_model": {"9B": {"engine": {"mem_fraction_static": share}}}}).models["9B"]
+    assert shortcomings(model, node(141), {"evaluate"}) == []
+    faults = shortcomings(model, node(141), {"train"})
+    if fits:
+        assert faults == []
+    else:
+        (fault,) = faults
+        assert re.match(r"needs about \d+ GiB a GPU to train and 142 to roll out, and the smallest has 141: ", fault)
+
+
+def test_training_must_fit_the_smallest_of_the_gpus(root):
+    model, whole = configured(root).models["9B"], node(141)
+    assert shortcomings(model, whole, {"train"}) == []
+    fault, *_ = shortcomings(model, replace(whole, gpus=(*whole.gpus[:7], 40)), {"train"})
+    assert "GiB a GPU to train" in fault and "the smallest has 40" in fault
+
+
+@pytest.mark.parametrize(
+    ("lacking", "fault"),
+    [
+        ({}, None),
+        ({"gpus": (141,) * 7}, "needs 8 GPUs and this machine has 7"),
+        ({"gpus": ()}, "needs 8 GPUs and this machine has none"),
+        ({"host_memory_gib": 191}, "needs 192 GiB of memory and there are 191"),
+        ({"host_memory_gib": 192}, None),
+        ({"missing_packages": ("fla",)}, "needs fla, not installed"),
+        ({"has_compiler": False}, "needs a C compiler"),
+        ({"has_cuda_toolkit": False}, "needs a CUDA toolkit"),
+    ],
+    ids=str,
+)
+def test_what_a_machine_lacks_is_said(root, lacking, fault):
+    found = shortcomings(configured(root).models["9B"], replace(node(141), **lacking))
+    assert [text.startswith(fault) for text in found] == [True] if fault else found == []
+
+
+def test_a_model_on_the_cpu_needs_nothing_of_a_gpu_machine(root):
+    laptop = Machine((), 16, 100, ("sglang",), has_compiler=False, has_cuda_toolkit=False)
+    assert shortcomings(configured(root).models["tiny"], laptop) == []
+
+
+@pytest.mark.parametrize(
+    ("stages", "bytes_each"),
+    [
+        (("train",), 4 * 14),
+        (("download", "convert", "train", "export"), 2 + 2 + 4 * 14 + 2),
+        (("convert", "evaluate"), 2),
+    ],
+)
+def test_the_disk_that_the_jobs_take_together_must_be_free(root, tmp_path, monkeypatch, stages, bytes_each):
+    """4B has 4,326,350,848 parameters with its MTP layer."""
+    configuration = configured(root, {"results": str(tmp_path)})
+    provenance = Provenance(configuration, root / "workflow_scripts")
+    jobs, needed = [(stage, {"model": "4B", "weights": "base"}) for stage in stages], bytes_each * 4_326_350_848 / 2**30
+    monkeypatch.setattr(Machine, "here", lambda results: node(141, free_disk_gib=needed + 0.01))
+    check_jobs(jobs, configuration, provenance)
+    monkeypatch.setattr(Machine, "here", lambda results: node(141, free_disk_gib=needed - 0.01))
+    with pytest.raises(UserError, match=f"need about {needed:.0f} GiB of disk and {needed - 0.01:.0f} are free"):
+        check_jobs(jobs, configuration, provenance)
+
+
+def test_the_disk_of_two_models_adds_up(root, tmp_path, monkeypatch):
+    """Their checkpoints take 226 and 1425 GiB."""
+    configuration = configured(root, {"results": str(tmp_path)})
+    provenance = Provenance(configuration, root / "workflow_scripts")
+    monkeypatch.setattr(Machine, "here", lambda results: node(141, free_disk_gib=1500))
+    four, twenty_seven = (("train", {"model": name}) for name in ("4B", "27B"))
+    for job in (four, twenty_seven):
+        check_jobs([job], configuration, provenance)
+    with pytest.raises(UserError, match="need about 1651 GiB of disk and 1500 are free"):
+        check_jobs([four, twenty_seven], configuration, provenance)
+
+
+def test_the_machine_s_own_disk_and_memory_are_in_gib(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.files.shutil.disk_usage", lambda path: SimpleNamespace(free=3 * 2**30))
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}
+    monkeypatch.setattr("configuration.preflight.os.sysconf", pages.__getitem__)
+    machine = Machine.here(str(tmp_path / "results" / "not-there-yet"))
+    assert (machine.free_disk_gib, machine.host_memory_gib) == (3, 4)
+
+
+def test_a_warning_is_enough_where_that_is_asked_for(root, tmp_path, monkeypatch, capsys):
+    configuration = configured(root, {"results": str(tmp_path), "preflight": "warn"})
+    monkeypatch.setattr(Machine, "here", lambda results: node(141, free_disk_gib=1))
+    check_jobs([("train", {"model": "4B"})], configuration, Provenance(configuration, root / "workflow_scripts"))
+    assert re.fullmatch(r"warning: the results need about \d+ GiB of disk and 1 are free\n", capsys.readouterr().err)
+
+
+def test_the_table_says_what_the_readme_does(root, monkeypatch):
+    """Host memory, and the disk of everything: weights from the Hub, converted and exported, and four checkpoints."""
+    readme = (root / "README.md").read_text()
+    figures = [re.search(rf"^\| {row} \| (.+) \|$", readme, re.MULTILINE)[1].split(" | ") for row in
+               ("host memory, GiB", "disk for everything, GiB")]  # fmt: skip
+    monkeypatch.setattr(Machine, "here", lambda results: node(141, free_disk_gib=600))
+    lines = table(configured(root)).splitlines()
+    rows = dict(zip(("4B", "9B", "27B", "35B_A3B"), zip(*figures, strict=True), strict=True))
+    for name, (memory, disk) in rows.items():
+        (line,) = [line for line in lines if line.startswith(f"{name} ")]
+        ready = "ready" if int(disk) <= 600 else "lacks what is named below"
+        assert re.search(rf" {memory} +{disk} +{ready}$", line), line
+    assert f"27B: needs {rows['27B'][1]} GiB of disk" in lines and not any("9B: needs" in line for line in lines)

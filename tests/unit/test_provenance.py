@@ -1,10 +1,12 @@
 """A result is stale when, and only when, something changed that it depends on."""
 
+from itertools import count
+
 import pytest
 
 from configuration import provenance
 from configuration.loading import load
-from configuration.provenance import Provenance
+from configuration.provenance import Provenance, code_digest
 
 
 @pytest.mark.parametrize(("name", "depends"), [("4B", True), ("tiny", False)])
@@ -62,3 +64,135 @@ def test_an_evaluation_does_not_depend_on_what_its_engine_does_for_a_training_al
 
     assert key() == key(mem_fraction_static=0.4, check_weights=True, replay_routing=True)
     assert key() != key(speculation=None)
+
+
+@pytest.fixture
+def digest(tmp_path):
+    """The digest of the script main.py, which begins with ``imports``, after an edit of another file."""
+    numbers = count()
+
+    def of(imports, edited=None, addition="EDITED = 1\n", script="main.py"):
+        root = tmp_path / str(next(numbers))  # digests are kept for as long as a process runs
+        files = dict.fromkeys(("package/__init__.py", "package/inner/__init__.py", "package/inner/deep.py"), "X = 1\n")
+        files |= dict.fromkeys(
+            ("package/module.py", "package/unused.py", "other.py", "configuration/schema.py"), "X = 1\n"
+        )
+        files |= {script: f"{imports}\n", "package/through.py": "from other import X\n"}
+        if edited:
+            files[edited] += addition
+        for name, content in files.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(content)
+        return code_digest(root, script)
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("imports", "module"),
+    [
+        ("import other", "other.py"),
+        ("import os, other as renamed", "other.py"),
+        ("import package.module", "package/module.py"),
+        ("import package.module as module", "package/module.py"),
+        ("import package.module", "package/__init__.py"),  # which runs before the module
+        ("from package import module", "package/module.py"),
+        ("from package import module as renamed", "package/module.py"),
+        ("from package import unused, module", "package/module.py"),
+        ("from package.module import X", "package/module.py"),
+        ("from package.module import *", "package/module.py"),
+        ("from package.inner import deep", "package/inner/deep.py"),
+        ("from package.inner import deep", "package/__init__.py"),
+        ("from package import inner", "package/inner/__init__.py"),
+        ("from package import through", "other.py"),
+        ("def later():\n    from package import module", "package/module.py"),
+        ("class Late:\n    if True:\n        import package.module", "package/module.py"),
+        ("try:\n    import other\nexcept ImportError:\n    pass", "other.py"),
+    ],
+)
+def test_what_a_script_imports_by_whatever_form_is_its_code(digest, imports, module):
+    assert digest(imports) == digest(imports)
+    assert digest(imports) != digest(imports, edited=module)
+
+
+@pytest.mark.parametrize(
+    ("script", "imports", "module"),
+    [
+        ("package/run.py", "from . import module", "package/module.py"),
+        ("package/run.py", "from .module import X", "package/module.py"),
+        ("package/run.py", "from .inner import deep", "package/inner/deep.py"),
+        ("package/inner/run.py", "from .. import module", "package/module.py"),
+        ("package/inner/run.py", "from ..module import X", "package/module.py"),
+    ],
+)
+def test_relative_imports_are_code_too(digest, script, imports, module):
+    assert digest(imports, script=script) != digest(imports, edited=module, script=script)
+
+
+@pytest.mark.parametrize(
+    ("edited", "addition"),
+    [
+        ("package/unused.py", "EDITED = 1\n"),
+        ("configuration/schema.py", "EDITED = 1\n"),  # what it decides is in the slice
+        ("package/module.py", "# a comment\n\n"),
+        ("other.py", "EDITED = 1\n"),
+    ],
+)
+def test_what_a_script_does_not_use_is_not_its_code(digest, edited, addition):
+    imports = "from configuration import schema\nfrom package import module"
+    assert digest(imports) == digest(imports, edited=edited, addition=addition)
+
+
+@pytest.fixture
+def recipes(root):
+    """The recipes' provenance under settings for 9B; ``datasets`` are everyone's."""
+
+    def of(datasets=None, **sections):
+        overrides = {"per_model": {"9B": sections}, "datasets": datasets or {}}
+        return Provenance(
+            load(root / "config/config.yaml", root / "config/models", overrides), root / "workflow_scripts"
+        )
+
+    return of
+
+
+def test_a_training_depends_on_its_validation_set_but_goes_on_under_another(recipes):
+    was, revised = recipes(), recipes(datasets={"aime-2024": {"revision": "v2"}})
+    assert set(was.of("train", model="9B")["upstream"]) == {"convert", "dataset", "validation"}
+    assert was.key("train", model="9B") != revised.key("train", model="9B")
+    assert was.work("9B") == revised.work("9B")
+    never = {"validation": {"interval": 0}}
+    assert "validation" not in recipes(**never).of("train", model="9B")["upstream"]
+    assert recipes(**never).key("train", model="9B") == recipes(
+        datasets={"aime-2024": {"revision": "v2"}}, **never
+    ).key("train", model="9B")
+
+
+def test_other_training_data_or_weights_begin_another_training(recipes):
+    was = recipes().work("9B")
+    assert recipes(datasets={"dapo-math-17k": {"revision": "v2"}}).work("9B") != was
+    assert recipes(source={"revision": "v2"}).work("9B") != was
+    assert recipes(conversion={"mtp_num_layers": 1}).work("9B") != was
+
+
+@pytest.mark.parametrize(
+    ("changes", "stale"),
+    [
+        ({"evaluation": {"temperature": 0.5}}, {"base", "grpo"}),
+        ({"reward": {"max_seconds": 1.0}}, {"base", "grpo"}),
+        ({"source": {"revision": "v2"}}, {"base", "grpo"}),
+        ({"optimizer": {"learning_rate": 1e-5}}, {"grpo"}),
+        ({"hardware": {"host_memory_gib": 99}}, set()),
+        ({"datasets": {"aime-2024": {"revision": "v2"}}, "validation": {"interval": 0}}, {"base", "grpo"}),
+    ],
+    ids=str,
+)
+def test_the_base_s_scores_depend_on_the_download_and_the_trained_s_on_the_training(recipes, changes, stale):
+    unchanged = {"validation": {"interval": 0}} if "datasets" in changes else {}
+    found = {
+        weights
+        for weights in ("base", "grpo")
+        if recipes(**unchanged).key("evaluate", model="9B", dataset="aime-2024", weights=weights)
+        != recipes(**changes).key("evaluate", model="9B", dataset="aime-2024", weights=weights)
+    }
+    assert found == stale

@@ -200,8 +200,8 @@ def test_scores_by_different_protocols_or_of_different_problems_are_not_paired(r
     base = results / "4B/eval/aime/base.json"
     other = evaluate(tmp_path, "4B", "grpo", 0.5, 1, SETTINGS.model_copy(update={"temperature": 0.6}))
     fewer = evaluate(tmp_path, "4B", "less", 0.5, 1, problems=20)
-    for trained in (other, fewer):
-        with pytest.raises(UserError, match="other settings or on other problems"):
+    for trained, differing in ((other, "evaluation section"), (fewer, "set of prompts and set of labels")):
+        with pytest.raises(UserError, match=f"made with another {differing} than"):
             pairs(read_scores([base, trained]))
     assert pairs(read_scores([other])) == []  # without a base there is nothing to compare with
 

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import free_bytes
+from configuration.gpus import visible_gpus
 from configuration.loading import Configuration
 from configuration.memory import GIB, disk_gib, estimate
 from configuration.provenance import Provenance
@@ -37,7 +37,7 @@ class Machine:
     @classmethod
     def here(cls, results: str) -> "Machine":
         return cls(
-            gpus=_visible_gpus(),
+            gpus=visible_gpus(),
             host_memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB,
             free_disk_gib=free_bytes(results) / GIB,
             missing_packages=tuple(name for name in GPU_PACKAGES if importlib.util.find_spec(name) is None),
@@ -51,21 +51,6 @@ def _has_cuda_toolkit() -> bool:
     if not named and shutil.which("nvcc"):
         return True
     return Path(named or CUDA_TOOLKIT, "bin", "nvcc").is_file()
-
-
-def _visible_gpus() -> tuple[float, ...]:
-    """Memory in GiB of the GPUs that a job here would see, asked of the driver: importing torch takes seconds."""
-    query = ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    gpus = [[field.strip() for field in line.split(",")] for line in answer.splitlines() if line.count(",") == 2]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        chosen = [name.strip() for name in visible.split(",") if name.strip()]
-        gpus = [gpu for gpu in gpus if gpu[0] in chosen or gpu[1] in chosen]
-    return tuple(float(megabytes) / 1024 for _, _, megabytes in gpus)
 
 
 def check_jobs(

@@ -179,17 +179,18 @@ def _read(root: Path, file: Path) -> tuple[str, list[Path]]:
     if file.suffix != ".py":
         return hashlib.sha256(file.read_bytes()).hexdigest(), []
     tree = _without_docstrings(ast.parse(file.read_bytes(), filename=str(file)))
-    names = set()
-    for node in ast.walk(tree):
+    package, names = file.relative_to(root).parent.parts, set()
+    for node in ast.walk(tree):  # what is imported inside functions, too
         if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:  # relative imports are not used here
-            names.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
+            names.update(tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            module = (*above, *(node.module.split(".") if node.module else ()))
+            names.update((*module, alias.name) for alias in node.names)  # a module, or a name in the one before
     files = []
     for name in names:
-        parts = name.split(".")
-        for depth in range(1, len(parts) + 1):
-            path = root.joinpath(*parts[:depth])
+        for depth in range(1, len(name) + 1):
+            path = root.joinpath(*name[:depth])
             files += [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()]
     return _digest(ast.dump(tree)), files
 

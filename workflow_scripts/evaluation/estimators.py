@@ -5,6 +5,7 @@ Samples of one problem are not independent of one another, problems are: so ever
 """
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-BOOTSTRAP_CHUNK = 1000  # resamples held at one time
-ROUNDING = 1e-12  # below which a spread of shares is arithmetic's
+BOOTSTRAP_BATCH = 1000  # resamples held at one time
+ROUNDING = 1e-12  # a smaller spread of shares is arithmetic's
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Estimate:
     Attributes:
         value: the mean, a share of 1.
         standard_error: standard deviation of the problems' means over the root of their number.
-        interval: t interval with P - 1 degrees of freedom; None where the problems do not differ at all.
+        interval: t interval with P - 1 degrees of freedom, cut to the range that a mean can have; None where the
+            problems do not differ at all.
     """
 
     value: float
@@ -33,16 +35,15 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class PairedDifference:
-    """Trained minus base over the same problems, with a bootstrap interval over problems beside the t interval.
+class PairedDifference(Estimate):
+    """Trained minus base over the same problems, a share between -1 and 1; without a spread only ``value`` is known.
 
-    ``p_value`` is the two-sided paired t test's; None where the differences do not vary or there is one problem.
+    Attributes:
+        bootstrap_interval: BCa bootstrap over problems, as `bootstrap_interval` describes it.
+        p_value: of the two-sided paired t test.
     """
 
-    value: float
-    standard_error: float | None
-    interval: tuple[float, float] | None
-    bootstrap_interval: tuple[float, float]
+    bootstrap_interval: tuple[float, float] | None
     p_value: float | None
 
 
@@ -54,8 +55,10 @@ def correct_counts(correct: Sequence[Sequence[bool]]) -> tuple[np.ndarray, int]:
     return np.array([sum(map(bool, samples)) for samples in correct]), counts.pop()
 
 
-def mean_with_error(values: ArrayLike, confidence: float = 0.95) -> Estimate:
-    """The mean of per-problem values (P,) with standard error and t interval."""
+def mean_with_error(
+    values: ArrayLike, confidence: float = 0.95, bounds: tuple[float, float] = (-math.inf, math.inf)
+) -> Estimate:
+    """The mean of per-problem values (P,), each within ``bounds``, with its standard error and t interval."""
     values = np.asarray(values, dtype=float)
     mean, problems = float(values.mean()), len(values)
     if problems < 2:
@@ -64,7 +67,34 @@ def mean_with_error(values: ArrayLike, confidence: float = 0.95) -> Estimate:
     if error < ROUNDING:  # problems that all come out alike say nothing of how others would
         return Estimate(mean, 0.0, None)
     reach = float(stats.t.ppf((1 + confidence) / 2, problems - 1)) * error
-    return Estimate(mean, error, (mean - reach, mean + reach))
+    lowest, highest = bounds
+    return Estimate(mean, error, (max(lowest, mean - reach), min(highest, mean + reach)))
+
+
+def bootstrap_interval(
+    values: ArrayLike, samples: int, seed: int, confidence: float = 0.95
+) -> tuple[float, float] | None:
+    """Interval of the mean of per-problem values (P,), which must not be all alike, from ``samples`` resamples of them.
+
+    Bias-corrected and accelerated (BCa; Efron 1987), so it may be skewed, and lies within the values. Like a percentile
+    interval it is too narrow by itself: it resamples with the spread sqrt((P - 1) / P) of what the sample tells of the
+    population, and has normal tails where a t interval has longer ones. With 30 problems 93 of 100 such intervals hold
+    the truth instead of 95. So the nominal confidence is raised as Hesterberg does (2015, arXiv 1411.5279), for P = 30
+    from 0.95 to 0.9625. None where there are too few problems or resamples for it.
+    """
+    problems = len(values)
+    widened = math.sqrt(problems / (problems - 1)) * stats.t.ppf((1 + confidence) / 2, problems - 1)
+    with warnings.catch_warnings(action="ignore"):  # of the NaN where there are too few
+        found = stats.bootstrap(
+            (np.asarray(values, dtype=float),),
+            np.mean,
+            n_resamples=samples,
+            batch=BOOTSTRAP_BATCH,
+            confidence_level=1 - 2 * stats.norm.sf(widened),
+            method="BCa",
+            rng=seed,
+        ).confidence_interval
+    return None if math.isnan(found.low + found.high) else (float(found.low), float(found.high))
 
 
 def pass_at(counts: ArrayLike, samples: int, k: int) -> np.ndarray:
@@ -98,21 +128,20 @@ def paired_difference(
     """Trained minus base from both models' means of the same problems, (P,) each.
 
     The problems' difficulty, most of the spread of either score, cancels in the pairs. With as few problems as AIME has
-    the t interval leans on a normal mean, so a percentile bootstrap over problems stands beside it.
+    the t interval relies on the mean being nearly normal, so a bootstrap over problems stands beside it.
     """
     base, trained = np.asarray(base, dtype=float), np.asarray(trained, dtype=float)
     if base.shape != trained.shape:
         raise ValueError(f"{len(base)} problems of base, {len(trained)} of trained: pairs need the same ones")
     differences = trained - base  # (P,)
-    estimate = mean_with_error(differences, confidence)
-    generator, means = np.random.default_rng(seed), []
-    for start in range(0, bootstrap_samples, BOOTSTRAP_CHUNK):
-        shape = (min(BOOTSTRAP_CHUNK, bootstrap_samples - start), len(differences))
-        means.append(differences[generator.integers(len(differences), size=shape)].mean(axis=1))
-    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
-    p_value = None
-    if estimate.standard_error:
-        p_value = float(2 * stats.t.sf(abs(estimate.value) / estimate.standard_error, len(differences) - 1))
+    estimate = mean_with_error(differences, confidence, bounds=(-1, 1))
+    value, error = estimate.value, estimate.standard_error
+    if estimate.interval is None:
+        return PairedDifference(value, error, None, None, None)
     return PairedDifference(
-        estimate.value, estimate.standard_error, estimate.interval, (float(low), float(high)), p_value
+        value,
+        error,
+        estimate.interval,
+        bootstrap_interval(differences, bootstrap_samples, seed, confidence),
+        p_value=float(2 * stats.t.sf(abs(value) / error, len(differences) - 1)),
     )

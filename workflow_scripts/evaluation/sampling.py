@@ -64,14 +64,19 @@ def origin_of(model: Any, problems: Sequence[Problem], settings: Evaluation) -> 
     Labels, reward and estimators are not part of it: when they change, the saved samples are graded again. Nor is the
     memory that the engine takes: whoever lowers it after it ran out keeps the samples that there are.
     """
-    prompts = json.dumps([problem.messages for problem in problems], sort_keys=True)
     without_effect = {"datasets", "samples_per_problem", "pass_at", "bootstrap_samples", "mem_fraction_static"}
     origin = {
         "model": model,
         "protocol": settings.model_dump(mode="json", exclude=without_effect),
-        "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
+        "prompts": prompts_digest(problems),
     }
     return json.loads(json.dumps(origin))  # as a file gives it back
+
+
+def prompts_digest(problems: Sequence[Problem]) -> str:
+    """The sha256 that identifies what the problems ask, in their order, whatever their labels are."""
+    prompts = json.dumps([problem.messages for problem in problems], sort_keys=True)
+    return hashlib.sha256(prompts.encode()).hexdigest()
 
 
 def read_samples(path: Path | str) -> tuple[dict[str, Any] | None, list[Sample], int]:

@@ -9,13 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from common.problems import Problem
 from configuration.schema import Evaluation
-from evaluation.estimators import (
-    correct_counts,
-    majority,
-    mean_with_error,
-    pass_at,
-)
-from evaluation.sampling import Sample, SampleFile, origin_of, sample_problems
+from evaluation.estimators import correct_counts, majority, mean_with_error, pass_at
+from evaluation.sampling import Sample, SampleFile, origin_of, prompts_digest, sample_problems
 from rewards.math import Grader, Verdict
 from rollout.engine import RolloutEngine
 
@@ -45,27 +40,28 @@ def scores(
 ) -> dict[str, Any]:
     """Grade samples and estimate, as plain JSON.
 
-    Shares are of 1. ``average`` (avg@n) with ``standard_error`` and ``interval`` (95%) over problems; ``pass_at`` by k;
-    ``majority`` (maj@n); ``truncated_share`` (cut off by the cap), ``no_think_end_share``, ``no_box_share``,
-    ``several_answers_share`` and ``grading_error_share`` of all samples; tokens, seconds of sampling and tokens a
-    second; ``per_problem`` with each problem's label and, by sample, ``correct``, ``answers`` (as they vote),
-    ``reasons``, ``tokens`` and ``finish``.
+    Shares are of 1. ``prompts`` is the digest of what was asked; ``average`` (avg@n) with ``standard_error`` and
+    ``interval`` (95%, t) over problems; ``pass_at`` by k; ``majority`` (maj@n); of all samples ``truncated_share`` (cut
+    off by the cap), ``no_think_end_share``, ``no_box_share``, ``several_answers_share`` and ``grading_error_share``;
+    tokens, seconds of sampling and tokens a second; ``per_problem`` with each problem's label and, by sample,
+    ``correct``, ``answers`` (as they vote), ``reasons``, ``tokens`` and ``finish``.
     """
     verdicts = grader.grade([(sample.response, problems[sample.problem].label) for sample in samples])
     rows: list[list[tuple[Sample, Verdict]]] = [[] for _ in problems]
     for sample, verdict in zip(samples, verdicts, strict=True):
         rows[sample.problem].append((sample, verdict))
     counts, number = correct_counts([[verdict.correct for _, verdict in row] for row in rows])
-    estimate = mean_with_error(counts / number)
+    estimate = mean_with_error(counts / number, bounds=(0, 1))
     votes = [majority([verdict.answer for _, verdict in row], [verdict.correct for _, verdict in row]) for row in rows]
     reasons = [verdict.reason for verdict in verdicts]
     tokens, seconds = sum(sample.tokens for sample in samples), sum(sample.seconds for sample in samples)
     return {
         "problems": len(problems),
         "samples_per_problem": number,
+        "prompts": prompts_digest(problems),
         "average": estimate.value,
         "standard_error": estimate.standard_error,
-        "interval": estimate.interval and [max(0.0, estimate.interval[0]), min(1.0, estimate.interval[1])],
+        "interval": estimate.interval,
         "pass_at": {str(k): float(pass_at(counts, number, k).mean()) for k in settings.pass_at},
         "majority": mean(votes),
         "truncated_share": _share(sample.finish == "length" for sample in samples),

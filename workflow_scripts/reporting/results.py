@@ -127,7 +127,7 @@ def read_trainings(paths: Iterable[Path]) -> list[Training]:
 def pairs(scores: Iterable[Score]) -> list[Pair]:
     """Every trained score beside the base's of the same model and problem set; one without a base is left out.
 
-    Scores by different protocols, or of different problems, can't be compared: a `UserError`.
+    Two scores that were not measured alike can't be compared: a `UserError` that says what differs.
     """
     scores = list(scores)
     bases = {(score.model, score.dataset): score for score in scores if score.is_base}
@@ -136,11 +136,12 @@ def pairs(scores: Iterable[Score]) -> list[Pair]:
         for score in scores
         if not score.is_base and (score.model, score.dataset) in bases
     ]
-    for base, trained in ((pair.base, pair.trained) for pair in found):
-        if _measured_by(base) != _measured_by(trained):
+    for pair in found:
+        base, trained = _measured_by(pair.base), _measured_by(pair.trained)
+        if differing := [name for name in base if base[name] != trained[name]]:
             raise UserError(
-                f"{trained.manifest.path}: evaluated by other settings or on other problems than"
-                f" {base.manifest.path}: delete both and run again"
+                f"{pair.trained.manifest.path}: made with another {' and '.join(differing)} than"
+                f" {pair.base.manifest.path}: delete both and run again"
             )
     return found
 
@@ -149,8 +150,9 @@ def _measured_by(score: Score) -> dict[str, Any]:
     """What two scores must share to be compared: protocol, engine, grader and problems."""
     config = score.manifest.provenance["config"]
     return {
-        **{section: config.get(section) for section in ("evaluation", "engine", "reward")},
-        "labels": [problem["label"] for problem in score.facts["per_problem"]],
+        **{f"{section} section": config.get(section) for section in ("evaluation", "engine", "reward")},
+        "set of prompts": score.facts.get("prompts"),
+        "set of labels": [problem["label"] for problem in score.facts["per_problem"]],
     }
 
 

@@ -36,11 +36,11 @@ def score_table(scores: Sequence[Score]) -> pd.DataFrame:
 
 
 def difference_table(pairs: Sequence[Pair]) -> pd.DataFrame:
-    """One row a pair: trained minus base, with the t interval and the bootstrap's, both 95% over problems."""
-    rows = []
+    """One row a pair: trained minus base, with the 95% t and BCa bootstrap intervals over problems."""
+    rows, unknown = [], (math.nan, math.nan)
     for pair in pairs:
         difference = pair.difference()
-        t_interval = difference.interval or (math.nan, math.nan)
+        t_interval, bootstrap = difference.interval or unknown, difference.bootstrap_interval or unknown
         rows.append(
             {
                 "model": pair.base.model,
@@ -51,8 +51,8 @@ def difference_table(pairs: Sequence[Pair]) -> pd.DataFrame:
                 "difference": difference.value,
                 "t low": t_interval[0],
                 "t high": t_interval[1],
-                "bootstrap low": difference.bootstrap_interval[0],
-                "bootstrap high": difference.bootstrap_interval[1],
+                "bootstrap low": bootstrap[0],
+                "bootstrap high": bootstrap[1],
                 "p": math.nan if difference.p_value is None else difference.p_value,
             }
         )
@@ -87,7 +87,7 @@ def readable_differences(table: pd.DataFrame) -> pd.DataFrame:
     shown["base"], shown["trained"] = table["base"].map(percent), table["trained"].map(percent)
     shown["difference"] = table["difference"].map(points)
     shown["95% t interval"] = _intervals(table["t low"], table["t high"], points)
-    shown["95% bootstrap"] = _intervals(table["bootstrap low"], table["bootstrap high"], points)
+    shown["95% BCa bootstrap"] = _intervals(table["bootstrap low"], table["bootstrap high"], points)
     shown["p"] = table["p"].map(lambda p: "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}")
     return shown
 
@@ -102,10 +102,9 @@ def in_words(pair: Pair) -> str:
     if difference.interval is None:
         return f"{text}. Without a spread over problems there is no interval."
     low, high = difference.interval
-    text += (
-        f" (95% interval {points(low)} to {points(high)}; bootstrap {points(difference.bootstrap_interval[0])}"
-        f" to {points(difference.bootstrap_interval[1])})."
-    )
+    bootstrap = difference.bootstrap_interval
+    text += f" (95% t interval {' to '.join(map(points, difference.interval))}"
+    text += f"; BCa bootstrap {' to '.join(map(points, bootstrap))})." if bootstrap else ")."
     if low > 0:
         return f"{text} The interval lies above 0: on problems like these, training helped."
     if high < 0:

@@ -1,0 +1,155 @@
+"""Preflight counts the GPUs that CUDA would enumerate, and a job is shown the first of them."""
+
+import os
+import stat
+import subprocess
+
+import pytest
+
+from configuration.gpus import select, visible_gpus
+
+FIRST, SECOND = "GPU-eece32e0-78ca-bbba-7c9b-aaaff290d068", "GPU-e5e9b19d-3c11-bc20-ba77-2757474a9da3"
+UNKNOWN = "GPU-0123456789ab"
+SLICES = ["MIG-4b1c2d3e-0000-5000-8000-000000000001", "MIG-5c6d7e8f-0000-5000-8000-000000000002"]
+
+# What the driver of a node with the GPUs FIRST and SECOND was seen to enumerate.
+ENUMERATED = [
+    ("", []),
+    ("-1", []),
+    ("0", [FIRST]),
+    ("1,0", [SECOND, FIRST]),
+    ("0,1,-1", [FIRST, SECOND]),
+    ("0,-1,1", [FIRST]),
+    ("-2,1", []),
+    ("0,9,1", [FIRST]),
+    ("0,,1", [FIRST]),
+    (",0", []),
+    ("0,x,1", [FIRST]),
+    (" 1 , 0", [SECOND, FIRST]),
+    ("+1", [SECOND]),
+    ("01", [SECOND]),
+    ("1gpu,0", [SECOND, FIRST]),
+    ("0x1", [FIRST]),
+    ("1;0", [SECOND]),
+    ("0,0", []),
+    ("0,1,0", []),
+    ("all", []),
+    (FIRST, [FIRST]),
+    (FIRST.upper(), [FIRST]),
+    (f"{SECOND},{FIRST}", [SECOND, FIRST]),
+    (f"{FIRST} ,{SECOND}", [FIRST, SECOND]),
+    (f"{FIRST}, {SECOND}", [FIRST]),
+    ("GPU-ee", [FIRST]),
+    (f"GPU-e5,{FIRST}", [SECOND, FIRST]),
+    ("GPU-e", []),  # fits both
+    ("GPU-", []),
+    (FIRST.removeprefix("GPU-"), []),
+    (f"{FIRST},{UNKNOWN},{SECOND}", [FIRST]),
+    (f"{FIRST},-1,{SECOND}", [FIRST]),
+    (f"{FIRST},1", [FIRST]),
+    (f"0,{SECOND}", [FIRST]),
+    (f"{FIRST},{FIRST}", []),
+    (f"{FIRST},GPU-ee", []),
+]
+
+
+@pytest.mark.parametrize(("listed", "enumerated"), ENUMERATED)
+def test_what_a_list_selects_is_what_the_driver_enumerates(listed, enumerated):
+    assert select(listed, [FIRST, SECOND]) == enumerated
+
+
+def test_an_empty_entry_is_no_prefix_of_the_only_gpu():
+    assert select(f"{FIRST},", [FIRST]) == [FIRST]
+
+
+@pytest.fixture
+def node(tmp_path, monkeypatch):
+    """A machine whose driver knows two GPUs, the second in slices, and says so as nvidia-smi does."""
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text(
+        f"""#!/bin/sh
+case "$*" in
+  "--query-gpu=uuid,memory.total --format=csv,noheader,nounits")
+    echo "{FIRST}, 81920"; echo "{SECOND}, 40960" ;;
+  -L)
+    echo "GPU 0: NVIDIA H100 80GB HBM3 (UUID: {FIRST})"
+    echo "GPU 1: NVIDIA A100-SXM4-40GB (UUID: {SECOND})"
+    echo "  MIG 3g.20gb     Device  0: (UUID: {SLICES[0]})"
+    echo "  MIG 1c.1g.5gb+me Device  1: (UUID: {SLICES[1]})" ;;
+  *) exit 1 ;;
+esac
+"""
+    )
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return tool
+
+
+@pytest.mark.parametrize(
+    ("visible", "memory"),
+    [
+        (None, (80, 40)),
+        ("", ()),
+        ("-1", ()),
+        ("1", (40,)),
+        ("1,0", (40, 80)),
+        ("1,-1,0", (40,)),
+        ("0,0", ()),
+        ("GPU-e5", (40,)),
+        (f"{SECOND},{FIRST}", (40, 80)),
+        (SLICES[0], (20,)),
+        ("MIG-5c", (5,)),
+        (",".join(SLICES), (20,)),  # CUDA enumerates one slice
+        ("MIG-unknown", ()),
+    ],
+)
+def test_the_visible_gpus_are_counted_with_their_memory(node, monkeypatch, visible, memory):
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_gpus() == memory
+
+
+@pytest.mark.parametrize("fault", ["absent", "failing"])
+def test_without_a_driver_there_are_no_gpus(node, monkeypatch, fault):
+    if fault == "absent":
+        monkeypatch.setenv("PATH", str(node.parent / "empty"))
+    else:
+        node.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed, it could not communicate with the driver.'\nexit 9\n")
+    assert visible_gpus() == ()
+
+
+def shown(root, visible, count):
+    """CUDA_VISIBLE_DEVICES of a job that claims ``count`` GPUs."""
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    if visible is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    script = f"set -euo pipefail; source {root}/rules/job.sh; use_gpus {count}; printenv CUDA_VISIBLE_DEVICES"
+    done = subprocess.run(["bash", "-c", script], env=environment, text=True, capture_output=True, check=True)
+    return done.stdout.removesuffix("\n")
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "seen"),
+    [
+        (None, 2, "0,1"),
+        (None, 8, "0,1,2,3,4,5,6,7"),
+        (None, 0, ""),
+        ("4,5,6,7", 2, "4,5"),
+        ("GPU-a,GPU-b", 8, "GPU-a,GPU-b"),
+        (SLICES[0], 1, SLICES[0]),
+        ("3,4", 0, ""),
+        ("", 4, ""),
+    ],
+)
+def test_a_job_sees_as_many_gpus_as_it_claims_of_those_that_are_visible(root, visible, count, seen):
+    assert shown(root, visible, count) == seen
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_job_sees_the_first_of_those_that_preflight_counts(root, count):
+    """Whatever the list holds: but one that names a GPU twice, under which nothing that needs GPUs starts."""
+    for listed, enumerated in ENUMERATED:
+        if enumerated:
+            assert select(shown(root, listed, count), [FIRST, SECOND]) == enumerated[:count], listed

@@ -1,0 +1,82 @@
+"""Metrics of a rollout, and what becomes of its samples: worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from grpo.data import Prompt
+from grpo.learner import _summary
+from grpo.metrics import expert_metrics
+from grpo.samples import Sample, statistics, to_training
+from rewards.math import Verdict
+from rollout.engine import Completion, Drafting
+
+
+def sample(correct, tokens=2, finish="stop", drafting=None, prompt=(5, 6)):
+    completion = Completion([9] * tokens, [-0.5] * tokens, finish, drafting)
+    return Sample(Prompt(1, list(prompt), "4"), completion, "text", Verdict(correct, None, "fixed"))
+
+
+ROLLOUT = [
+    *(sample(True, 1), sample(False, 2), sample(False, 3), sample(False, 4, "length")),
+    *(sample(False, 5), sample(False, 6), sample(False, 7), sample(False, 8, "length")),
+    *(sample(True, 9), sample(True, 10), sample(True, 11), sample(True, 12, "length")),
+]
+
+
+def test_statistics_are_those_counted_by_hand():
+    assert statistics(ROLLOUT, 4) == pytest.approx(
+        {
+            "reward_mean": 5 / 12,
+            "pass_rate": 2 / 3,
+            "groups_without_spread": 2 / 3,
+            "response_length_mean": 6.5,
+            "truncated_share": 3 / 12,
+        }
+    )
+
+
+def test_acceptance_is_over_all_passes_not_the_mean_of_responses():
+    drafted = [
+        sample(True, 30, drafting=Drafting(passes=10, drafted=20, accepted=19)),
+        sample(False, 2, drafting=Drafting(passes=2, drafted=4, accepted=1)),
+    ]
+    found = statistics([*drafted, sample(True), sample(True)], 2)
+    assert found["acceptance_length"] == pytest.approx(32 / 12)
+    assert found["acceptance_rate"] == pytest.approx(20 / 24)
+    assert "acceptance_length" not in statistics(ROLLOUT, 4)
+
+
+def test_advantages_compare_the_answers_to_one_prompt():
+    sequences = to_training(ROLLOUT, 4, epsilon=0.0)
+    advantages = [sequence.advantage for sequence in sequences]
+    assert advantages == pytest.approx([1.5, -0.5, -0.5, -0.5, *[0.0] * 8])  # 1 of 4: a mean of 1/4, a deviation of 1/2
+    first = sequences[1]
+    assert first.ids.tolist() == [5, 6, 9, 9] and first.log_probs.tolist() == [-0.5, -0.5]
+    assert (first.prompt_length, first.response_length) == (2, 2)
+
+
+def test_expert_metrics_are_means_over_the_layers():
+    load = torch.tensor([[4, 0, 0, 0], [1, 1, 1, 1], [10, 30, 20, 20]])
+    found = expert_metrics(load, None)
+    assert found == pytest.approx(
+        {
+            "expert_load_max": (4 + 1 + 1.5) / 3,
+            "expert_load_min": (0 + 1 + 0.5) / 3,
+            "expert_imbalance": (math.sqrt(3) + 0 + math.sqrt(1 / 8)) / 3,
+        }
+    )
+    assert expert_metrics(load, 0.75)["routing_agreement"] == 0.75
+    assert expert_metrics(None, None) == {}
+
+
+def test_means_over_tokens_weigh_each_step_by_its_tokens():
+    """``weight`` is a step's; its sums over tokens come beside it."""
+    steps = [
+        {"loss": 1.0, "grad_norm": 2.0, "weight": 1.0, "clip_fraction": 0.5, "kl": 0.3, "learning_rate": 1e-6},
+        {"loss": 3.0, "grad_norm": 4.0, "weight": 3.0, "clip_fraction": 0.5, "kl": 0.1, "learning_rate": 2e-6},
+    ]
+    assert _summary(steps) == pytest.approx(
+        {"loss": 2.0, "grad_norm": 3.0, "clip_fraction": 0.25, "kl": 0.1, "learning_rate": 2e-6}
+    )
