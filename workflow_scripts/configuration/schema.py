@@ -7,7 +7,7 @@ slice it, and entry scripts are handed the slices back as these types.
 import os
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, PositiveInt, model_validator
 
 Share = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -27,9 +27,9 @@ Name = Annotated[str, Field(pattern=NAME)]
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, and nothing changes after loading."""
+    """A part of the configuration: unknown keys and numbers that are not finite are errors; nothing changes later."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Problems(Section):
@@ -129,8 +129,15 @@ class Architecture(Section):
     tied_embeddings: bool
     vocabulary: PositiveInt = 248320
     experts: PositiveInt | None = None
-    experts_per_token: PositiveInt | None = None
+    experts_per_token: Annotated[int, Field(ge=2)] | None = None
     shared_expert_ffn: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _experts_are_whole(self) -> Self:
+        of_experts = (self.experts, self.experts_per_token, self.shared_expert_ffn)
+        if None in of_experts and of_experts != (None, None, None):
+            raise ValueError("experts, experts_per_token and shared_expert_ffn belong together: give all or none")
+        return self
 
 
 class Conversion(Section):
@@ -205,7 +212,7 @@ class Training(Section):
         9216, description="tokens of a pack for each GPU that shares it (tensor x context parallel)"
     )
     log_prob_chunk: PositiveInt = Field(1024, description="tokens whose logits exist at one time")
-    recompute: Literal["auto"] | Recompute = Field(
+    recompute: Literal["auto", Recompute] = Field(
         "auto", description="activations that the backward pass makes again; auto: the fewest that fit the GPU's memory"
     )
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -284,7 +291,7 @@ class Engine(Section):
     check_weights: bool = Field(
         False, description="after every sync make sure that the engine holds exactly what was sent; slow, for diagnosis"
     )
-    server_arguments: dict[str, Any] = Field({}, description="further SGLang server arguments, passed through")
+    server_arguments: dict[str, JsonValue] = Field({}, description="further SGLang server arguments, passed through")
 
 
 class Experts(Section):

@@ -161,7 +161,7 @@ class Loop:
     driver: Driver | None
     saved: Path | None  # the checkpoint that the run goes on from
     control: dist.ProcessGroup | None  # all ranks, where there are several: see `control_group`
-    failure: Exception | None = None  # of what rank 0 does alone: raised once the run is saved
+    failure: Exception | None = None  # of what rank 0 does alone, or too many bad steps: raised once the run is saved
     sending: bool = False  # while rank 0 does so all ranks are in it, too
 
     def run(self) -> Path:
@@ -169,7 +169,7 @@ class Loop:
 
         Raises:
             SystemExit: the process was asked to end, or rank 0 failed; the run is saved and can be continued.
-            UserError: too many bad steps in a row.
+            UserError: too many bad steps in a row; the run is saved, as above.
             Exception: on rank 0, whatever ended a rollout or a validation; the run is saved, as above.
         """
         progress, driver = self.progress, self.driver
@@ -242,10 +242,11 @@ class Loop:
             seconds = {"seconds_train": trained, "seconds_sync": synced, "seconds_sleep_wake": woke + made_room + slept}
             driver.report(progress, rollout, metrics, seconds)
         if progress.bad_steps_in_a_row >= self.training.max_bad_steps:
-            good = self.saved.name if self.saved else "none yet"
-            raise UserError(
-                f"{self.work}: {progress.bad_steps_in_a_row} steps in a row had a NaN or infinite loss or gradient;"
-                f" last good checkpoint: {good}; lower optimizer.learning_rate, or look at samples.jsonl"
+            # Skipped steps change no weights: what is saved now is what the last good one left.
+            self.failure = UserError(
+                f"{self.work}: {progress.bad_steps_in_a_row} steps in a row had a NaN or infinite loss or gradient and"
+                f" were skipped; the weights before them are saved ({run_state.folder_name(progress.rollout)}): look at"
+                " samples.jsonl, lower optimizer.learning_rate for a new run, or raise training.max_bad_steps to go on"
             )
 
     def _send_weights(self) -> None:
