@@ -77,10 +77,6 @@ def main() -> None:
     try:
         with ExitStack() as stack:
             checkpoint = train(arguments, settings, stack)
-    except UserError:
-        if dist.get_rank():  # rank 0 says it
-            sys.exit(1)
-        raise
     except MemoryError as error:  # the host's, of this rank perhaps alone
         raise UserError(f"rank {dist.get_rank()}: {error}") from error
     except RuntimeError as error:  # the allocator's, NCCL's or the driver's

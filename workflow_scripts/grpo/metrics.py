@@ -121,10 +121,11 @@ def truncate_logs(work: Path, log_bytes: dict[str, int]) -> None:
 
 
 def warn(message: str) -> None:
-    """Tell the user, above the progress bar."""
+    """Tell the user once, above the progress bar: rank 0 does, though every rank may call this."""
     from tqdm import tqdm
 
-    tqdm.write(f"warning: {message}", file=sys.stderr)
+    if dist.get_rank() == 0:
+        tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def _start_wandb(project: str, work: Path) -> Any:

@@ -45,13 +45,14 @@ class Server:
     Attributes:
         name: for messages.
         starts: how often it was started, so that late news of an earlier process can be told apart.
+        has_answered: a request, since its last start; until then it may be compiling kernels.
         holds_weights: its weights are the ones it should answer with.
         log: what it says, through all its starts; that of the server before it is kept beside.
     """
 
     def __init__(self, folder: Path, settings: Engine, index: int, logs: Path):
         self.index, self.name = index, f"SGLang server {index}"
-        self.starts, self.holds_weights = 0, False
+        self.starts, self.has_answered, self.holds_weights = 0, False, False
         self._arguments = server_arguments(folder, settings, index)
         self._key = secrets.token_hex()
         self._process: subprocess.Popen | None = None
@@ -70,6 +71,7 @@ class Server:
             if self.log.exists():
                 self.log.replace(self.log.with_suffix(".previous.log"))
         self.starts += 1
+        self.has_answered = False
         self._port = _free_port()
         arguments = self._arguments | {"port": self._port, "api_key": self._key}
         environment = {name: value for name, value in os.environ.items() if not NOT_INHERITED.fullmatch(name)}
@@ -151,6 +153,7 @@ class Server:
         if params.with_routing:
             body["return_routed_experts"] = True
         answer = self.call("/generate", body)
+        self.has_answered = True
         information = answer["meta_info"]
         reason = information["finish_reason"]["type"]
         if reason == "abort":
