@@ -26,6 +26,7 @@ from common.problems import Problem
 from configuration import schema
 from configuration.layout import shape_fault
 from configuration.memory import GIB, beside, estimate
+from evaluation.overlap import overlap
 from evaluation.problems import load_problems
 from evaluation.scores import evaluate
 from grpo import metrics, run_state
@@ -243,6 +244,8 @@ def start_driver(
     if progress.cursor:
         cursor.restore(progress.cursor)
     problems = validation_problems(arguments, settings)
+    if problems and (shared := overlap(read_manifest(arguments.data), read_manifest(arguments.validation))):
+        metrics.warn(shared)
     max_requests = max(
         settings.training.prompts_per_rollout * settings.training.samples_per_prompt,
         len(problems) * settings.validation.samples_per_problem,

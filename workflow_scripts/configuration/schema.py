@@ -98,14 +98,14 @@ class Dataset(Source):
     problems: Problems | None = Field(None, description="make a problem set instead of downloading one")
     file: str = Field(description="the JSON-lines file within the source")
     prompt_key: str = Field("prompt", description="a row's chat, a list of messages that ends with the user's")
-    label_key: str = Field("label", description="a row's answer, text or an integer")
+    label_key: str = Field("label", description="a row's answer, text or a number")
     instruction: str | None = Field(
         None, description="ends every prompt that does not ask for a \\boxed answer itself; only those are graded"
     )
     rows: PositiveInt | None = Field(None, description="exact number of rows expected; None accepts any")
     unique_prompts: bool = Field(False, description="refuse the file if a prompt repeats")
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.01, description="share of unusable rows that stops a run"
+        0.01, description="of bad rows: a training set with more is refused, with fewer they are set aside and told"
     )
 
     @property

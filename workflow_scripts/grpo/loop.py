@@ -23,7 +23,7 @@ from configuration.schema import Algorithm, Sampling, Training
 from grpo import run_state
 from grpo.data import PromptCursor
 from grpo.learner import Learner
-from grpo.metrics import RunLog, peak_memory, warn
+from grpo.metrics import RunLog, equal_rewards, peak_memory, warn
 from grpo.run_state import Progress
 from grpo.samples import Sample, TrainingSequence, collect, statistics, to_training
 from rewards.math import Grader
@@ -31,6 +31,7 @@ from rollout.engine import RolloutEngine, SamplingParams, request_seed
 from rollout.prompts import decode
 
 KEPT_GROUPS = 2  # prompts of every rollout whose samples are kept to read
+FIRST_ROLLOUTS = 3  # after which rewards that are all equal are told
 ALARMING_LOG_PROB_DIFF = 0.1  # mean |trainer - engine|; rounding to bf16 explains a few hundredths
 PATIENCE = timedelta(days=7)  # of the ranks that wait while rank 0 samples
 
@@ -136,6 +137,9 @@ class Driver:
         shown = {name: f"{rollout.statistics[name]:.3f}" for name in ("reward_mean", "pass_rate")}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
+        first_are_done = progress.rollout == min(FIRST_ROLLOUTS, self.training.rollouts)
+        if first_are_done and (warning := equal_rewards(self.log)):
+            warn(warning)
         if metrics.get("log_prob_diff", 0.0) > ALARMING_LOG_PROB_DIFF:
             warn(
                 f"rollout {progress.rollout}: the log-probs of engine and trainer differ by"
