@@ -179,21 +179,24 @@ def scores(model):
     )
 
 
+def sources(model):
+    """The starting weights and all problem sets that a model is trained, validated and evaluated on."""
+    used = settings.models[model]
+    datasets = {used.training.dataset, *used.evaluation.datasets}
+    if used.validation.interval:
+        datasets.add(used.validation.dataset)
+    return [
+        f"{RESULTS}/{model}/download.json",
+        *(f"{RESULTS}/data/{dataset}.json" for dataset in sorted(datasets)),
+    ]
+
+
 def results_of(stage, model):
     """The manifests that stand for one stage of one model."""
     if model in settings.faults:
         return lambda wildcards: sys.exit(f"error: {settings.faults[model]}")
-    used = settings.models[model]
-    datasets = {
-        used.training.dataset,
-        used.validation.dataset,
-        *used.evaluation.datasets,
-    }
     return {
-        "download": [
-            f"{RESULTS}/{model}/download.json",
-            *(f"{RESULTS}/data/{dataset}.json" for dataset in sorted(datasets)),
-        ],
+        "download": sources(model),
         "convert": [f"{RESULTS}/{model}/convert.json"],
         "train": [f"{RESULTS}/{model}/grpo/{settings.run}/train.json"],
         "export": [f"{RESULTS}/{model}/hf/{settings.run}.json"],

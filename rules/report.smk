@@ -5,13 +5,7 @@ ALL_SCORES = [path for model in settings.listed for path in scores(model)]
 ALL_TRAININGS = [
     f"{RESULTS}/{model}/grpo/{settings.run}/train.json" for model in settings.listed
 ]
-ALL_SOURCES = [
-    *(f"{RESULTS}/{model}/download.json" for model in settings.listed),
-    *(
-        f"{RESULTS}/data/{name}.json"
-        for name in sorted({Path(path).parent.name for path in ALL_SCORES})
-    ),
-]
+ALL_SOURCES = sorted({path for model in settings.listed for path in sources(model)})
 
 
 rule tables:

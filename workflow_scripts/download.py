@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
 from checkpoints.manifest import write_manifest
 from common.errors import run
 from common.files import hold
-from common.problems import load_problem_set
+from common.problems import BOX, Problem, asks_for_a_box, kinds_of, load_problem_set
 from configuration.schema import Architecture, Dataset, ModelSource, Section
 from configuration.shape import require_shape
 from hub.snapshot import dataset_from_folder, dataset_from_hub, model_from_folder, model_from_hub
@@ -42,7 +43,10 @@ def download(arguments: argparse.Namespace) -> None:
         else:
             snapshot = dataset_from_hub(dataset.repo, dataset.revision, dataset.file, arguments.folder)
         path = snapshot.root / dataset.file
-        problems, _ = load_problem_set(path, dataset)
+        problems, bad = load_problem_set(path, dataset.model_copy(update={"instruction": None}))
+        for kind in kinds_of(bad):
+            print(f"warning: {path}: set aside: {kind}", file=sys.stderr)
+        print(boxes(arguments.name, problems, dataset.instruction), file=sys.stderr)
         facts = {
             "file": dataset.file,
             "rows": len(problems),
@@ -66,6 +70,20 @@ def download(arguments: argparse.Namespace) -> None:
         snapshot.files,
         arguments.provenance,
         snapshot.facts | facts,
+    )
+
+
+def boxes(name: str, problems: list[Problem], instruction: str | None) -> str:
+    r"""One line: how many prompts in the file ask for no ``\boxed`` answer, and what is done about it."""
+    without = sum(not asks_for_a_box(problem) for problem in problems)
+    if not without:
+        return f"{name}: all {len(problems)} prompts ask for a {BOX} answer"
+    found = f"{name}: {without} of {len(problems)} prompts ask for no {BOX} answer, and the reward reads no other"
+    if instruction and BOX in instruction:
+        return f"{found}: the data set's instruction, which asks for one, is added to them"
+    fault = "its instruction does not either" if instruction else "it has no instruction"
+    return (
+        f"warning: {found}: {fault}; set datasets: {{{name}: {{instruction: ...}}}} to a sentence that asks for {BOX}"
     )
 
 

@@ -2,14 +2,17 @@
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoints.manifest import read_manifest
+from checkpoints.manifest import Manifest, read_manifest
 from common.errors import run
 from common.files import atomic_write
 from configuration.schema import Plots
+from evaluation.overlap import overlap
 from reporting.report import report_page
-from reporting.results import pairs, read_scores, read_trainings
+from reporting.results import Score, Training, pairs, read_scores, read_trainings
 
 
 def main() -> None:
@@ -22,15 +25,34 @@ def main() -> None:
     parser.add_argument("--html", type=Path, required=True, help="the page to write")
     arguments = parser.parse_args()
     scores, plots = read_scores(arguments.scores), read_manifest(arguments.plots).require()
+    trainings, sources = read_trainings(arguments.trainings), [read_manifest(path) for path in arguments.sources]
+    overlaps = overlaps_of(scores, trainings, sources)
+    for sentence in overlaps:
+        print(f"warning: {sentence}", file=sys.stderr)
     page = report_page(
         scores,
         pairs(scores),
-        read_trainings(arguments.trainings),
+        trainings,
         plots,
-        [read_manifest(path) for path in arguments.sources],
+        sources,
         Plots.model_validate(plots.provenance["config"]["plots"]),
+        overlaps,
     )
     atomic_write(arguments.html, page)
+
+
+def overlaps_of(scores: Sequence[Score], trainings: Sequence[Training], sources: Sequence[Manifest]) -> list[str]:
+    """What each training set shares with the sets that its model is scored on, in a sentence each (`overlap`)."""
+    sets = {source.path.stem: source for source in sources if "prompt_key" in source.facts}
+    wanted = {}
+    for training in trainings:
+        trained_on = training.settings["training"]["dataset"]
+        scored_on = [score.dataset for score in scores if score.model == training.model]
+        if training.settings["validation"]["interval"]:
+            scored_on.append(training.settings["validation"]["dataset"])
+        wanted |= {(trained_on, name): None for name in scored_on}
+    found = [overlap(sets[training], sets[scored]) for training, scored in wanted if {training, scored} <= sets.keys()]
+    return [sentence for sentence in found if sentence]
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from common.problems import Problem
 from configuration import schema
 from configuration.layout import shape_fault
 from configuration.memory import GIB, beside, estimate
+from evaluation.overlap import overlap
 from evaluation.problems import load_problems
 from evaluation.scores import evaluate
 from grpo import metrics, run_state
@@ -77,10 +78,6 @@ def main() -> None:
     try:
         with ExitStack() as stack:
             checkpoint = train(arguments, settings, stack)
-    except UserError:
-        if dist.get_rank():  # rank 0 says it
-            sys.exit(1)
-        raise
     except MemoryError as error:  # the host's, of this rank perhaps alone
         raise UserError(f"rank {dist.get_rank()}: {error}") from error
     except RuntimeError as error:  # the allocator's, NCCL's or the driver's
@@ -247,6 +244,8 @@ def start_driver(
     if progress.cursor:
         cursor.restore(progress.cursor)
     problems = validation_problems(arguments, settings)
+    if problems and (shared := overlap(read_manifest(arguments.data), read_manifest(arguments.validation))):
+        metrics.warn(shared)
     max_requests = max(
         settings.training.prompts_per_rollout * settings.training.samples_per_prompt,
         len(problems) * settings.validation.samples_per_problem,

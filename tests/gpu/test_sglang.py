@@ -226,6 +226,7 @@ def test_a_killed_server_is_restarted_with_the_current_weights(folders, engine, 
 
 def test_a_hanging_scheduler_is_restarted(folders, engine, monkeypatch):
     monkeypatch.setattr(sglang_engine, "PATIENCE", 20.0)
+    monkeypatch.setattr(sglang_engine, "FIRST_PATIENCE", 20.0)
     monkeypatch.setattr(sglang_engine, "CHECK_INTERVAL", 2.0)
     engine.weights_wanted = lambda: engine.load_weights(tensors(folders / "other"))
     starts = engine.servers[0].starts

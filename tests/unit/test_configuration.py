@@ -1,6 +1,7 @@
 """A mistake in the configuration is one line that names file, key, value and what is allowed."""
 
 import json
+import math
 
 import jsonschema
 import pytest
@@ -26,6 +27,26 @@ def configured(root, overrides=None):
         ({"optimiser": {}}, "optimiser: unknown key, did you mean 'optimizer'?"),
         ({"training": {"rollout": 3}}, "training.rollout: unknown key, did you mean 'rollouts'?"),
         ({"optimizer": {"learning_rate": "fast"}}, "optimizer.learning_rate: Input should be a valid number"),
+        ({"optimizer": {"learning_rate": math.inf}}, "optimizer.learning_rate: Input should be a finite number, not"),
+        ({"optimizer": {"betas": [0.9, math.nan]}}, "optimizer.betas.1: Input should be a finite number, not nan"),
+        ({"reward": {"max_seconds": "inf"}}, "reward.max_seconds: Input should be a finite number, not 'inf'"),
+        ({"algorithm": {"entropy_coefficient": "1e999"}}, "algorithm.entropy_coefficient: Input should be a finite"),
+        (
+            {"engine": {"server_arguments": {"schedule_conservativeness": math.nan}}},
+            "engine.server_arguments.schedule_conservativeness: Input should be a finite number, not nan",
+        ),
+        (
+            {"training": {"recompute": "some"}},
+            "training.recompute: Input should be 'auto', 'full', 'selective' or 'none', not 'some'",
+        ),
+        (
+            {"per_model": {"35B_A3B": {"architecture": {"experts_per_token": 1}}}},
+            "architecture.experts_per_token: Input should be greater than or equal to 2, not 1",
+        ),
+        (
+            {"per_model": {"35B_A3B": {"architecture": {"shared_expert_ffn": None}}}},
+            "architecture: experts, experts_per_token and shared_expert_ffn belong together",
+        ),
         ({"training": {"rollouts": 0}}, "training.rollouts: Input should be greater than 0, not 0"),
         ({"engine": {"kind": "vllm"}}, "engine.kind: Input should be 'sglang' or 'cpu', not 'vllm'"),
         ({"rollouts": 3}, "rollouts: unknown key, did you mean training.rollouts?"),
@@ -84,6 +105,16 @@ def test_a_mistake_is_one_line_that_says_where(root, overrides, line):
     assert line in str(error.value)
     assert "\n" not in str(error.value)
     assert str(error.value).startswith("--config/--configfile: ")
+
+
+@pytest.mark.parametrize("number", [".inf", "-.inf", ".nan"])
+def test_a_number_that_is_not_finite_is_refused_wherever_it_is_written(root, tmp_path, number):
+    written = tmp_path / "mine.yaml"
+    written.write_text(f"optimizer: {{learning_rate: {number}}}")
+    in_a_file, on_the_command_line = [written], {"optimizer": {"learning_rate": number}}  # Snakemake leaves it as text
+    for settings in (user_settings(in_a_file, {}), user_settings([], on_the_command_line)):
+        with pytest.raises(UserError, match=rf"--configfile: optimizer\.learning_rate: .* not -?{number[-3:]}"):
+            configured(root, settings)
 
 
 def test_a_mistake_in_a_model_s_own_file_names_that_file(root, tmp_path):

@@ -376,6 +376,39 @@ def test_a_data_set_of_a_local_folder(tmp_path):
     download.fails(download({"dataset": config}), "5 usable rows instead of 30")
 
 
+def asking(question: str, label: object) -> dict:
+    return {"prompt": [{"role": "user", "content": question}], "label": label}
+
+
+def test_rows_that_can_earn_no_reward_are_told_at_once(tmp_path):
+    r"""Labels that no answer matches are set aside by kind or end the step, and so do prompts that ask for no box."""
+    download, file = Run(tmp_path, None), tmp_path / "set.jsonl"
+    rows = [asking("What is 1 + 2?", "1 + 2\n#### 3"), asking("2 + 2? Use \\boxed{}.", 4.0)]
+    rows += [asking("3 + 2?", "We add them. That makes 5."), asking("4 + 2?", "\\boxed{6} or \\boxed{7}")]
+    rows += [asking("5 + 2?", "It is 7.")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {"folder": str(tmp_path), "file": "set.jsonl"}
+    download.fails(
+        download({"dataset": config}),
+        "set.jsonl: 3 of 5 rows are unusable: 'label' is prose",
+        "(2 rows, the first in line 3)",
+        "several answers (line 4)",
+    )
+    done = download({"dataset": config | {"max_bad_share": 0.6}})
+    manifest = download.succeeds(done)
+    assert manifest.facts["rows"] == 2
+    told = [line for line in done.stderr.splitlines() if "set.jsonl: set aside: " in line]
+    assert len(told) == 2 and "(2 rows, the first in line 3)" in told[0] and "(line 4)" in told[1]
+    assert "warning: tiny: 1 of 2 prompts ask for no \\boxed answer" in done.stderr
+    assert "it has no instruction" in done.stderr
+    for instruction, word in (("Put it in \\boxed{}.", "is added to them"), ("Be brief.", "does not either")):
+        download.manifest.unlink()
+        done = download({"dataset": config | {"max_bad_share": 0.6, "instruction": instruction}})
+        download.succeeds(done)
+        (line,) = [line for line in done.stderr.splitlines() if "1 of 2 prompts ask for no" in line]
+        assert word in line and line.startswith("warning: ") == (word != "is added to them")
+
+
 def test_a_data_set_that_is_edited_in_place_changes_no_snapshot_of_it(tmp_path):
     download = Run(tmp_path, None)
     file = tmp_path / "sums.jsonl"

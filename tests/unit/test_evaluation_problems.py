@@ -6,7 +6,7 @@ import pytest
 
 from checkpoints.manifest import write_manifest
 from common.errors import UserError
-from common.problems import read_problems, require_problems
+from common.problems import kinds_of, read_problems, require_problems
 from evaluation.problems import load_problems
 
 ASKED = [{"role": "user", "content": "What is 1 + 1?"}]
@@ -29,7 +29,14 @@ def row(**changes) -> str:
         (row(label=["2"]), "neither"),
         (row(label=True), "neither"),
         (row(label=None), "neither"),
-        (row(label=2.5), "neither"),
+        (row(label=float("nan")), "not JSON: NaN"),
+        (row(difficulty=float("-inf")), "not JSON: -Infinity"),
+        ('{"prompt": [{"role": "user", "content": "?"}], "label": 1e999}', "'label' is not a finite number"),
+        (row()[:-1] + ', "label": "3"}', "a key stands twice"),
+        (row(prompt=[{"role": "user", "content": "?"}])[:-1] + ', "x": {"a": 1, "a": 1}}', "a key stands twice"),
+        (row(label="\ud83d"), "'label' has half of a surrogate pair"),
+        (row(prompt=[{"role": "user", "content": "What? \udc00"}]), "'prompt' has half of a surrogate pair"),
+        (row(label="We add 1 and 1. So it makes 2."), "'label' is prose"),
         (row(prompt="What is 1 + 1?"), "not a list"),
         (row(prompt=[]), "not a list"),
         (row(prompt=["What?"]), "role"),
@@ -45,6 +52,28 @@ def test_bad_row_is_counted_with_its_line_and_reason(tmp_path, line, reason):
     problems, bad = read_problems(file, "prompt", "label")
     assert [(problem.label, problem.line) for problem in problems] == [("2", 1), ("3", 4)]
     assert [number for number, _ in bad] == [3] and reason in bad[0][1]
+
+
+def test_each_kind_of_bad_row_is_counted_and_its_first_line_named(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join([row(), row(label=None), row(label=""), row(), row(label=[]), "{"]))
+    problems, bad = read_problems(file, "prompt", "label")
+    neither, *others = kinds_of(bad)
+    assert neither == "'label' is neither text nor a number (2 rows, the first in line 2)"
+    assert [kind[-8:] for kind in others] == ["(line 3)", "(line 6)"]
+    with pytest.raises(
+        UserError, match=r"4 of 6 rows are unusable: .* 2\); .* \(line 3\); .*, or raise max_bad_share$"
+    ):
+        require_problems(file, problems, bad, max_bad_share=0.5)
+
+
+@pytest.mark.parametrize(
+    ("written", "label"), [("8.0", "8"), ("-0.0", "0"), ("2.50", "2.5"), ("1e-7", "0.0000001"), ("1e3", "1000")]
+)
+def test_a_label_that_is_a_float_is_read_as_the_number_it_is(tmp_path, written, label):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(row(label=0)[:-2] + f"{written}}}")
+    assert [problem.label for problem in read_problems(file, "prompt", "label")[0]] == [label]
 
 
 def test_bytes_that_are_not_utf8_spoil_their_row_alone(tmp_path):
@@ -71,7 +100,7 @@ def data(tmp_path):
 
 
 def test_evaluation_refuses_any_bad_row(data):
-    with pytest.raises(UserError, match=r"set\.jsonl: 1 of 101 rows are unusable, the first in line 101"):
+    with pytest.raises(UserError, match=r"set\.jsonl: 1 of 101 rows are unusable: .* \(line 101\)"):
         load_problems(data([row()] * 100 + ["{"], max_bad_share=0.5))
 
 

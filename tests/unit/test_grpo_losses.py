@@ -97,6 +97,36 @@ def test_low_variance_kl_is_exact_in_expectation_and_never_negative():
     torch.testing.assert_close((policy_log.exp() * estimate).sum(), exact)
 
 
+def test_a_token_that_the_policy_gave_up_does_not_outweigh_all_others():
+    """With a log ratio of 19 the estimate is 1.8e8, and beyond 88 infinite in fp32."""
+    log_probs = torch.tensor([-19.0, -100.0, 0.0, -1.0], requires_grad=True)
+    estimate = low_variance_kl(log_probs, torch.tensor([0.0, 0.0, -100.0, -0.5]))
+    assert estimate[:3].tolist() == [10.0] * 3
+    (gradient,) = torch.autograd.grad(estimate.sum(), log_probs)
+    assert torch.isfinite(gradient).all()
+    plain = torch.tensor(-1.0, requires_grad=True)
+    unbounded = torch.exp(-0.5 - plain) - (-0.5 - plain) - 1.0
+    assert torch.equal(estimate[3], unbounded)  # bit for bit what it is without the bounds
+    assert torch.equal(gradient[3], torch.autograd.grad(unbounded, plain)[0])
+
+
+@pytest.mark.parametrize("advantage", [0.0, 1.0, -1.0])
+@pytest.mark.parametrize("log_ratio", [100.0, -200.0])
+def test_a_ratio_beyond_the_range_of_exp_leaves_loss_and_gradient_finite(advantage, log_ratio):
+    log_probs = torch.tensor([log_ratio - 300.0], requires_grad=True)
+    batch = TokenBatch(
+        weights=torch.ones(1),
+        advantages=torch.tensor([advantage]),
+        rollout_log_probs=log_probs.detach(),
+        old_log_probs=torch.tensor([-300.0]),
+        reference_log_probs=torch.tensor([-1.0]),
+    )
+    loss, metrics = grpo_loss(log_probs, None, batch, Algorithm(kl_coefficient=0.1))
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(log_probs.grad).all()
+    assert all(torch.isfinite(value) for value in metrics.values())
+
+
 def reference_loss(sequences, algorithm):
     """GRPO written out token by token, as the papers state it."""
     total, tokens = 0.0, sum(len(s["log_probs"]) for s in sequences)

@@ -1,11 +1,14 @@
 """Whole trainings on a tiny random model: what stops one, by whatever means, leaves no trace once it has gone on."""
 
+import itertools
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,9 @@ import grpo_run
 from checkpoints.manifest import describe, read_manifest
 from common.errors import UserError
 from grpo import run_state
+from grpo.learner import Learner
 from qwen3_5.build import finalize
+from rewards.math import Verdict
 from stages import flip_a_bit, unmeasured
 
 GRADINGS_BEFORE_ROLLOUT_4 = 5  # validation, rollouts 1 and 2, validation, rollout 3
@@ -175,11 +180,63 @@ def test_under_another_validation_the_last_weights_are_evaluated_anew_and_old_sc
     assert best == {"checkpoint": "checkpoint-000004", "score": validations[-1]["validation_average"]}
 
 
-def test_bad_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(prepared, tmp_path):
-    settings = {"training": {"max_bad_steps": 2, "save_interval": 1}, "algorithm": {"entropy_coefficient": 1e300}}
-    message = ended(grpo_run.arguments(prepared, tmp_path / "run", **settings))
-    assert "2 steps in a row" in message and "last good checkpoint: checkpoint-000001" in message
-    assert [line["loss"] for line in lines(tmp_path / "run") if "loss" in line] == [None, None]
+def test_bad_steps_in_a_row_end_the_run_once_what_was_learned_before_is_saved(prepared, tmp_path, monkeypatch, capsys):
+    """Three good rollouts, of which the last is not due for a save, and then two whose step is not finite."""
+    learn, work = Learner.learn, tmp_path / "run"
+
+    def go_wrong(learner, sequences, progress):
+        bad = progress.rollout >= 3
+        return learn(learner, [replace(s, advantage=math.nan) for s in sequences] if bad else sequences, progress)
+
+    monkeypatch.setattr(Learner, "learn", go_wrong)
+    settings = {"training": {"rollouts": 9, "max_bad_steps": 2}, "validation": {"interval": 0}}
+    message = ended(grpo_run.arguments(prepared, work, **settings))
+    assert "2 steps in a row" in message and "saved (checkpoint-000005)" in message and "\n" not in message
+    assert [line["loss"] for line in lines(work)][3:] == [None, None]
+    saved = run_state.newest(work)
+    assert saved.name == "checkpoint-000005"
+
+    monkeypatch.undo()
+    grpo_run.run(grpo_run.arguments(prepared, tmp_path / "good", training={"rollouts": 3}, validation={"interval": 0}))
+    for part in ("weights/__0_0.distcp", "optimizer/rank-00000.safetensors"):
+        good = run_state.newest(tmp_path / "good") / part
+        assert (saved / part).read_bytes() == good.read_bytes(), part
+
+    grpo_run.run(grpo_run.arguments(prepared, work, training={"rollouts": 6}, validation={"interval": 0}))
+    assert lines(work)[-1]["rollout"] == 6 and lines(work)[-1]["loss"] is not None
+
+
+@pytest.mark.parametrize("reward", [0, 1])
+def test_rewards_that_are_all_equal_are_told_once_with_three_answers_and_training_goes_on(
+    prepared, tmp_path, monkeypatch, capsys, reward
+):
+    """The run is stopped and goes on within its first rollouts."""
+    reasons = itertools.cycle(["no_box", "no_box", "no_think_end"])
+    verdicts = lambda grader, pairs: [Verdict(bool(reward), None, next(reasons)) for _ in pairs]  # noqa: E731
+    monkeypatch.setattr(grpo_run.FixedReward, "grade", verdicts)
+    work, told = tmp_path / "run", f"warning: every reward of rollouts 1 to 3 is {reward}, and equal rewards"
+    for rollouts in (1, 5, 6):
+        grpo_run.run(grpo_run.arguments(prepared, work, training={"rollouts": rollouts}, validation={"interval": 0}))
+    said = capsys.readouterr().err
+    assert said.count(told) == 1
+    shown = [line for line in said[said.index(told) :].splitlines()[1:] if line.startswith("  line ")]
+    assert len(shown) == 3 and all("label '" in line and "the response ends" in line for line in shown)
+    assert "no_box" in shown[0] and "no_think_end" in shown[1]
+    assert len(lines(work)) == 6
+
+
+def test_rewards_that_differ_somewhere_in_the_first_rollouts_are_no_fault(prepared, tmp_path, capsys):
+    grpo_run.run(grpo_run.arguments(prepared, tmp_path / "run"))
+    assert "every reward" not in capsys.readouterr().err
+
+
+def test_prompts_that_training_shares_with_the_validation_are_told(prepared, tmp_path, capsys):
+    command_line = grpo_run.arguments(prepared, tmp_path / "run", training={"rollouts": 1})
+    grpo_run.run(command_line)
+    assert "as well" not in capsys.readouterr().err
+    same = [part.replace("evaluation.json", "train.json") for part in command_line]
+    grpo_run.run([part.replace("run", "other") for part in same])
+    assert "warning: 7 of the 7 prompts of train are in the training set train as well" in capsys.readouterr().err
 
 
 def test_a_flipped_bit_in_the_starting_weights_is_found_and_named(prepared, tmp_path):

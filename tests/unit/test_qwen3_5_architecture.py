@@ -46,6 +46,7 @@ MOE_35B = COMMON | {
     "num_hidden_layers": 40,
     "num_key_value_heads": 2,
 }
+EVERY_FOURTH = [*["linear_attention"] * 3, "full_attention"] * 8
 
 
 def read(text: dict) -> Architecture:
@@ -83,7 +84,15 @@ def test_tied_embeddings_may_be_stated_beside_text_config():
         ({"hidden_size": None}, "hidden_size"),
         ({"layer_types": ["full_attention"] * 32}, "layer_types"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e7}}, "yarn"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 1e7}, "linear"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "rope_theta"),
+        ({"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta is inf"),
+        ({"hidden_size": "4096"}, "hidden_size is '4096'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"layer_types": ["linear_attention"] * 32}, "layer_types names no full_attention"),
+        ({"layer_types": EVERY_FOURTH[:31]}, "layer_types"),
+        ({"layer_types": EVERY_FOURTH, "full_attention_interval": 2}, "layer_types"),
         ({"attention_bias": True}, "attention_bias"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ({"linear_num_value_heads": 24}, "linear_num_value_heads 24"),
@@ -93,6 +102,38 @@ def test_tied_embeddings_may_be_stated_beside_text_config():
 def test_what_would_be_computed_wrongly_is_refused_by_name(change, message):
     with pytest.raises(UserError, match=message):
         read(DENSE_9B | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok is 1"),
+        ({"num_experts_per_tok": 257}, "num_experts_per_tok 257 is more than num_experts 256"),
+        ({"mlp_only_layers": [0]}, "mlp_only_layers"),
+        ({"mtp_use_dedicated_embeddings": True}, "mtp_use_dedicated_embeddings"),
+    ],
+)
+def test_what_would_be_computed_wrongly_in_a_mixture_is_refused_by_name(change, message):
+    with pytest.raises(UserError, match=message) as refused:
+        read(MOE_35B | change)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("interval", [1, 2, 4, 8])
+def test_layer_types_alone_say_which_layers_have_full_attention(interval):
+    """Transformers reads the list, and the interval only where there is no list."""
+    kinds = ["linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(32)]
+    text = {key: value for key, value in DENSE_9B.items() if key != "full_attention_interval"}
+    assert read(text | {"layer_types": kinds}).layer_kinds == tuple(kinds)
+    assert read(text).full_attention_interval == 4  # as in Transformers, where there is neither
+
+
+@pytest.mark.parametrize("kinds", [["full_attention", "linear_attention"], ["linear_attention", "full_attention"] * 15])
+def test_layer_types_that_are_not_regular_are_refused(kinds):
+    text = {key: value for key, value in DENSE_9B.items() if key != "full_attention_interval"}
+    irregular = [*kinds, *["linear_attention"] * (32 - len(kinds))]
+    with pytest.raises(UserError, match="layer_types"):
+        read(text | {"layer_types": irregular})
 
 
 def test_reading_an_architecture_imports_no_torch():

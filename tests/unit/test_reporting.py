@@ -20,7 +20,7 @@ from configuration.schema import Evaluation, Plots, Reward
 from evaluation.sampling import Sample
 from evaluation.scores import scores
 from reporting.plots import all_plots
-from reporting.report import HEAD, TAIL, shortened
+from reporting.report import HEAD, TAIL, _training_facts, shortened
 from reporting.results import pairs, read_scores, read_trainings
 from reporting.tables import difference_table, in_words, markdown, points, readable_scores, score_table
 from rewards.math import Grader
@@ -103,7 +103,11 @@ def train(results: Path, model: str, rollouts: int = 120, **columns) -> Path:
         "checkpoint": f"checkpoint-{rollouts:06d}",
         "best": {"checkpoint": "checkpoint-000100", "score": 0.65},
     }
-    config = {"training": {"prompts_per_rollout": 32}, "optimizer": {"learning_rate": 1e-6}}
+    config = {
+        "training": {"dataset": "dapo", "prompts_per_rollout": 32},
+        "validation": {"dataset": "sums", "interval": 20},
+        "optimizer": {"learning_rate": 1e-6},
+    }
     path = results / model / "grpo" / "grpo" / "train.json"
     write_manifest(path, "train", work, ["metrics.jsonl"], {"config": config, "code": "def", "upstream": {}}, facts)
     return path
@@ -153,6 +157,51 @@ def written(results) -> Path:
         assert result.returncode == 0, result.stderr
         assert "arning" not in result.stderr
     return results
+
+
+@pytest.fixture
+def reported(written, tmp_path):
+    """``reported(name=[question, ...])`` -> the report over problem sets of these questions, and what was printed."""
+
+    def make(**sets):
+        for name, questions in sets.items():
+            rows = [{"prompt": [{"role": "user", "content": text}], "label": "1"} for text in questions]
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+            facts = {"file": f"{name}.jsonl", "prompt_key": "prompt", "label_key": "label"}
+            write_manifest(tmp_path / f"{name}.json", "download", tmp_path, [f"{name}.jsonl"], {"code": "d"}, facts)
+        done = run(
+            *("make_report", {}, "--scores", *sorted(written.glob("*/eval/*/*.json"))),
+            *("--trainings", *sorted(written.glob("*/grpo/*/train.json")), "--html", tmp_path / "report.html"),
+            *("--sources", *sorted(tmp_path.glob("*.json")), "--plots", written / "plots/plots.json"),
+        )
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / "report.html").read_text(), done.stderr
+
+    return make
+
+
+def test_prompts_that_were_trained_on_and_are_scored_are_told(reported):
+    sets = {"dapo": ["one?", "two?", "three?"], "aime": ["three?", "four?"], "sums": ["five?"]}
+    page, printed = reported(**sets)
+    sentence = "1 of the 2 prompts of aime are in the training set dapo as well (line 1 is line 3)"
+    assert page.count(sentence) == printed.count(f"warning: {sentence}") == 1  # once, though two models share the sets
+    assert "prompts of sums" not in page
+    page, _ = reported(**sets | {"aime": ["four?"], "sums": ["two?"]})
+    assert "prompts of aime" not in page and "1 of the 1 prompts of sums are in the training set dapo" in page
+
+
+@pytest.mark.parametrize(
+    ("rewards", "told"),
+    [([0.0, 0.0, 0.0, 0.5], "all 0"), ([1.0, 1.0], "all 1"), ([0.0, 0.0, 0.1, 0.0], None), ([0.0, 1.0, 0.0], None)],
+)
+def test_rewards_that_were_all_equal_at_first_are_told(tmp_path, rewards, told):
+    path = train(tmp_path, "4B")
+    log = next(path.parent.rglob("metrics.jsonl"))
+    rows = [{"rollout": number, "reward_mean": reward} for number, reward in enumerate(rewards, start=1)]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    facts = dict(_training_facts(*read_trainings([path])))
+    found = facts.get(f"rewards of the first {min(3, len(rewards))} rollouts")
+    assert found == (told and f"{told}, which teaches nothing")
 
 
 def scores_of(results: Path, model: str = "4B"):

@@ -45,18 +45,21 @@ HTTP_SERVER = """
     import array, base64, json, os, threading, time
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-    aborted = threading.Event()
+    aborted, compiled = threading.Event(), threading.Event()
 
     def launch_server(arguments):
         if arguments.random_seed == 13:
             raise RuntimeError("CUDA out of memory, as it were")
 
         running = arguments.max_running_requests or 4
+        cold, compiles = arguments.random_seed == 14, threading.Lock()  # the first answer needs kernels
+        if not cold: compiled.set()
 
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *_): pass
 
             def do_GET(self):
+                with compiles: pass  # the scheduler is busy meanwhile
                 self.reply({"internal_states": [{"effective_max_running_requests_per_dp": running}]})
 
             def do_POST(self):
@@ -65,6 +68,8 @@ HTTP_SERVER = """
                 if self.path == "/abort_request": aborted.set()
                 if self.path != "/generate": return self.reply(None)
                 wanted, seed = body["sampling_params"], body["sampling_params"]["sampling_seed"]
+                with compiles:
+                    if not compiled.is_set(): time.sleep(3); compiled.set()
                 stopped = aborted.wait(0.02 * len(body["input_ids"]))
                 tokens = [seed, *body["input_ids"]][: wanted["max_new_tokens"]]
                 extra = {}
@@ -188,10 +193,26 @@ def test_the_only_server_may_die(start):
 
 
 @pytest.mark.timeout(60)
+def test_a_server_that_compiles_kernels_for_its_first_answer_does_not_hang(start, monkeypatch):
+    monkeypatch.setattr(sglang_engine, "PATIENCE", 0.5)
+    monkeypatch.setattr(sglang_engine, "CHECK_INTERVAL", 0.1)
+    engine = start(1, random_seed=14)
+    (server,) = engine.servers
+    assert len(engine.generate(requests(4), PARAMS)) == 4
+    assert (server.starts, engine.repeated) == (1, 0)
+
+    threading.Timer(0.2, os.kill, (pid(server), signal.SIGSTOP)).start()  # now it may be silent for half a second
+    monkeypatch.setattr(sglang_engine, "FIRST_PATIENCE", 10)  # its next process compiles anew
+    assert len(engine.generate(requests(8, length=20), PARAMS)) == 8
+    assert server.starts == 2
+
+
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("seconds", [0, 0.2], ids=["before", "meanwhile"])
 @pytest.mark.parametrize("servers", [1, 2])
 def test_servers_that_hang_are_restarted(start, monkeypatch, servers, seconds):
     monkeypatch.setattr(sglang_engine, "PATIENCE", 1)
+    monkeypatch.setattr(sglang_engine, "FIRST_PATIENCE", 1)
     monkeypatch.setattr(sglang_engine, "CHECK_INTERVAL", 0.1)
     engine = start(servers)
 

@@ -1,8 +1,11 @@
 """Faults that a user can mend end in one line, not in a traceback."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -19,13 +22,37 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call an entry script's ``main``; a `UserError` or a full disk becomes one line on stderr and exit status 1."""
+    """Call an entry script's ``main``; a `UserError` or a full disk becomes one line on stderr and exit status 1.
+
+    Of several processes that torchrun started on a machine only the first to fail says its line. The others often fail
+    in the same way, or, since that one has left, in a collective: a RuntimeError, whose traceback would hide the line.
+    """
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        _end(f"error: {error}")
     except Exception as error:
-        if not is_disk_full(error):
-            raise
-        where = getattr(error, "filename", None) or "the results folder"
-        sys.exit(f"error: {where}: the disk is full: make room and run again")
+        if is_disk_full(error):
+            where = getattr(error, "filename", None) or "the results folder"
+            _end(f"error: {where}: the disk is full: make room and run again")
+        if isinstance(error, RuntimeError) and (told := _told()) and told.exists():
+            sys.exit(1)
+        raise
+
+
+def _end(line: str) -> NoReturn:
+    """End with status 1, and with ``line`` on stderr unless another process of this launch has said one."""
+    if told := _told():
+        try:
+            told.touch(exist_ok=False)
+        except FileExistsError:
+            sys.exit(1)
+    below_the_bar = "\n" if os.environ.get("RANK", "0") != "0" else ""  # the first process's progress bar
+    sys.exit(below_the_bar + line)
+
+
+def _told() -> Path | None:
+    """The file that stands for a line said, in the folder that torchrun gives its processes; None without torchrun."""
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")  # <folder of the launch>/<process>/error.json
+    folder = own and Path(own).parents[1]
+    return folder / "told" if folder and folder.is_dir() else None

@@ -3,11 +3,15 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from common.errors import UserError
+from common.labels import read_label
 
 ROLES = ("system", "user", "assistant")
+BOX = "\\boxed"
+
+BadRows = list[tuple[int, str]]  # of each row that is no problem the line (from 1) and what is wrong
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,8 @@ class ProblemSet(Protocol):
 
 def load_problem_set(
     path: Path | str, known: ProblemSet, *, max_bad_share: float | None = None
-) -> tuple[list[Problem], int]:
-    """The usable rows of a file and the number of the others; a `UserError` where `require_problems` refuses it.
+) -> tuple[list[Problem], BadRows]:
+    """The usable rows of a file and the others; a `UserError` where `require_problems` refuses it.
 
     ``max_bad_share`` takes the place of what is known.
     """
@@ -41,16 +45,12 @@ def load_problem_set(
     share = known.max_bad_share if max_bad_share is None else max_bad_share
     require_problems(path, problems, bad, rows=known.rows, unique=known.unique_prompts, max_bad_share=share)
     if known.instruction:
-        problems = [_asking_for_a_box(problem, known.instruction) for problem in problems]
-    return problems, len(bad)
+        problems = [p if asks_for_a_box(p) else _instructed(p, known.instruction) for p in problems]
+    return problems, bad
 
 
-def read_problems(path: Path | str, prompt_key: str, label_key: str) -> tuple[list[Problem], list[tuple[int, str]]]:
-    """Read every row of a file; blank lines are none.
-
-    Returns:
-        The usable rows in the file's order, and ``(line, what is wrong)`` of each of the others.
-    """
+def read_problems(path: Path | str, prompt_key: str, label_key: str) -> tuple[list[Problem], BadRows]:
+    """Read every row of a file, in its order; blank lines are none."""
     problems, bad = [], []
     try:
         lines = Path(path).read_bytes().split(b"\n")
@@ -68,7 +68,7 @@ def read_problems(path: Path | str, prompt_key: str, label_key: str) -> tuple[li
 def require_problems(
     path: Path | str,
     problems: list[Problem],
-    bad: list[tuple[int, str]],
+    bad: BadRows,
     *,
     rows: int | None = None,
     unique: bool = False,
@@ -76,11 +76,9 @@ def require_problems(
 ) -> None:
     """Refuse (`UserError`) a set with too many bad rows, another number of rows than ``rows``, or repeated prompts."""
     if bad and len(bad) > max_bad_share * (len(bad) + len(problems)):
-        line, reason = bad[0]
-        raise UserError(
-            f"{path}: {len(bad)} of {len(bad) + len(problems)} rows are unusable, the first in line {line} ({reason}): "
-            "correct them at the source"
-        )
+        found = f"{len(bad)} of {len(bad) + len(problems)} rows are unusable: {'; '.join(kinds_of(bad)[:3])}"
+        remedy = ", or raise max_bad_share" if max_bad_share else ""
+        raise UserError(f"{path}: {found}: correct them at the source{remedy}")
     if not problems:
         raise UserError(f"{path}: not one usable row: give another file")
     if rows is not None and len(problems) != rows:
@@ -95,22 +93,58 @@ def require_problems(
                 raise UserError(f"{path}: line {problem.line} repeats the prompt of line {first}: remove one of them")
 
 
-def _asking_for_a_box(problem: Problem, instruction: str) -> Problem:
-    """The problem with the instruction behind its question, unless its chat speaks of a box already."""
-    if any("\\boxed" in message["content"] for message in problem.messages):
-        return problem
+def kinds_of(bad: BadRows) -> list[str]:
+    """Each kind of bad row in a few words, the most frequent first: what is wrong, how many, and the first line."""
+    lines: dict[str, list[int]] = {}
+    for line, reason in bad:
+        lines.setdefault(reason, []).append(line)
+    return [
+        f"{reason} (line {found[0]})"
+        if len(found) == 1
+        else f"{reason} ({len(found)} rows, the first in line {found[0]})"
+        for reason, found in sorted(lines.items(), key=lambda kind: -len(kind[1]))
+    ]
+
+
+def asks_for_a_box(problem: Problem) -> bool:
+    r"""Whether a chat speaks of ``\boxed``, in which alone the math reward finds an answer."""
+    return any(BOX in message["content"] for message in problem.messages)
+
+
+def _instructed(problem: Problem, instruction: str) -> Problem:
+    """The problem with the instruction behind its question."""
     *before, question = problem.messages
     return replace(problem, messages=[*before, question | {"content": f"{question['content']}\n\n{instruction}"}])
 
 
 def _read_row(line: bytes, prompt_key: str, label_key: str, number: int) -> Problem:
-    row = json.loads(line.decode("utf-8-sig"))
+    row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=_no_constant)
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     for key in (prompt_key, label_key):
         if key not in row:
             raise ValueError(f"no {key!r}")
-    return Problem(_messages(row[prompt_key], prompt_key), _label(row[label_key], label_key), number)
+    messages = _messages(row[prompt_key], prompt_key)
+    try:
+        label = read_label(row[label_key])
+    except ValueError as error:
+        raise ValueError(f"{label_key!r} {error}") from None
+    for key, text in ((prompt_key, "".join(message["content"] for message in messages)), (label_key, label)):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"{key!r} has half of a surrogate pair, which is no character")
+    return Problem(messages, label, number)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which a key that stands twice would leave open which value is meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"not JSON: {name}")
 
 
 def _messages(value: Any, key: str) -> list[dict[str, str]]:
@@ -124,14 +158,6 @@ def _messages(value: Any, key: str) -> list[dict[str, str]]:
     if value[-1]["role"] != "user":
         raise ValueError(f"{key!r} does not end with the user's message")
     return [{"role": message["role"], "content": message["content"]} for message in value]
-
-
-def _label(value: Any, key: str) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(f"{key!r} is neither a string nor an integer")
-    if not str(value).strip():
-        raise ValueError(f"{key!r} is empty")
-    return str(value)
 
 
 def _reason(error: Exception) -> str:

@@ -184,10 +184,22 @@ def _check(kind: type[BaseModel], layers: list[Layer], home: Layer) -> Any:
         return kind.model_validate(merged)
     except ValidationError as error:
         first = error.errors()[0]
-        key = tuple(str(part) for part in first["loc"])
+        key = _written(first["loc"], merged) if first["type"] != "missing" else tuple(map(str, first["loc"]))
         known = [*kind.model_fields, *(SHARED if kind is Root else ())] if len(key) == 1 else _keys(kind, key[:-1])
         origin = home.origin if first["type"] == "missing" else _origin(layers, key)
         raise UserError(f"{origin}: {'.'.join(key) or kind.__name__}: {_say(first, key, known)}") from None
+
+
+def _written(place: tuple[int | str, ...], content: Any) -> tuple[str, ...]:
+    """The key of a fault without what pydantic adds of its own: which of several types it tried."""
+    key: list[str] = []
+    for part in place:
+        try:
+            content = content[part]
+        except (LookupError, TypeError):
+            break
+        key.append(str(part))
+    return tuple(key)
 
 
 def _say(error: dict[str, Any], key: tuple[str, ...], known: list[str]) -> str:

@@ -7,7 +7,16 @@ slice it, and entry scripts are handed the slices back as these types.
 import os
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 Share = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -27,9 +36,9 @@ Name = Annotated[str, Field(pattern=NAME)]
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, and nothing changes after loading."""
+    """A part of the configuration: unknown keys and numbers that are not finite are errors; nothing changes later."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Problems(Section):
@@ -98,14 +107,14 @@ class Dataset(Source):
     problems: Problems | None = Field(None, description="make a problem set instead of downloading one")
     file: str = Field(description="the JSON-lines file within the source")
     prompt_key: str = Field("prompt", description="a row's chat, a list of messages that ends with the user's")
-    label_key: str = Field("label", description="a row's answer, text or an integer")
+    label_key: str = Field("label", description="a row's answer, text or a number")
     instruction: str | None = Field(
         None, description="ends every prompt that does not ask for a \\boxed answer itself; only those are graded"
     )
     rows: PositiveInt | None = Field(None, description="exact number of rows expected; None accepts any")
     unique_prompts: bool = Field(False, description="refuse the file if a prompt repeats")
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.01, description="share of unusable rows that stops a run"
+        0.01, description="of bad rows: a training set with more is refused, with fewer they are set aside and told"
     )
 
     @property
@@ -129,8 +138,15 @@ class Architecture(Section):
     tied_embeddings: bool
     vocabulary: PositiveInt = 248320
     experts: PositiveInt | None = None
-    experts_per_token: PositiveInt | None = None
+    experts_per_token: Annotated[int, Field(ge=2)] | None = None
     shared_expert_ffn: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _experts_are_whole(self) -> Self:
+        of_experts = (self.experts, self.experts_per_token, self.shared_expert_ffn)
+        if None in of_experts and of_experts != (None, None, None):
+            raise ValueError("experts, experts_per_token and shared_expert_ffn belong together: give all or none")
+        return self
 
 
 class Conversion(Section):
@@ -205,7 +221,7 @@ class Training(Section):
         9216, description="tokens of a pack for each GPU that shares it (tensor x context parallel)"
     )
     log_prob_chunk: PositiveInt = Field(1024, description="tokens whose logits exist at one time")
-    recompute: Literal["auto"] | Recompute = Field(
+    recompute: Literal["auto", Recompute] = Field(
         "auto", description="activations that the backward pass makes again; auto: the fewest that fit the GPU's memory"
     )
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -291,7 +307,7 @@ class Engine(Section):
     check_weights: bool = Field(
         False, description="after every sync make sure that the engine holds exactly what was sent; slow, for diagnosis"
     )
-    server_arguments: dict[str, Any] = Field({}, description="further SGLang server arguments, passed through")
+    server_arguments: dict[str, JsonValue] = Field({}, description="further SGLang server arguments, passed through")
 
     @field_validator("server_arguments")
     @classmethod

@@ -43,6 +43,7 @@ def text_config(shape: Shape) -> dict:
         "linear_key_head_dim": shape.linear_head_dim,
         "linear_value_head_dim": shape.linear_head_dim,
         "full_attention_interval": 4,
+        "rope_theta": 1e7,
         "mtp_num_hidden_layers": 1,
         **(experts if shape.experts else {"intermediate_size": shape.ffn}),
     }

@@ -53,7 +53,7 @@ def load_prompts(data: Manifest, tokenizer: PreTrainedTokenizerBase, sampling: S
         raise UserError(
             f"{file}: every prompt is longer than sampling.max_prompt_tokens {sampling.max_prompt_tokens}: raise it"
         )
-    return prompts, Intake(used=len(prompts), bad=bad, too_long=len(encoded) - len(prompts))
+    return prompts, Intake(used=len(prompts), bad=len(bad), too_long=len(encoded) - len(prompts))
 
 
 class PromptCursor:

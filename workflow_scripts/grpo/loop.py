@@ -23,7 +23,7 @@ from configuration.schema import Algorithm, Sampling, Training
 from grpo import run_state
 from grpo.data import PromptCursor
 from grpo.learner import Learner
-from grpo.metrics import RunLog, peak_memory, warn
+from grpo.metrics import RunLog, equal_rewards, peak_memory, warn
 from grpo.run_state import Progress
 from grpo.samples import Sample, TrainingSequence, collect, statistics, to_training
 from rewards.math import Grader
@@ -31,6 +31,7 @@ from rollout.engine import RolloutEngine, SamplingParams, request_seed
 from rollout.prompts import decode
 
 KEPT_GROUPS = 2  # prompts of every rollout whose samples are kept to read
+FIRST_ROLLOUTS = 3  # after which rewards that are all equal are told
 ALARMING_LOG_PROB_DIFF = 0.1  # mean |trainer - engine|; rounding to bf16 explains a few hundredths
 PATIENCE = timedelta(days=7)  # of the ranks that wait while rank 0 samples
 
@@ -136,6 +137,9 @@ class Driver:
         shown = {name: f"{rollout.statistics[name]:.3f}" for name in ("reward_mean", "pass_rate")}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
+        first_are_done = progress.rollout == min(FIRST_ROLLOUTS, self.training.rollouts)
+        if first_are_done and (warning := equal_rewards(self.log)):
+            warn(warning)
         if metrics.get("log_prob_diff", 0.0) > ALARMING_LOG_PROB_DIFF:
             warn(
                 f"rollout {progress.rollout}: the log-probs of engine and trainer differ by"
@@ -161,7 +165,7 @@ class Loop:
     driver: Driver | None
     saved: Path | None  # the checkpoint that the run goes on from
     control: dist.ProcessGroup | None  # all ranks, where there are several: see `control_group`
-    failure: Exception | None = None  # of what rank 0 does alone: raised once the run is saved
+    failure: Exception | None = None  # of what rank 0 does alone, or too many bad steps: raised once the run is saved
     sending: bool = False  # while rank 0 does so all ranks are in it, too
 
     def run(self) -> Path:
@@ -169,7 +173,7 @@ class Loop:
 
         Raises:
             SystemExit: the process was asked to end, or rank 0 failed; the run is saved and can be continued.
-            UserError: too many bad steps in a row.
+            UserError: too many bad steps in a row; the run is saved, as above.
             Exception: on rank 0, whatever ended a rollout or a validation; the run is saved, as above.
         """
         progress, driver = self.progress, self.driver
@@ -242,10 +246,11 @@ class Loop:
             seconds = {"seconds_train": trained, "seconds_sync": synced, "seconds_sleep_wake": woke + made_room + slept}
             driver.report(progress, rollout, metrics, seconds)
         if progress.bad_steps_in_a_row >= self.training.max_bad_steps:
-            good = self.saved.name if self.saved else "none yet"
-            raise UserError(
-                f"{self.work}: {progress.bad_steps_in_a_row} steps in a row had a NaN or infinite loss or gradient;"
-                f" last good checkpoint: {good}; lower optimizer.learning_rate, or look at samples.jsonl"
+            # Skipped steps change no weights: what is saved now is what the last good one left.
+            self.failure = UserError(
+                f"{self.work}: {progress.bad_steps_in_a_row} steps in a row had a NaN or infinite loss or gradient and"
+                f" were skipped; the weights before them are saved ({run_state.folder_name(progress.rollout)}): look at"
+                " samples.jsonl, lower optimizer.learning_rate for a new run, or raise training.max_bad_steps to go on"
             )
 
     def _send_weights(self) -> None:

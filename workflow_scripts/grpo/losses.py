@@ -12,6 +12,9 @@ from torch import Tensor
 
 from configuration.schema import Algorithm
 
+MAX_LOG_RATIO = 20.0  # nats between two probabilities of one token: exp is 4.9e8
+MAX_KL = 10.0  # nats of one token's k3 estimate
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -36,6 +39,16 @@ def token_weight(response_length: int, responses: int, tokens: int, aggregation:
     return 1.0 / (response_length * responses) if aggregation == "mean_of_response_means" else 1.0 / tokens
 
 
+def probability_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
+    """New over old probability of each token (N,), from their logarithms.
+
+    The log ratio is held within ``MAX_LOG_RATIO`` before exp: beyond 88 a ratio in fp32 is infinite, and times an
+    advantage of 0 not a number. There the gradient is 0, as in verl (``compute_policy_loss`` in trainer/ppo/
+    core_algos.py); within it nothing changes.
+    """
+    return torch.exp((log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+
 def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip: float, clip_high: float) -> tuple[Tensor, Tensor]:
     """PPO's pessimistic surrogate (arXiv 1707.06347, eq. 7) with its own upper bound, to be minimised.
 
@@ -52,9 +65,13 @@ def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip: float, clip_hig
 
 
 def low_variance_kl(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
-    """The k3 estimate of KL(policy || reference) per token, never negative (Schulman 2020, "Approximating KL")."""
-    log_ratio = reference_log_probs - log_probs
-    return torch.exp(log_ratio) - log_ratio - 1.0
+    """The k3 estimate of KL(policy || reference) per token, never negative (Schulman 2020, "Approximating KL").
+
+    It is held below ``MAX_KL``, and its log ratio within ``MAX_LOG_RATIO``, as in verl (``kl_penalty`` in trainer/ppo/
+    core_algos.py): a token with a log ratio of 19 would otherwise count 1.8e8. Where a bound holds the gradient is 0.
+    """
+    log_ratio = (reference_log_probs - log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (torch.exp(log_ratio) - log_ratio - 1.0).clamp(max=MAX_KL)
 
 
 def grpo_loss(
@@ -75,7 +92,7 @@ def grpo_loss(
     """
     weights = batch.weights
     old_log_probs = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
-    ratio = torch.exp(log_probs - old_log_probs)
+    ratio = probability_ratio(log_probs, old_log_probs)
     token_loss, clipped = clipped_policy_loss(ratio, batch.advantages, algorithm.clip, algorithm.clip_high)
     metrics = {
         "weight": weights,

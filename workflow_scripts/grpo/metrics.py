@@ -1,6 +1,7 @@
 """What a run reports: metrics.jsonl and samples.jsonl, TensorBoard, and Weights & Biases where it is asked for."""
 
 import importlib.util
+import json
 import math
 import os
 import resource
@@ -16,6 +17,7 @@ from common.errors import UserError
 from common.files import json_line
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+SHOWN, TAIL = 3, 160  # samples that a warning shows, and characters of each
 
 
 class JsonLines:
@@ -29,6 +31,11 @@ class JsonLines:
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self.file.write(json_line(clean))
         self.file.flush()
+
+    def read(self) -> list[dict[str, Any]]:
+        """All lines so far."""
+        with open(self.file.name, encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
 
     def sync(self) -> int:
         """Make what was written durable; the length in bytes."""
@@ -73,6 +80,27 @@ class RunLog:
         self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def equal_rewards(log: RunLog) -> str | None:
+    """A warning where all responses so far earned 0, or all 1: three answers and why. None where rewards differ."""
+    means = {row["reward_mean"] for row in log.lines[METRICS].read() if "reward_mean" in row}
+    if means not in ({0.0}, {1.0}):
+        return None
+    samples = log.lines[SAMPLES].read()
+    first_of_reason = {row["reason"]: number for number, row in reversed([*enumerate(samples)])}
+    rest = (number for number in range(len(samples)) if number not in first_of_reason.values())
+    shown = [samples[number] for number in [*sorted(first_of_reason.values()), *rest][:SHOWN]]
+    lines = [
+        f"every reward of rollouts 1 to {samples[-1]['rollout']} is {means.pop():.0f}, and equal rewards teach"
+        " nothing; training goes on. Is this what the prompts ask for, and what the labels hold?"
+    ]
+    lines += [
+        f"  line {row['line']}, label {row['label']!r}: {row['reason']}, answer {row['answer']!r}, the response ends"
+        f" {row['response'][-TAIL:]!r}"
+        for row in shown
+    ]
+    return "\n".join(lines)
 
 
 def expert_metrics(load: Tensor | None, agreement: float | None) -> dict[str, float]:
@@ -121,10 +149,11 @@ def truncate_logs(work: Path, log_bytes: dict[str, int]) -> None:
 
 
 def warn(message: str) -> None:
-    """Tell the user, above the progress bar."""
+    """Tell the user once, above the progress bar: rank 0 does, though every rank may call this."""
     from tqdm import tqdm
 
-    tqdm.write(f"warning: {message}", file=sys.stderr)
+    if dist.get_rank() == 0:
+        tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def _start_wandb(project: str, work: Path) -> Any:

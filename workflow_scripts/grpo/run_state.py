@@ -66,12 +66,17 @@ class Progress:
         return bool(interval) and self.rollout % interval == 0 and self.score is None
 
 
+def folder_name(rollout: int) -> str:
+    """What the checkpoint after so many rollouts is called."""
+    return f"checkpoint-{rollout:06d}"
+
+
 def save(work: Path, progress: Progress, model: nn.Module, optimizer: Optimizer, provenance: dict[str, Any]) -> Path:
     """Write the run state of ``progress.rollout``; called by every rank. Returns the checkpoint's folder.
 
     `UserError`, on every rank and before anything is written, where the disk lacks the room.
     """
-    folder = work / f"checkpoint-{progress.rollout:06d}"
+    folder = work / folder_name(progress.rollout)
     partial = partial_folder(folder)
     state = optimizer.state_dict() | {RANDOM_STATE: torch.get_rng_state()}
     if dist.get_rank() == 0:

@@ -3,6 +3,7 @@
 Plain Python, so that a check before the run (or a plan of memory) costs no import of torch.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -58,57 +59,65 @@ class Architecture:
 
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str = "config.json") -> Self:
-        """Take the numbers from a parsed ``config.json``, whose ``text_config`` describes the text model."""
+        """Take the numbers from a parsed ``config.json``, whose ``text_config`` describes the text model.
+
+        What the file leaves out has the default that Transformers gives it, or is a `UserError`.
+        """
         text = config.get("text_config", config)
         if not isinstance(text, dict) or text.get("model_type") not in _MODEL_TYPES:
             found = text.get("model_type") if isinstance(text, dict) else text
             raise UserError(f"{where}: not a Qwen3.5 text model (model_type {found!r}): choose a Qwen3.5 checkpoint")
 
-        def need(key: str) -> Any:
-            if text.get(key) is None:
+        def number(key: str, default: float | None = None, kind: type = int, section: dict[str, Any] = text) -> Any:
+            value = default if section.get(key) is None else section[key]
+            if value is None:
                 raise UserError(f"{where}: text_config has no {key}: the file is incomplete; download it again")
-            return text[key]
+            if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
+                expected = "a whole number" if kind is int else "a number"
+                raise UserError(f"{where}: text_config: {key} is {value!r}: {expected} above 0 is expected")
+            return value
 
         is_moe = text["model_type"] == "qwen3_5_moe_text"
-        rope = text.get("rope_parameters") or text
+        rope = text | _rope(text)
         architecture = cls(
-            num_layers=need("num_hidden_layers"),
-            hidden_size=need("hidden_size"),
-            vocab_size=need("vocab_size"),
-            max_sequence_length=need("max_position_embeddings"),
+            num_layers=number("num_hidden_layers"),
+            hidden_size=number("hidden_size"),
+            vocab_size=number("vocab_size"),
+            max_sequence_length=number("max_position_embeddings"),
             tie_embeddings=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
-            norm_epsilon=text.get("rms_norm_eps", 1e-6),
-            rotary_base=rope.get("rope_theta", 1e7),
-            rotary_percent=rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 0.25)),
-            full_attention_interval=text.get("full_attention_interval") or 4,
-            num_attention_heads=need("num_attention_heads"),
-            num_query_groups=need("num_key_value_heads"),
-            head_dim=need("head_dim"),
-            linear_num_key_heads=need("linear_num_key_heads"),
-            linear_num_value_heads=need("linear_num_value_heads"),
-            linear_key_head_dim=need("linear_key_head_dim"),
-            linear_value_head_dim=need("linear_value_head_dim"),
-            linear_conv_kernel_dim=text.get("linear_conv_kernel_dim", 4),
-            ffn_hidden_size=None if is_moe else need("intermediate_size"),
-            num_experts=need("num_experts") if is_moe else None,
-            experts_per_token=need("num_experts_per_tok") if is_moe else None,
-            expert_ffn_hidden_size=need("moe_intermediate_size") if is_moe else None,
-            shared_expert_ffn_hidden_size=need("shared_expert_intermediate_size") if is_moe else None,
-            mtp_num_layers=text.get("mtp_num_hidden_layers") or 0,
+            norm_epsilon=number("rms_norm_eps", 1e-6, float),
+            rotary_base=number("rope_theta", None, float, rope),
+            rotary_percent=number("partial_rotary_factor", 0.25, float, rope),
+            full_attention_interval=_full_attention_interval(text, where) or number("full_attention_interval", 4),
+            num_attention_heads=number("num_attention_heads"),
+            num_query_groups=number("num_key_value_heads"),
+            head_dim=number("head_dim"),
+            linear_num_key_heads=number("linear_num_key_heads"),
+            linear_num_value_heads=number("linear_num_value_heads"),
+            linear_key_head_dim=number("linear_key_head_dim"),
+            linear_value_head_dim=number("linear_value_head_dim"),
+            linear_conv_kernel_dim=number("linear_conv_kernel_dim", 4),
+            ffn_hidden_size=None if is_moe else number("intermediate_size"),
+            num_experts=number("num_experts") if is_moe else None,
+            experts_per_token=number("num_experts_per_tok") if is_moe else None,
+            expert_ffn_hidden_size=number("moe_intermediate_size") if is_moe else None,
+            shared_expert_ffn_hidden_size=number("shared_expert_intermediate_size") if is_moe else None,
+            mtp_num_layers=number("mtp_num_hidden_layers") if text.get("mtp_num_hidden_layers") else 0,
         )
         architecture._check(text, where)
         return architecture
 
     def _check(self, text: dict[str, Any], where: str) -> None:
         """Refuse what this implementation would compute wrongly."""
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type") or rope.get("type") or "default"
+        rope_type = _rope(text).get("rope_type") or _rope(text).get("type") or "default"
         faults = [
             message
             for wrong, message in [
                 (
-                    text.get("layer_types", list(self.layer_kinds)) != list(self.layer_kinds),
-                    f"layer_types is not one full attention in every {self.full_attention_interval} layers",
+                    (text.get("layer_types") or list(self.layer_kinds)) != list(self.layer_kinds)
+                    or text.get("full_attention_interval") not in (None, self.full_attention_interval),
+                    f"layer_types is not full attention in every {text.get('full_attention_interval') or 'N'}-th of the"
+                    f" {self.num_layers} layers and linear attention in all others",
                 ),
                 (rope_type not in ("default", "mrope"), f"rope_type {rope_type!r} is not default"),
                 (text.get("hidden_act", "silu") != "silu", f"hidden_act {text.get('hidden_act')!r} is not silu"),
@@ -129,6 +138,15 @@ class Architecture:
                     self.is_moe and self.experts_per_token > self.num_experts,
                     f"num_experts_per_tok {self.experts_per_token} is more than num_experts {self.num_experts}",
                 ),
+                (
+                    self.experts_per_token == 1,
+                    "num_experts_per_tok is 1: the one expert's weight is always 1, which teaches the router nothing",
+                ),
+                (
+                    bool(text.get("mlp_only_layers")) or text.get("decoder_sparse_step", 1) != 1,
+                    "mlp_only_layers or decoder_sparse_step: some layers have no experts",
+                ),
+                (bool(text.get("mtp_use_dedicated_embeddings")), "mtp_use_dedicated_embeddings is set"),
             ]
             if wrong
         ]
@@ -187,3 +205,22 @@ class Architecture:
         router = self.num_experts * self.hidden_size
         shared = 3 * self.hidden_size * self.shared_expert_ffn_hidden_size + self.hidden_size
         return router + shared + experts * 3 * self.hidden_size * self.expert_ffn_hidden_size
+
+
+def _rope(text: dict[str, Any]) -> dict[str, Any]:
+    """How positions rotate, under the name that the file gives it."""
+    found = text.get("rope_scaling") or text.get("rope_parameters")
+    return found if isinstance(found, dict) else {}
+
+
+def _full_attention_interval(text: dict[str, Any], where: str) -> int | None:
+    """Which layers ``layer_types`` gives full attention: every how many-th; None where the file lists no layers.
+
+    As in Transformers the list decides, and `Architecture._check` refuses one that is not regular.
+    """
+    kinds = text.get("layer_types")
+    if not kinds:
+        return None
+    if not isinstance(kinds, list) or "full_attention" not in kinds:
+        raise UserError(f"{where}: text_config: layer_types names no full_attention layer: not a Qwen3.5's")
+    return kinds.index("full_attention") + 1

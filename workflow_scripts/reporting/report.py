@@ -19,6 +19,7 @@ from reporting.tables import in_words, percent, points, titled
 
 EACH = 3  # right samples, and as many wrong ones, of every group
 LAST_ROLLOUTS = 5  # whose samples are shown
+FIRST_ROLLOUTS = 3  # whose rewards are told where all are equal
 HEAD, TAIL = 12_000, 4_000  # characters of a long response that are shown
 TEXT_COLUMNS = ("dataset", "weights")
 CHAT_MARKS = re.compile(r"<\|im_start\|>(system|user|assistant)?|<\|im_end\|>|</?think>")
@@ -45,10 +46,12 @@ def report_page(
     plots: Manifest,
     sources: Sequence[Manifest],
     settings: Plots,
+    overlaps: Sequence[str] = (),
 ) -> str:
     """The report as one HTML page.
 
-    ``plots`` is the manifest that make_plots.py wrote; ``sources`` are manifests to name the origins from.
+    ``plots`` is the manifest that make_plots.py wrote; ``sources`` are manifests to name the origins from; ``overlaps``
+    say which prompts were trained on and scored.
     """
     names = list(dict.fromkeys([*(score.model for score in scores), *(training.model for training in trainings)]))
     models = [_model(name, scores, trainings) for name in names]
@@ -60,6 +63,7 @@ def report_page(
         gains=[_gain(pair) for pair in pairs],
         tables={title: _table(table) for title, table in titled(scores, pairs).items()},
         sentences=[in_words(pair) for pair in pairs],
+        overlaps=overlaps,
         plots=[_embedded(plot, plots.root) for plot in plots.facts["plots"]],
         versions=_versions(results),
         origins=[_origin(manifest) for manifest in [*sources, *results]],
@@ -154,6 +158,9 @@ def _training_facts(training: Training) -> list[tuple[str, str]]:
         rows["reward, first and last twentieth"] = (
             f"{percent(reward.iloc[:few].mean())}% → {percent(reward.iloc[-few:].mean())}%"
         )
+        first = reward.iloc[:FIRST_ROLLOUTS]
+        if set(first) in ({0.0}, {1.0}):
+            rows[f"rewards of the first {len(first)} rollouts"] = f"all {first.iloc[0]:.0f}, which teaches nothing"
     if len(step := training.column("seconds_step")):
         parts = {name: training.column(f"seconds_{name}") for name in ("rollout", "train", "sync", "sleep_wake")}
         split = ", ".join(f"{name.replace('_', ' and ')} {part.median():.3g} s" for name, part in parts.items())

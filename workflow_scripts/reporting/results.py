@@ -91,6 +91,11 @@ class Training:
     manifest: Manifest
     metrics: pd.DataFrame
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that it was trained with, by section."""
+        return self.manifest.provenance["config"]
+
     def column(self, name: str) -> pd.Series:
         """One metric over the rollouts that have it; empty where none has."""
         return self.metrics[name].dropna() if name in self.metrics else pd.Series(dtype=float)

@@ -34,7 +34,10 @@ from rollout import sglang_weights
 from rollout.engine import Completion, Request, SamplingParams
 from rollout.sglang_server import KINDS_OF_MEMORY, Server, ServerDown
 
-PATIENCE = 300.0  # seconds that a scheduler may be silent before its server counts as hung
+# Seconds that a scheduler may be silent before its server counts as hung. It is while it compiles a kernel, which takes
+# up to 240 s; for its first answers it compiles one after the other.
+PATIENCE = 600.0
+FIRST_PATIENCE = 1800.0
 CHECK_INTERVAL = 15.0  # seconds between two looks at each server while it answers
 MAX_RESTARTS = 3  # of one server within one call
 UPDATE_SECONDS = 600.0  # for one bucket of weights
@@ -312,7 +315,7 @@ class _Answering:
         """Let ``server`` answer as many requests as it can, or up to ``limit``; a few wait in it for their turn."""
         self.restarting.discard(server.index)
         try:
-            capacity = server.capacity(timeout=PATIENCE)
+            capacity = server.capacity(timeout=_patience(server))
         except ServerDown as error:
             self.events.put(_Down(server, server.starts, str(error)))
             return
@@ -389,7 +392,7 @@ class _Answering:
         """Report a server whose scheduler hangs, though its process lives."""
         while not self._over.wait(CHECK_INTERVAL) and server.starts == starts and server.alive:
             try:
-                server.state(timeout=PATIENCE)
+                server.state(timeout=_patience(server))
             except ServerDown as error:
                 self.events.put(_Down(server, starts, str(error)))
                 return
@@ -402,6 +405,10 @@ class _Answering:
             self.events.put(_Down(server, server.starts, str(error)))
         else:
             self.events.put(_Up(server))
+
+
+def _patience(server: Server) -> float:
+    return PATIENCE if server.has_answered else FIRST_PATIENCE
 
 
 def _without_drafts(folder: Path, settings: Engine) -> float:

@@ -49,13 +49,14 @@ class Server:
     Attributes:
         name: for messages.
         starts: how often it was started, so that late news of an earlier process can be told apart.
+        has_answered: a request, since its last start; until then it may be compiling kernels.
         holds_weights: its weights are the ones it should answer with.
         log: the output of all its starts; the previous server's log is kept next to it.
     """
 
     def __init__(self, folder: Path, settings: Engine, index: int, logs: Path):
         self.index, self.name = index, f"SGLang server {index}"
-        self.starts, self.holds_weights = 0, False
+        self.starts, self.has_answered, self.holds_weights = 0, False, False
         self._arguments = server_arguments(folder, settings, index)
         self._key = secrets.token_hex()
         self._process: subprocess.Popen | None = None
@@ -75,6 +76,7 @@ class Server:
             if self.log.exists():
                 self.log.replace(self.log.with_suffix(".previous.log"))
         self.starts += 1
+        self.has_answered = False
         self._port = _free_port()
         arguments = self._arguments | {"port": self._port, "api_key": self._key}
         # New for every start: a store that a killed process left is useless to the next. What was killed may be dying.
@@ -157,6 +159,7 @@ class Server:
         if params.with_routing:
             body["return_routed_experts"] = True
         answer = self.call("/generate", body)
+        self.has_answered = True
         information = answer["meta_info"]
         reason = information["finish_reason"]["type"]
         if reason == "abort":

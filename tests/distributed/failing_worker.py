@@ -1,0 +1,23 @@
+"""One of several processes that train, as tests/grpo_run.py; some of them have no room for the first checkpoint."""
+
+import sys
+
+import torch.distributed as dist
+
+import grpo_run
+from common.errors import UserError
+from grpo import run_state
+
+FAILING = [int(rank) for rank in sys.argv[1].split(",")]
+save = run_state.save
+
+
+def save_or_fail(*arguments):
+    if dist.get_rank() in FAILING:
+        raise UserError(f"rank {dist.get_rank()}: no room")
+    return save(*arguments)
+
+
+if __name__ == "__main__":
+    run_state.save = save_or_fail
+    grpo_run.run(sys.argv[2:])

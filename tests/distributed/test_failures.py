@@ -1,0 +1,25 @@
+"""A mistake of the user's is said in one line, whichever of several processes find it, and none waits for another."""
+
+import subprocess
+
+import pytest
+
+import grpo_run
+from stages import launcher
+
+
+@pytest.mark.slow
+def test_a_fault_is_one_line_whichever_process_has_it(root, tmp_path, environment):
+    grpo_run.prepare(tmp_path)
+    grpo_run.convert_model(tmp_path)
+    worker = str(root / "tests" / "distributed" / "failing_worker.py")
+    for failing in ("1", "0,1"):
+        command_line = grpo_run.arguments(tmp_path, tmp_path / failing, training={"rollouts": 1})
+        ended = subprocess.run(
+            [*launcher(2), worker, failing, *command_line], capture_output=True, text=True, env=environment, timeout=200
+        )
+        assert ended.returncode == 1
+        said = [line for line in ended.stderr.splitlines() if "error: " in line]
+        assert said in [[f"error: rank {rank}: no room"] for rank in failing.split(",")], ended.stderr[-4000:]
+        # Nor does the other's broken connection bury the line under a traceback.
+        assert "[rank0]: Traceback" not in ended.stderr and "[rank1]: Traceback" not in ended.stderr

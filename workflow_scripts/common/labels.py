@@ -1,0 +1,90 @@
+r"""The answer that a row's label holds, or the reason why no answer could ever match it.
+
+A label is what a response has to say in its ``\boxed{}``: a number, an expression, a list, an interval, a few words.
+Two spellings that hold more are unambiguous and read: a solution that ends ``#### 4``, as in GSM8K, and one with a
+single ``\boxed{4}``. All else that is longer than an answer is refused, since training on it would earn nothing.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import Any
+
+MAX_CHARACTERS = 1000  # the grader reads no longer answer
+MAX_WORDS = 8  # of a text that is an answer: "all real numbers except 3"
+
+FINAL_ANSWER = "####"
+BOX = re.compile(r"\\boxed\s*(?:\{|(?=[^A-Za-z]|$))")
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # what a backslash precedes is printed and groups nothing
+NO_WORD = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
+WORD = re.compile(r"[^\W\d_]{2,}")
+SENTENCE = re.compile(
+    r"\b(?:is|are|was|were)\s*[$\d+-]|\bthe answer\b|\b(?:therefore|thus|hence|because)\b"
+    r"|(?:[a-z]{4}|\d)[.!?]\s+[a-z]{2}|答案|因此|所以|。.",
+    re.IGNORECASE,
+)
+
+
+def read_label(value: Any) -> str:
+    """The answer in a label, as JSON gave it; ``8.0`` is 8, and other floats are their shortest decimal.
+
+    Raises:
+        ValueError: the label holds no one answer; the message says why, and follows the label's key.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError("is neither text nor a number")
+    if isinstance(value, float):
+        return _shortest(value)
+    text = str(value).strip()
+    if not text:
+        raise ValueError("is empty")
+    answer = _extracted(text)
+    if len(answer) > MAX_CHARACTERS:
+        raise ValueError(f"is longer than an answer may be, {MAX_CHARACTERS} characters")
+    if _closing_brace(answer + "}") != len(answer):
+        raise ValueError("has braces that do not match, so no box could hold it")
+    if "\n" in answer and r"\begin" not in answer:
+        raise ValueError("has several lines: it is no single answer")
+    if len(WORD.findall(NO_WORD.sub(" ", answer))) > MAX_WORDS or SENTENCE.search(answer):
+        raise ValueError("is prose: it is no single answer")
+    return answer
+
+
+def _shortest(value: float) -> str:
+    if not math.isfinite(value):
+        raise ValueError("is not a finite number")
+    return str(int(value)) if value.is_integer() else format(Decimal(repr(value)), "f")
+
+
+def _extracted(text: str) -> str:
+    """What a solution names as its answer; all of a text that names none."""
+    found = {answer for answer in (*_after_mark(text), *_boxed(text)) if answer}
+    if len(found) > 1:
+        raise ValueError("names several answers")
+    if not found and (FINAL_ANSWER in text or BOX.search(text)):
+        raise ValueError(rf"has a {FINAL_ANSWER} or \boxed without an answer")
+    return found.pop() if found else text
+
+
+def _after_mark(text: str) -> Iterator[str]:
+    for answer in text.split(FINAL_ANSWER)[1:]:
+        yield _extracted(answer.strip()) if BOX.search(answer) else answer.strip()
+
+
+def _boxed(text: str) -> Iterator[str]:
+    """The content of every complete box; of boxes within one another the innermost's."""
+    for box in BOX.finditer(text):
+        rest = text[box.end() :]
+        if box[0].endswith("{") and (end := _closing_brace(rest)) is not None and not BOX.search(rest[:end]):
+            yield rest[:end].strip()
+
+
+def _closing_brace(text: str) -> int | None:
+    """Where the brace that was opened before ``text`` closes."""
+    depth = 1
+    for match in BRACE.finditer(text):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if not depth:
+            return match.start()
+    return None
