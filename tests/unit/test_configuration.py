@@ -36,6 +36,14 @@ def configured(root, overrides=None):
             "engine.server_arguments.schedule_conservativeness: Input should be a finite number, not nan",
         ),
         (
+            {"engine": {"server_arguments": {"host": "0.0.0.0", "random_seed": 1}}},
+            "engine.server_arguments: host: where the servers listen and which GPUs they take is decided by the",
+        ),
+        (
+            {"engine": {"server_arguments": {"dp_size": 2}}},
+            "engine.server_arguments: dp_size: there is one engine for every gpus_per_engine GPUs already",
+        ),
+        (
             {"training": {"recompute": "some"}},
             "training.recompute: Input should be 'auto', 'full', 'selective' or 'none', not 'some'",
         ),
