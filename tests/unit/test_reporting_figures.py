@@ -174,9 +174,30 @@ def test_samples_of_an_evaluation_come_with_what_the_grader_said_of_them(tmp_pat
         ("Response 1.0.", "4", "a1.0", "r1.0", False),
         ("Response 3.1.", "8", "a3.1", "r3.1", True),
     ]
-    text = "".join(Page(page([path])).texts)
+    texts = Page(page([path])).texts
+    assert [text for text in texts if text.startswith("problem ")][-2:] == [
+        "problem 2, sample 1",
+        "problem 3, sample 1",
+    ]
+    text = "".join(texts)
     assert "Answer a1.0; label 4; reward 0 (r1.0); 7 tokens, ended by itself." in text
     assert text.count("reward 0 (") == 2 and text.count("reward 1 (") == 3  # at most three of each kind
+
+
+def test_samples_of_a_training_are_of_its_last_five_rollouts_and_right_where_they_earned_a_reward(tmp_path, page):
+    samples = [
+        {"rollout": rollout, "prompt": "Question?", "response": f"Rollout {rollout}.", "label": "4", "answer": "5"}
+        | {"reward": reward, "reason": f"earned {reward}", "tokens": 5, "finish": "length"}
+        for rollout in range(1, 13)
+        for reward in (0.0, 1.0)
+    ]
+    texts = Page(page([score(tmp_path, "base", BASE)], training(tmp_path, rewards(0.5), samples))).texts
+    shown = texts[texts.index("Samples of the last rollouts") :]
+    assert {text for text in shown if text.startswith("rollout ")} == {"rollout 8", "rollout 10", "rollout 12"}
+    assert [text for text in shown if text in ("right", "wrong")] == ["right"] * 3 + ["wrong"] * 3
+    told = [text for text in shown if text.startswith("Answer 5")]
+    assert told[0] == "Answer 5; label 4; reward 1 (earned 1.0); 5 tokens, cut off by the cap."
+    assert told[-1] == "Answer 5; label 4; reward 0 (earned 0.0); 5 tokens, cut off by the cap."
 
 
 def test_a_pair_s_difference_is_of_the_trained_weights_over_the_base(tmp_path, page):
