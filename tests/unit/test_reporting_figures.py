@@ -10,6 +10,7 @@ from matplotlib.colors import to_hex
 from checkpoints.manifest import write_manifest
 from common.errors import UserError
 from configuration.schema import Plots
+from evaluation.estimators import bootstrap_interval, paired_difference
 from reporting.plots import Theme, all_plots
 from reporting.report import report_page
 from reporting.results import pairs, read_scores, read_trainings
@@ -225,6 +226,15 @@ def test_a_loss_is_said_to_be_one(tmp_path, page):
     assert '<i style="width: 75.0%; background: var(--base)"></i><i style="width: 12.5%; background: var(--acc' in page(
         paths
     )
+
+
+def test_the_bootstrap_has_the_protocol_s_resamples_and_seed(tmp_path):
+    changed = [[True, True], [False, False], [False, True], [False, False]]  # by 0.5, 0, 0.5 and -0.5
+    paths = [score(tmp_path, "base", BASE), score(tmp_path, "grpo", changed)]
+    row = difference_table(pairs(read_scores(paths))).iloc[0]
+    expected = bootstrap_interval([0.5, 0.0, 0.5, -0.5], samples=500, seed=1)
+    assert (row["bootstrap low"], row["bootstrap high"]) == expected
+    assert row["p"] == pytest.approx(paired_difference([0.5, 0, 0, 0.5], [1, 0, 0.5, 0], 10, 0).p_value)
 
 
 def test_readable_tables_are_in_percent(tmp_path):
