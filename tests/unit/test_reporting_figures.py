@@ -10,6 +10,7 @@ from matplotlib.colors import to_hex
 from checkpoints.manifest import write_manifest
 from common.errors import UserError
 from configuration.schema import Plots
+from evaluation.estimators import bootstrap_interval, paired_difference
 from reporting.plots import Theme, all_plots
 from reporting.report import report_page
 from reporting.results import pairs, read_scores, read_trainings
@@ -174,9 +175,30 @@ def test_samples_of_an_evaluation_come_with_what_the_grader_said_of_them(tmp_pat
         ("Response 1.0.", "4", "a1.0", "r1.0", False),
         ("Response 3.1.", "8", "a3.1", "r3.1", True),
     ]
-    text = "".join(Page(page([path])).texts)
+    texts = Page(page([path])).texts
+    assert [text for text in texts if text.startswith("problem ")][-2:] == [
+        "problem 2, sample 1",
+        "problem 3, sample 1",
+    ]
+    text = "".join(texts)
     assert "Answer a1.0; label 4; reward 0 (r1.0); 7 tokens, ended by itself." in text
     assert text.count("reward 0 (") == 2 and text.count("reward 1 (") == 3  # at most three of each kind
+
+
+def test_samples_of_a_training_are_of_its_last_five_rollouts_and_right_where_they_earned_a_reward(tmp_path, page):
+    samples = [
+        {"rollout": rollout, "prompt": "Question?", "response": f"Rollout {rollout}.", "label": "4", "answer": "5"}
+        | {"reward": reward, "reason": f"earned {reward}", "tokens": 5, "finish": "length"}
+        for rollout in range(1, 13)
+        for reward in (0.0, 1.0)
+    ]
+    texts = Page(page([score(tmp_path, "base", BASE)], training(tmp_path, rewards(0.5), samples))).texts
+    shown = texts[texts.index("Samples of the last rollouts") :]
+    assert {text for text in shown if text.startswith("rollout ")} == {"rollout 8", "rollout 10", "rollout 12"}
+    assert [text for text in shown if text in ("right", "wrong")] == ["right"] * 3 + ["wrong"] * 3
+    told = [text for text in shown if text.startswith("Answer 5")]
+    assert told[0] == "Answer 5; label 4; reward 1 (earned 1.0); 5 tokens, cut off by the cap."
+    assert told[-1] == "Answer 5; label 4; reward 0 (earned 0.0); 5 tokens, cut off by the cap."
 
 
 def test_a_pair_s_difference_is_of_the_trained_weights_over_the_base(tmp_path, page):
@@ -204,6 +226,15 @@ def test_a_loss_is_said_to_be_one(tmp_path, page):
     assert '<i style="width: 75.0%; background: var(--base)"></i><i style="width: 12.5%; background: var(--acc' in page(
         paths
     )
+
+
+def test_the_bootstrap_has_the_protocol_s_resamples_and_seed(tmp_path):
+    changed = [[True, True], [False, False], [False, True], [False, False]]  # by 0.5, 0, 0.5 and -0.5
+    paths = [score(tmp_path, "base", BASE), score(tmp_path, "grpo", changed)]
+    row = difference_table(pairs(read_scores(paths))).iloc[0]
+    expected = bootstrap_interval([0.5, 0.0, 0.5, -0.5], samples=500, seed=1)
+    assert (row["bootstrap low"], row["bootstrap high"]) == expected
+    assert row["p"] == pytest.approx(paired_difference([0.5, 0, 0, 0.5], [1, 0, 0.5, 0], 10, 0).p_value)
 
 
 def test_readable_tables_are_in_percent(tmp_path):
