@@ -4,7 +4,8 @@ A rule's declared output is a manifest; the folder that it names hangs off it. C
 read (`require`), and digests where a flipped bit would hurt (``digests=True``).
 """
 
-import importlib.metadata
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +15,10 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import read_json, sha256_of, write_json
+from common.versions import versions
 
-PACKAGES = ("torch", "megatron-core", "transformers", "sglang", "flash-linear-attention", "snakemake")
+WEIGHTS = ".distcp"  # torch_dist's tensors; a random number of each save is in the files beside them
+PLACES = ("repo", "revision", "folder", "problems")  # where a data set is from says nothing of what it holds
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,42 @@ def side_by_side(measure: Callable[[Path], Any], files: list[Path]) -> list[Any]
         return list(pool.map(measure, files))
 
 
-def versions() -> dict[str, str]:
-    """The installed versions of the packages that decide what a result is."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def content_of(manifest: dict[str, Any]) -> str:
+    """A digest of what later stages read of a result, given its manifest as JSON.
+
+    A conversion's or a training's is of its tensors alone, a data set's is also of how prompts are made of its rows, an
+    evaluation's also of its scores.
+    """
+    kind, facts = manifest["kind"], manifest["facts"]
+    files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    more: Any = None
+    if kind in ("convert", "train"):
+        files = {name.rpartition("/")[2]: sha for name, sha in files.items() if name.endswith(WEIGHTS)}
+    elif kind == "evaluate":
+        more = facts
+    elif "prompt_key" in facts:
+        settings = manifest["provenance"]["config"]["dataset"]
+        more = {key: value for key, value in settings.items() if key not in PLACES}
+    return hashlib.sha256(json.dumps([files, more], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def same_result(folder: Path, job: dict[str, Any]) -> Manifest | None:
+    """The manifest of what lies in ``folder``, if it was made of the same inputs by the same settings, code and versions.
+
+    Snakemake deletes a rule's output before its job runs; `keep_manifest` leaves a copy beside the folder.
+    """
+    try:
+        kept = read_manifest(_kept(folder)).require()
+    except UserError:
+        return None
+    same = all(kept.provenance.get(part) == job[part] for part in ("config", "code", "versions", "inputs"))
+    return kept if same else None
+
+
+def keep_manifest(manifest: Manifest) -> None:
+    """Copy a manifest to where `same_result` finds it."""
+    write_json(_kept(manifest.root), read_json(manifest.path))
+
+
+def _kept(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.json")

@@ -1,31 +1,29 @@
-"""What each result depends on: its slice of the settings, its code, and the same of everything upstream.
+"""What each result depends on, whether it is still that, and what Snakemake is told of it.
 
-Snakemake reruns a job when the value of one of its params changes. Every rule here has one param for that, the digest
-`Provenance.key` of the record `Provenance.of`; settings that a stage does not read, comments, formatting and docstrings
-are not in it, and a failed job upstream can't leave its consumers looking fresh.
+Snakemake reruns a job when the value of one of its params changes. Every rule here has one param for that,
+`Provenance.key`. As long as a result is fresh the param keeps the value that the result was made with, whatever has
+changed in ways that do not matter: so it is decided here, by comparing a result's manifest with what it would be made
+of today, and not by Snakemake's own comparison of params.
+
+A result is fresh when its settings, its code and the versions of its packages are the same, all that it was made of has
+the same content, and its files are there. What is upstream counts by its content alone: when a download is made again
+and gives the same files, nothing that was made of them is stale.
 """
 
-import ast
 import functools
-import hashlib
-import json
+import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from common.files import sha256_of
+from checkpoints.manifest import content_of
+from common import versions
+from common.errors import UserError
+from common.files import read_json, sha256_of
+from configuration import staleness
+from configuration.code import code_digest, digest
 from configuration.loading import Configuration
 from configuration.schema import Section
 
-# A longer run, other checkpoints to keep or another look at progress continue the same training. So does less memory:
-# whoever lowers it after it ran out wants the rollouts that there are.
-CONTINUES = {
-    "training": {
-        *("rollouts", "save_interval", "keep_checkpoints", "max_bad_steps", "wandb_project"),
-        *("max_tokens_per_gpu", "recompute", "log_prob_chunk"),
-    },
-    "engine": {"mem_fraction_static", "max_running_requests", "cuda_graph_batch_sizes"},
-    "validation": None,
-}
 OF_TRAINING = {"mem_fraction_static", "check_weights", "replay_routing"}  # the engine's, beside a training alone
 TRAIN_SECTIONS = (
     "training",
@@ -39,10 +37,54 @@ TRAIN_SECTIONS = (
     "experts",
     "reward",
 )
+# Where each result's manifest lies, below the results' folder.
+MANIFESTS = {
+    "dataset": "data/{name}.json",
+    "download": "{model}/download.json",
+    "convert": "{model}/convert.json",
+    "train": "{model}/grpo/{run}/train.json",
+    "export": "{model}/hf/{run}.json",
+    "evaluate": "{model}/eval/{dataset}/{weights}.json",
+    "plots": "plots.json",
+}
+
+
+class Parts(NamedTuple):
+    """What a result is made of.
+
+    Attributes:
+        config: its slice of the settings.
+        scripts: the entry script and what else is code, for `code_digest`.
+        packages: whose versions count.
+        upstream: name -> (stage, what tells its results apart).
+    """
+
+    config: dict[str, Any]
+    scripts: list[str]
+    packages: tuple[str, ...]
+    upstream: dict[str, tuple[str, dict[str, str]]]
+
+
+class State(NamedTuple):
+    """Whether a result is there and fresh.
+
+    Attributes:
+        made: its manifest, None where there is none.
+        stale: why it must be made again, in words.
+        tolerated: what has changed, too, and is no reason to.
+    """
+
+    made: dict[str, Any] | None
+    stale: tuple[str, ...]
+    tolerated: tuple[str, ...]
+
+    @property
+    def fresh(self) -> bool:
+        return self.made is not None and not self.stale
 
 
 class Provenance:
-    """Answers for every stage what it depends on.
+    """Answers for every stage what it depends on, and what has become of it.
 
     Stages and what tells their results apart:
     ``dataset`` (name), ``download``, ``convert``, ``train``, ``export`` (model), ``evaluate`` (model, dataset,
@@ -55,64 +97,114 @@ class Provenance:
 
     @functools.cache  # noqa: B019  one instance lives as long as the process
     def of(self, stage: str, **which: str) -> dict[str, Any]:
-        """The provenance of one result, which is plain JSON: ``{"code", "config", "upstream"}``."""
-        config, scripts, upstream = getattr(self, f"_{stage}")(**which)
+        """The record of one result, which is plain JSON: ``{"config", "code", "versions", "upstream"}``.
+
+        ``upstream`` holds the manifests that it is made of, by name.
+        """
+        parts = self._parts(stage, **which)
         return {
-            "config": {k: v.model_dump(mode="json") if isinstance(v, Section) else v for k, v in config.items()},
-            "code": code_digest(self._scripts, *scripts),
-            "upstream": upstream,
+            "config": {k: v.model_dump(mode="json") if isinstance(v, Section) else v for k, v in parts.config.items()},
+            "code": code_digest(self._scripts, *parts.scripts),
+            "versions": versions.versions(parts.packages),
+            "upstream": {name: str(self._manifest(*source) or "") for name, source in parts.upstream.items()},
         }
 
+    @functools.cache  # noqa: B019
+    def state(self, stage: str, **which: str) -> State:
+        """Compare a result with what it would be made of today."""
+        path = self._manifest(stage, which)
+        made = _read(path) if path else None
+        if made is None:
+            return State(None, (), ())
+        before, now = made["provenance"], self.of(stage, **which)
+        stale = [*staleness.settings(before["config"], now["config"]), *self._changed_inputs(before, stage, **which)]
+        stale += staleness.missing_files(path, made)
+        by = staleness.makers(before, now)
+        if stage == "train" and now["config"]["training"]["on_code_change"] == "continue":
+            return State(made, tuple(stale), tuple(by))
+        return State(made, (*stale, *by), ())
+
+    @functools.cache  # noqa: B019
     def key(self, stage: str, **which: str) -> str:
-        """A short digest of `of`: it changes when the result is stale, and results downstream refer to it."""
-        return _digest(self.of(stage, **which))
+        """The value of the param that makes Snakemake run a job again when it changes."""
+        state = self.state(stage, **which)
+        if state.fresh:
+            return state.made["provenance"]["key"]
+        upstream = {name: self.key(of, **its) for name, (of, its) in self._parts(stage, **which).upstream.items()}
+        damage = staleness.missing_files(self._manifest(stage, which), state.made) if state.made else []
+        return digest([self.of(stage, **which) | {"upstream": upstream}, damage])
 
-    def work(self, model: str) -> str:
-        """The name of a training's work folder: the same while the run may be continued, another otherwise."""
-        record = self.of("train", model=model)
-        config = {
-            section: {key: value for key, value in content.items() if key not in (CONTINUES.get(section) or ())}
-            for section, content in record["config"].items()
-            if CONTINUES.get(section, ()) is not None
-        }
-        upstream = {name: key for name, key in record["upstream"].items() if not name.startswith("validation")}
-        return _digest({"config": config, "code": record["code"], "upstream": upstream})
+    def job(self, stage: str, **which: str) -> dict[str, Any]:
+        """What a job is given: the record, its key, and the commit of the code that runs."""
+        return self.of(stage, **which) | {"key": self.key(stage, **which), "commit": _commit(self._scripts)}
 
-    def _dataset(self, name: str):
+    def why(self, stage: str, **which: str) -> str:
+        """What has changed since a result was made, for people; empty where nothing did, or nothing was made."""
+        return staleness.few(self.state(stage, **which).stale, ", ")
+
+    def _changed_inputs(self, before: dict[str, Any], stage: str, **which: str) -> list[str]:
+        """What a result was made of and is no longer the same, in words."""
+        others, again = [], []
+        upstream = self._parts(stage, **which).upstream
+        for name, (of, its) in upstream.items():
+            state = self.state(of, **its)
+            if not state.fresh:
+                again.append(name)
+            elif content_of(state.made) != before["inputs"].get(name):
+                others.append(name)
+        others += [name for name in before["inputs"] if name not in upstream]
+        return [
+            *([f"another result of {staleness.few(others, ' and ')}"] if others else []),
+            *([f"{staleness.few(again, ' and ')} made again"] if again else []),
+        ]
+
+    def _manifest(self, stage: str, which: dict[str, str]) -> Path | None:
+        if stage not in MANIFESTS:
+            return None
+        return Path(self._configuration.results, MANIFESTS[stage].format(run=self._configuration.run, **which))
+
+    def _parts(self, stage: str, **which: str) -> Parts:
+        return getattr(self, f"_{stage}")(**which)
+
+    def _dataset(self, name: str) -> Parts:
         dataset = self._configuration.datasets[name]
         config = {"dataset": dataset, "name": name}
         if dataset.folder:
             file = Path(dataset.folder).expanduser() / dataset.file
             config["content"] = _content(file) if file.is_file() else None  # the download says that it is missing
-        return config, [f"{dataset.script}.py"], {}
+        return Parts(config, [f"{dataset.script}.py"], (), {})
 
-    def _download(self, model: str):
+    def _download(self, model: str) -> Parts:
         settings = self._configuration.models[model]
         config = {"source": settings.source}
         if not settings.source.tiny:
             config["architecture"] = settings.architecture
-        return config, [f"{settings.source.script}.py"], {}
+        packages = versions.CONVERTING if settings.source.tiny else ()
+        return Parts(config, [f"{settings.source.script}.py"], packages, {})
 
-    def _convert(self, model: str):
+    def _convert(self, model: str) -> Parts:
         conversion = self._configuration.models[model].conversion
-        return {"conversion": conversion}, ["convert.py"], {"download": self.key("download", model=model)}
+        upstream = {"download": ("download", {"model": model})}
+        return Parts({"conversion": conversion}, ["convert.py"], versions.CONVERTING, upstream)
 
-    def _train(self, model: str):
+    def _train(self, model: str) -> Parts:
         settings = self._configuration.models[model]
         config = {section: getattr(settings, section) for section in TRAIN_SECTIONS}
         config["hardware"] = settings.hardware.model_dump(mode="json", include={"gpus", "processes"})
         upstream = {
-            "convert": self.key("convert", model=model),
-            "dataset": self.key("dataset", name=settings.training.dataset),
+            "download": ("download", {"model": model}),
+            "convert": ("convert", {"model": model}),
+            "dataset": ("dataset", {"name": settings.training.dataset}),
         }
         if settings.validation.interval:
-            upstream["validation"] = self.key("dataset", name=settings.validation.dataset)
-        return config, ["train.py", engine_file(settings.engine.kind)], upstream
+            upstream["validation"] = ("dataset", {"name": settings.validation.dataset})
+        return Parts(config, ["train.py", engine_file(settings.engine.kind)], versions.TRAINING, upstream)
 
-    def _export(self, model: str):
-        return {}, ["export.py"], {"train": self.key("train", model=model)}
+    def _export(self, model: str) -> Parts:
+        upstream = {"download": ("download", {"model": model}), "train": ("train", {"model": model})}
+        return Parts({}, ["export.py"], versions.CONVERTING, upstream)
 
-    def _evaluate(self, model: str, dataset: str, weights: str):
+    def _evaluate(self, model: str, dataset: str, weights: str) -> Parts:
         settings = self._configuration.models[model]
         config = {
             "evaluation": settings.evaluation.model_dump(mode="json", exclude={"datasets"}),
@@ -121,28 +213,34 @@ class Provenance:
             "hardware": settings.hardware.model_dump(mode="json", include={"gpus"}),
         }
         source = "download" if weights == "base" else "export"
-        upstream = {source: self.key(source, model=model), "dataset": self.key("dataset", name=dataset)}
-        return config, ["evaluate.py", engine_file(settings.engine.kind)], upstream
+        upstream = {source: (source, {"model": model}), "dataset": ("dataset", {"name": dataset})}
+        packages = (*versions.SAMPLING, *versions.GRADING)
+        return Parts(config, ["evaluate.py", engine_file(settings.engine.kind)], packages, upstream)
 
-    def _tables(self):
-        return {}, ["make_tables.py", *self._templates()], self._evaluations()
+    def _tables(self) -> Parts:
+        return Parts({}, ["make_tables.py", *self._templates()], versions.STATISTICS, self._evaluations())
 
-    def _plots(self):
-        return {"plots": self._configuration.plots}, ["make_plots.py"], self._evaluations() | self._trainings()
+    def _plots(self) -> Parts:
+        upstream = self._evaluations() | self._trainings()
+        return Parts({"plots": self._configuration.plots}, ["make_plots.py"], versions.STATISTICS, upstream)
 
-    def _report(self):
-        return {}, ["make_report.py", *self._templates()], {"tables": self.key("tables"), "plots": self.key("plots")}
+    def _report(self) -> Parts:
+        upstream = {"tables": ("tables", {}), "plots": ("plots", {})}
+        return Parts({}, ["make_report.py", *self._templates()], versions.STATISTICS, upstream)
 
     def _templates(self) -> list[str]:
         folder = self._scripts / "reporting/templates"
         return sorted(file.relative_to(self._scripts).as_posix() for file in folder.iterdir())
 
-    def _trainings(self) -> dict[str, str]:
-        return {f"train {model}": self.key("train", model=model) for model in self._configuration.listed}
+    def _trainings(self) -> dict[str, tuple[str, dict[str, str]]]:
+        return {f"train {model}": ("train", {"model": model}) for model in self._configuration.listed}
 
-    def _evaluations(self) -> dict[str, str]:
+    def _evaluations(self) -> dict[str, tuple[str, dict[str, str]]]:
         return {
-            f"evaluate {model} {dataset} {weights}": self.key("evaluate", model=model, dataset=dataset, weights=weights)
+            f"evaluate {model} {dataset} {weights}": (
+                "evaluate",
+                {"model": model, "dataset": dataset, "weights": weights},
+            )
             for model in self._configuration.listed
             for dataset in self._configuration.models[model].evaluation.datasets
             for weights in ("base", self._configuration.run)
@@ -155,53 +253,13 @@ def engine_file(kind: str) -> str:
 
 
 @functools.cache
-def code_digest(root: Path, *scripts: str) -> str:
-    """Digest of the syntax trees of ``scripts`` and of every module below ``root`` that they import.
-
-    Comments, formatting and docstrings do not count. ``configuration`` is left out: what it decides is in the slice.
-    """
-    waiting, trees = [root / script for script in scripts], {}
-    while waiting:
-        file = waiting.pop()
-        if file in trees or file.relative_to(root).parts[0] == "configuration":
-            continue
-        trees[file], imported = _read(root, file)
-        waiting += imported
-    return _digest(sorted((file.relative_to(root).as_posix(), tree) for file, tree in trees.items()))
-
-
-@functools.cache
-def _read(root: Path, file: Path) -> tuple[str, list[Path]]:
-    """Digest of one module's syntax tree, and the files below ``root`` that it imports, their packages included.
-
-    Of a file in another language every byte counts.
-    """
-    if file.suffix != ".py":
-        return hashlib.sha256(file.read_bytes()).hexdigest(), []
-    tree = _without_docstrings(ast.parse(file.read_bytes(), filename=str(file)))
-    package, names = file.relative_to(root).parent.parts, set()
-    for node in ast.walk(tree):  # what is imported inside functions, too
-        if isinstance(node, ast.Import):
-            names.update(tuple(alias.name.split(".")) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) + 1 - node.level] if node.level else ()
-            module = (*above, *(node.module.split(".") if node.module else ()))
-            names.update((*module, alias.name) for alias in node.names)  # a module, or a name in the one before
-    files = []
-    for name in names:
-        for depth in range(1, len(name) + 1):
-            path = root.joinpath(*name[:depth])
-            files += [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()]
-    return _digest(ast.dump(tree)), files
-
-
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
-            node
-        ):
-            node.body = node.body[1:]
-    return tree
+def _read(path: Path) -> dict[str, Any] | None:
+    """A manifest of this pipeline's; None for anything else: whoever reads it says so."""
+    try:
+        made = read_json(path)
+        return made if {"key", "inputs", "versions"} <= made["provenance"].keys() else None
+    except (UserError, AttributeError, KeyError, TypeError, OSError):
+        return None
 
 
 @functools.cache
@@ -209,5 +267,11 @@ def _content(file: Path) -> str:
     return sha256_of(file)
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
+@functools.cache
+def _commit(folder: Path) -> str | None:
+    """The commit that is checked out, with a + where files differ from it; None outside of git."""
+    try:
+        git = ["git", "-C", folder, "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,51 +1,52 @@
-"""Why a result is stale, in the few words that stand in a job's message: a dry run is read by people."""
+"""What has changed since a result was made, in the few words that stand in a job's message: people read dry runs."""
 
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
-from common.files import read_json
-
 LISTED = 4  # changes; of more the number is told
 WIDTH = 32  # characters of a value
+MISSING, WRONG_SIZE = " is missing", " has another size"
 NOT_THERE = object()
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
-def changes(manifest: Path, now: dict[str, Any]) -> str:
-    """What differs between the provenance that the result of ``manifest`` was made with and the one of ``now``.
-
-    ``training.rollouts: 60 -> 200, its code``; empty where nothing does, or where there is no result.
-    """
-    try:
-        before = read_json(manifest)["provenance"]
-        found = [*_values("", before["config"], now["config"])]
-        if before["code"] != now["code"]:
-            found.append("its code")
-        then, today = before["upstream"], now["upstream"]
-        upstream = [name for name in {**then, **today} if then.get(name) != today.get(name)]
-    except (UserError, AttributeError, KeyError, TypeError):
-        return ""  # nothing is there, or no manifest: whoever reads it says so
-    if upstream:
-        found.append(f"another result of {_few(upstream, ' and ')}")
-    return _few(found, ", ")
+def settings(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """The settings that differ, by their keys in the configuration: ``training.rollouts: 60 -> 200``."""
+    return _values("", before, now)
 
 
-def of_training(manifest: Path, now: dict[str, Any], work: Path) -> str:
-    """`changes` of a training, and whether it goes on in its work folder or begins anew."""
-    changed = changes(manifest, now)
-    if done := max((int(found[1]) for path in work.glob("*") if (found := CHECKPOINT.fullmatch(path.name))), default=0):
-        enough = done <= now["config"]["training"]["rollouts"]
-        goes_on = "the run goes on" if enough else f"the run has {done} rollouts: ask for at least as many"
-        return "; ".join(filter(None, [changed, goes_on]))
-    return f"{changed}; a new run begins, and the old one stays" if changed else ""
+def makers(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Whether a result was made by other code or by other versions of packages."""
+    found = ["its code"] if before["code"] != now["code"] else []
+    then, today = before["versions"], now["versions"]
+    for name in sorted({*then, *today}):
+        if then.get(name) != today.get(name):
+            found.append(f"{name} {then.get(name, 'not installed')} -> {today.get(name, 'not installed')}")
+    return found
+
+
+def missing_files(path: Path, made: dict[str, Any]) -> list[str]:
+    """What a manifest vouches for and is not there with its size: the first such file, and how many there are."""
+    root = path.parent / made["root"]
+    wrong = [name for name, entry in made["files"].items() if _size(root / name) != entry["bytes"]]
+    if not wrong:
+        return []
+    if not root.exists():
+        return [f"{root}{MISSING}"]
+    first = root / wrong[0]
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    return [f"{first}{more}{MISSING if _size(first) is None else WRONG_SIZE}"]
+
+
+def few(texts: Iterable[str], separator: str) -> str:
+    """The first of many, and how many more there are."""
+    texts = list(texts)
+    shown = texts if len(texts) <= LISTED else [*texts[: LISTED - 1], f"{len(texts) - LISTED + 1} more"]
+    return separator.join(shown)
 
 
 def _values(key: str, before: Any, now: Any) -> Iterator[str]:
-    """The settings that differ, by their keys in the configuration."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in sorted({*before, *now}):
             yield from _values(f"{key}.{name}".lstrip("."), before.get(name, NOT_THERE), now.get(name, NOT_THERE))
@@ -58,6 +59,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= WIDTH else f"{text[: WIDTH - 3]}..."
 
 
-def _few(texts: list[str], separator: str) -> str:
-    shown = texts if len(texts) <= LISTED else [*texts[: LISTED - 1], f"{len(texts) - LISTED + 1} more"]
-    return separator.join(shown)
+def _size(file: Path) -> int | None:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return None

@@ -1,0 +1,22 @@
+"""The installed versions of the packages that decide what a result is."""
+
+import importlib.metadata
+from collections.abc import Iterable
+
+SAMPLING = ("torch", "transformers", "sglang", "flash-linear-attention")
+GRADING = ("math-verify", "sympy", "latex2sympy2_extended")
+CONVERTING = ("torch", "megatron-core", "safetensors")
+TRAINING = (*SAMPLING, *GRADING, "megatron-core")
+STATISTICS = ("numpy", "scipy")
+RECORDED = (*TRAINING, *STATISTICS, "safetensors", "snakemake")
+
+
+def versions(packages: Iterable[str] = RECORDED) -> dict[str, str]:
+    """Package -> version, of those that are installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
