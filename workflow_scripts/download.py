@@ -9,7 +9,8 @@ from pathlib import Path
 from checkpoints.manifest import write_manifest
 from common.errors import run
 from common.files import hold
-from common.problems import BOX, Problem, asks_for_a_box, kinds_of, load_problem_set
+from common.labels import BOX
+from common.problems import Problem, asks_for_a_box, kinds_of, load_problem_set
 from configuration.schema import Architecture, Dataset, ModelSource, Section
 from configuration.shape import require_shape
 from hub.snapshot import dataset_from_folder, dataset_from_hub, model_from_folder, model_from_hub

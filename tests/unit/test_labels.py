@@ -53,6 +53,9 @@ def test_an_answer_is_read_as_it_stands_and_its_own_text_in_a_box_is_right():
         ("First \\boxed{4}, and again \\boxed{ 4 }.", "4"),
         ("Hence \\boxed{4}.\n#### 4", "4"),
         ("So it is\n#### \\boxed{4}", "4"),
+        ("\\boxed{\\text{a set } \\{1\\}}", "\\text{a set } \\{1\\}"),
+        ("over-escaped \\\\boxed{4}", "4"),
+        ("a }, and then \\boxed{4}", "4"),
         ("nothing \\boxed{} at first, then \\boxed{4}", "4"),
     ],
 )
@@ -76,7 +79,7 @@ def test_the_one_answer_of_a_solution_is_its_label(label, answer):
         ("4\\", "braces"),
         ("The answer is 4.", "prose"),
         ("It is $4$.", "prose"),
-        ("First add both. Then halve.", "prose"),
+        ("First we add. Then we halve.", "prose"),
         ("She sold 48 clips in April and half as many in May", "prose"),
         ("x = 4 because both sides vanish", "prose"),
         ("答案是4", "prose"),
@@ -92,6 +95,13 @@ def test_the_one_answer_of_a_solution_is_its_label(label, answer):
 def test_a_label_without_one_answer_is_refused_with_the_reason(label, reason):
     with pytest.raises(ValueError, match=reason):
         read_label(label)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("text", ["\\boxed{", "\\boxed{}", "{", "#### ", "}", "\\"])
+def test_a_hostile_label_takes_no_longer_than_its_length(text):
+    with pytest.raises(ValueError, match="answer"):
+        read_label(text * 100_000)
 
 
 def test_what_is_refused_for_its_length_or_its_braces_no_box_can_answer():

@@ -14,14 +14,13 @@ from typing import Any
 MAX_CHARACTERS = 1000  # the grader reads no longer answer
 MAX_WORDS = 8  # of a text that is an answer: "all real numbers except 3"
 
-FINAL_ANSWER = "####"
-BOX = re.compile(r"\\boxed\s*(?:\{|(?=[^A-Za-z]|$))")
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # what a backslash precedes is printed and groups nothing
+FINAL_ANSWER, BOX = "####", r"\boxed"
+BACKSLASHES_OR_BRACE = re.compile(r"\\++(?:(boxed\s*+\{)|[{}])?|[{}]")
 NO_WORD = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
 WORD = re.compile(r"[^\W\d_]{2,}")
 SENTENCE = re.compile(
     r"\b(?:is|are|was|were)\s*[$\d+-]|\bthe answer\b|\b(?:therefore|thus|hence|because)\b"
-    r"|(?:[a-z]{4}|\d)[.!?]\s+[a-z]{2}|答案|因此|所以|。.",
+    r"|(?:[a-z]{3}|\d)[.!?]\s+[a-z]{2}|答案|因此|所以|。.",
     re.IGNORECASE,
 )
 
@@ -42,7 +41,7 @@ def read_label(value: Any) -> str:
     answer = _extracted(text)
     if len(answer) > MAX_CHARACTERS:
         raise ValueError(f"is longer than an answer may be, {MAX_CHARACTERS} characters")
-    if _closing_brace(answer + "}") != len(answer):
+    if not _fits_in_braces(answer):
         raise ValueError("has braces that do not match, so no box could hold it")
     if "\n" in answer and r"\begin" not in answer:
         raise ValueError("has several lines: it is no single answer")
@@ -62,29 +61,44 @@ def _extracted(text: str) -> str:
     found = {answer for answer in (*_after_mark(text), *_boxed(text)) if answer}
     if len(found) > 1:
         raise ValueError("names several answers")
-    if not found and (FINAL_ANSWER in text or BOX.search(text)):
+    if not found and (FINAL_ANSWER in text or BOX in text):
         raise ValueError(rf"has a {FINAL_ANSWER} or \boxed without an answer")
     return found.pop() if found else text
 
 
 def _after_mark(text: str) -> Iterator[str]:
     for answer in text.split(FINAL_ANSWER)[1:]:
-        yield _extracted(answer.strip()) if BOX.search(answer) else answer.strip()
+        yield _extracted(answer.strip()) if BOX in answer else answer.strip()
 
 
 def _boxed(text: str) -> Iterator[str]:
-    """The content of every complete box; of boxes within one another the innermost's."""
-    for box in BOX.finditer(text):
-        rest = text[box.end() :]
-        if box[0].endswith("{") and (end := _closing_brace(rest)) is not None and not BOX.search(rest[:end]):
-            yield rest[:end].strip()
+    """The content of every complete box, in one pass; of boxes within one another the innermost's."""
+    opened: list[int | None] = []  # of each open brace: where the content starts if it is a box's
+    innermost = -1
+    for kind, brace in _braces(text):
+        if kind != "}":
+            opened.append(brace.end() if kind == BOX else None)
+        elif opened and (start := opened.pop()) is not None:
+            if start > innermost:
+                yield text[start : brace.end() - 1].strip()
+            innermost = max(innermost, start)
 
 
-def _closing_brace(text: str) -> int | None:
-    """Where the brace that was opened before ``text`` closes."""
-    depth = 1
-    for match in BRACE.finditer(text):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if not depth:
-            return match.start()
-    return None
+def _fits_in_braces(text: str) -> bool:
+    """Whether braces around ``text`` close at its end, and not before or after."""
+    depth = 0
+    for kind, brace in _braces(text + "}"):
+        depth += -1 if kind == "}" else 1
+        if depth < 0:
+            return brace.end() == len(text) + 1
+    return False
+
+
+def _braces(text: str) -> Iterator[tuple[str, re.Match]]:
+    r"""Every brace that groups, as ``{``, ``}`` or, where it opens a box, ``\boxed``; ``\{`` and ``\}`` are printed."""
+    for match in BACKSLASHES_OR_BRACE.finditer(text):
+        backslashes = len(match[0]) - len(match[0].lstrip("\\"))
+        if match[1]:
+            yield BOX, match
+        elif match[0][-1] in "{}" and backslashes % 2 == 0:
+            yield match[0][-1], match

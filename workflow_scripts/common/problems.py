@@ -1,15 +1,16 @@
 """Reading a problem set: JSON lines, each with a chat prompt and a label."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from common.errors import UserError
-from common.labels import read_label
+from common.labels import BOX, read_label
 
 ROLES = ("system", "user", "assistant")
-BOX = "\\boxed"
+HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 BadRows = list[tuple[int, str]]  # of each row that is no problem the line (from 1) and what is wrong
 
@@ -130,7 +131,7 @@ def _read_row(line: bytes, prompt_key: str, label_key: str, number: int) -> Prob
     except ValueError as error:
         raise ValueError(f"{label_key!r} {error}") from None
     for key, text in ((prompt_key, "".join(message["content"] for message in messages)), (label_key, label)):
-        if any("\ud800" <= character <= "\udfff" for character in text):
+        if HALF_A_PAIR.search(text):
             raise ValueError(f"{key!r} has half of a surrogate pair, which is no character")
     return Problem(messages, label, number)
 
