@@ -11,16 +11,19 @@ needs minutes to save itself. Here only a second signal starts that clock. If a 
 more than the 30 seconds.
 """
 
+import logging
 import os
 import signal
 import sys
 import tempfile
 import time
+from pathlib import Path
 from types import FrameType
 
 import torch.distributed as dist
 from torch.distributed import run
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -29,10 +32,11 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher import api
 
-from common import loopback
+from common.errors import LAUNCH, TOLD
 from common.interrupts import ECHO_SECONDS
 
 PATIENCE = 24 * 60 * 60  # seconds
+ENDED_BY = {"SIGKILL": "if nobody did that, the machine's memory ran out; run again"}
 
 
 class PatientAgent(LocalElasticAgent):
@@ -91,11 +95,28 @@ class OneMachine(RendezvousHandler):
 def main(arguments: list[str]) -> None:
     """Run torchrun with ``arguments``."""
     api.LocalElasticAgent = PatientAgent
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a process that fails says why itself
     rendezvous_handler_registry.register("one-machine", lambda parameters: OneMachine(parameters.run_id))
     arguments = [argument for argument in arguments if argument != "--standalone"]  # would choose torch's rendezvous
     with tempfile.TemporaryDirectory(prefix="milepost-") as folder:
-        os.environ[loopback.STORE] = folder
-        run.main(["--nnodes=1", "--rdzv-backend=one-machine", *arguments])
+        os.environ[LAUNCH] = folder
+        try:
+            run.main(["--nnodes=1", "--rdzv-backend=one-machine", *arguments])
+        except ChildFailedError as error:
+            sys.exit(_ending(Path(folder, TOLD), *error.get_first_failure()))
+
+
+def _ending(told: Path, rank: int, failure: ProcessFailure) -> int | str:
+    """What to end with after the failure of a process: the line that it left, or that a signal ended it.
+
+    It has shown anything else itself.
+    """
+    if told.exists():
+        return told.read_text()
+    if failure.exitcode >= 0:
+        return failure.exitcode
+    name = signal.Signals(-failure.exitcode).name
+    return f"error: the process of rank {rank} was ended by {name}: {ENDED_BY.get(name, 'run again')}"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """Faults that a user can mend end in one line, not in a traceback."""
 
+import contextlib
 import errno
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+# The environment variable by which a launcher names a private folder to its processes, and the file there that holds
+# the line to end with.
+LAUNCH, TOLD = "MILEPOST_LAUNCH", "error"
 
 
 class UserError(Exception):
@@ -24,8 +29,9 @@ def is_disk_full(error: BaseException) -> bool:
 def run(main: Callable[[], None]) -> None:
     """Call an entry script's ``main``; a `UserError` or a full disk becomes one line on stderr and exit status 1.
 
-    Of several processes that torchrun started on a machine only the first to fail says its line. The others often fail
-    in the same way, or, since that one has left, in a collective: a RuntimeError, whose traceback would hide the line.
+    Of several processes the first to fail leaves its line to their launcher, which says it when all have ended. The
+    others often fail in the same way, or, since that one has left, in a collective: a RuntimeError, whose traceback
+    would hide the line.
     """
     try:
         main()
@@ -41,18 +47,15 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _end(line: str) -> NoReturn:
-    """End with status 1, and with ``line`` on stderr unless another process of this launch has said one."""
+    """End with status 1, and with ``line`` as the last thing on the screen."""
     if told := _told():
-        try:
-            told.touch(exist_ok=False)
-        except FileExistsError:
-            sys.exit(1)
-    below_the_bar = "\n" if os.environ.get("RANK", "0") != "0" else ""  # the first process's progress bar
-    sys.exit(below_the_bar + line)
+        with contextlib.suppress(FileExistsError), told.open("x") as file:
+            file.write(line)
+        sys.exit(1)
+    sys.exit(line)
 
 
 def _told() -> Path | None:
-    """The file that stands for a line said, in the folder that torchrun gives its processes; None without torchrun."""
-    own = os.environ.get("TORCHELASTIC_ERROR_FILE")  # <folder of the launch>/<process>/error.json
-    folder = own and Path(own).parents[1]
-    return folder / "told" if folder and folder.is_dir() else None
+    """The file by which the processes of a launcher leave it the line to end with; None without a launcher."""
+    folder = os.environ.get(LAUNCH)
+    return Path(folder, TOLD) if folder else None

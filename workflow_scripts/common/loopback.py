@@ -9,12 +9,10 @@ import os
 
 import torch.distributed as dist
 
-from common.errors import UserError
+from common.errors import LAUNCH, UserError
 
 # What gloo and NCCL listen on. They would take the first interface that looks like a network.
 INTERFACE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-# The environment variable by which a launcher names the folder of its processes' store.
-STORE = "MILEPOST_STORE"
 
 
 def rendezvous(number: int) -> tuple[dist.Store, int, int]:
@@ -27,8 +25,8 @@ def rendezvous(number: int) -> tuple[dist.Store, int, int]:
         UserError: another launcher started this process as one of several.
     """
     rank, world = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if STORE not in os.environ:
+    if LAUNCH not in os.environ:
         if world > 1:
             raise UserError("start several processes with `python -m torchrun --standalone`, the pipeline's own")
         return dist.HashStore(), 0, 1
-    return dist.FileStore(os.path.join(os.environ[STORE], f"group-{number}"), world), rank, world
+    return dist.FileStore(os.path.join(os.environ[LAUNCH], f"group-{number}"), world), rank, world
