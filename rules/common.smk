@@ -1,5 +1,4 @@
 # The checked configuration, where results lie, and the functions that the rules call.
-import json
 import os
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from shlex import quote
 sys.path.insert(0, f"{workflow.basedir}/workflow_scripts")
 
 from common.errors import UserError
+from common.files import write_json
 from common.working_folder import claim
 from configuration import staleness
 from configuration.layout import processes
@@ -93,11 +93,21 @@ def key(stage):
     return lambda wildcards: provenance.key(stage, **which(wildcards))
 
 
-def record(stage):
-    """What `key` is the digest of: the job takes its settings from it, and its manifest keeps it."""
-    return lambda wildcards, output: json.dumps(
-        provenance.of(stage, **which(wildcards))
+def job_file(wildcards, output):
+    """Where a job's settings lie: below jobs/, under the name of its first output."""
+    return (
+        Path(RESULTS, "jobs", Path(output[0]).relative_to(RESULTS))
+        .with_suffix(".json")
+        .as_posix()
     )
+
+
+def write_job_files(jobs):
+    """Leave for each job what `key` is the digest of: it takes its settings from it, and its manifest keeps it."""
+    for job in jobs:
+        if "job" in job.params.keys():
+            stage = {"page": "report"}.get(job.rule.name, job.rule.name)
+            write_json(job.params.job, provenance.of(stage, **which(job.wildcards)))
 
 
 def changes(stage):

@@ -22,7 +22,7 @@ rule train:
         runtime=7 * 24 * 60,
     params:
         key=key("train"),
-        provenance=record("train"),
+        job=job_file,
         changes=changes("train"),
         processes=lambda wildcards: processes(of_model(wildcards).hardware),
         launch=training_launch,
@@ -33,5 +33,5 @@ rule train:
     message:
         "{wildcards.model}: train with GRPO{params.changes}"
     shell:
-        "use_gpus {resources.gpu}; OMP_NUM_THREADS=$(share {threads} {params.processes}) {params.launch} train --provenance {params.provenance:q} --hub {input.hub:q} --weights {input.weights:q}"
+        "use_gpus {resources.gpu}; OMP_NUM_THREADS=$(share {threads} {params.processes}) {params.launch} train --job {params.job:q} --hub {input.hub:q} --weights {input.weights:q}"
         " --data {input.data:q} {params.validation} --work {params.work:q} --manifest {output:q} |& logged {log:q}"

@@ -1,7 +1,6 @@
 """Turn a model in the Hub's format into Megatron-Core's torch_dist: in one process, or in several under torchrun."""
 
 import argparse
-import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,14 +13,14 @@ from checkpoints.manifest import read_manifest, write_manifest
 from checkpoints.safetensors_io import HubCheckpoint
 from common.errors import UserError, run
 from common.files import hold
+from common.jobs import job_parser
 from configuration.schema import Conversion, Parallel
 from qwen3_5.architecture import Architecture
 from qwen3_5.build import build_model, finalize, initialize
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
+    parser = job_parser(__doc__)
     parser.add_argument("--hub", type=Path, required=True, help="the download's manifest")
     parser.add_argument("--mtp-num-layers", type=int, help="MTP layers to convert (default: as configured)")
     parser.add_argument("--folder", type=Path, required=True, help="where to write the torch_dist checkpoint")
@@ -32,7 +31,7 @@ def main() -> None:
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    settings = Conversion.model_validate(arguments.provenance["config"]["conversion"])
+    settings = Conversion.model_validate(arguments.job["config"]["conversion"])
     mtp_num_layers = settings.mtp_num_layers if arguments.mtp_num_layers is None else arguments.mtp_num_layers
 
     source = read_manifest(arguments.hub).require(digests=int(os.environ.get("RANK", 0)) == 0)
@@ -55,7 +54,7 @@ def convert(arguments: argparse.Namespace) -> None:
             "convert",
             arguments.folder,
             [file.name for file in arguments.folder.iterdir()],
-            arguments.provenance,
+            arguments.job,
             {
                 "mtp_num_layers": mtp_num_layers,
                 "dtype": str(hub.entries[mapping.TEXT + "embed_tokens.weight"].dtype).removeprefix("torch."),

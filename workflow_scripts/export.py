@@ -1,7 +1,6 @@
 """Turn torch_dist weights, converted or trained, back into the Hub's format: the files that were downloaded, anew."""
 
 import argparse
-import json
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,13 +11,13 @@ from checkpoints.manifest import Manifest, read_manifest, write_manifest
 from checkpoints.safetensors_io import HubCheckpoint, HubWriter
 from common.errors import UserError, run
 from common.files import hold, require_room
+from common.jobs import job_parser
 from qwen3_5.architecture import Architecture
 from qwen3_5.build import build_model, finalize, initialize
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
+    parser = job_parser(__doc__)
     parser.add_argument("--hub", type=Path, required=True, help="manifest of the download that training started from")
     parser.add_argument("--weights", type=Path, required=True, help="manifest of a conversion or a training run")
     parser.add_argument("--folder", type=Path, required=True, help="where to write the checkpoint")
@@ -56,7 +55,7 @@ def export(arguments: argparse.Namespace) -> None:
         "export",
         arguments.folder,
         writer.files(),
-        arguments.provenance,
+        arguments.job,
         source.facts | {"mtp_num_layers": mtp_num_layers},
     )
     finalize()

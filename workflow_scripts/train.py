@@ -1,7 +1,6 @@
 """Train a model with GRPO: alone, or as one of several processes under torchrun. A stopped run is continued."""
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -22,6 +21,7 @@ from checkpoints.safetensors_io import HubCheckpoint
 from common.errors import UserError, run
 from common.files import hold, sha256_of_all
 from common.interrupts import Interrupts
+from common.jobs import job_parser
 from common.problems import Problem
 from configuration import schema
 from configuration.layout import shape_fault
@@ -61,8 +61,7 @@ class Settings(schema.Section):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
+    parser = job_parser(__doc__)
     parser.add_argument("--hub", type=Path, required=True, help="the download's manifest")
     parser.add_argument("--weights", type=Path, required=True, help="the conversion's manifest")
     parser.add_argument("--data", type=Path, required=True, help="the training set's manifest")
@@ -70,7 +69,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the run: checkpoints, metrics, samples")
     parser.add_argument("--manifest", type=Path, required=True, help="the trained weights' manifest, written last")
     arguments = parser.parse_args()
-    settings = Settings.model_validate(arguments.provenance["config"])
+    settings = Settings.model_validate(arguments.job["config"])
     if settings.validation.interval and arguments.validation is None:
         parser.error("validation.interval is set, but no --validation set is given: give one, or set interval: 0")
 
@@ -167,7 +166,7 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
         progress=progress,
         learner=Learner(policy, optimizer, settings.optimizer),
         push_weights=lambda: push_weights(model, architecture, hub, engine, settings.engine),
-        provenance=arguments.provenance,
+        provenance=arguments.job,
         interrupts=interrupts,
         driver=driver,
         saved=saved,
@@ -340,7 +339,7 @@ def write_result(arguments: argparse.Namespace, checkpoint: Path) -> None:
         "checkpoint": checkpoint.name,
         "best": {"checkpoint": best.name, "score": run_state.read_progress(best).score} if best else None,
     }
-    write_manifest(arguments.manifest, "train", arguments.work, weights | logs, arguments.provenance, facts)
+    write_manifest(arguments.manifest, "train", arguments.work, weights | logs, arguments.job, facts)
 
 
 if __name__ == "__main__":
