@@ -29,14 +29,15 @@ rule all:
 
 
 onstart:
-    # Before anything runs: does this machine have what the jobs that are about to run need?
-    if workflow.local_exec and not workflow.touch:
-        complain(
-            check_jobs,
-            [
-                (job.rule.name, dict(job.wildcards))
-                for job in workflow.dag.needrun_jobs()
-            ],
-            settings,
-            provenance,
-        )
+    # Only the run that a user starts comes here, not those that an executor starts for single jobs on other nodes.
+    if not workflow.touch:
+        jobs = [*workflow.dag.needrun_jobs()]
+        if workflow.local_exec:
+            # Before anything runs: does this machine have what the jobs that are about to run need?
+            complain(
+                check_jobs,
+                [(job.rule.name, dict(job.wildcards)) for job in jobs],
+                settings,
+                provenance,
+            )
+        write_job_files(jobs)

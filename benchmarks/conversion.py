@@ -7,7 +7,6 @@ conversion and export also check the digests of what they read and write down th
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -18,8 +17,9 @@ from pathlib import Path
 from record import record
 
 from checkpoints.manifest import write_manifest
+from common.files import write_json
 
-PROVENANCE = json.dumps({"config": {"conversion": {}}, "code": "benchmark", "upstream": {}})
+JOB = {"config": {"conversion": {}}, "code": "benchmark", "upstream": {}}
 
 
 def main() -> None:
@@ -36,7 +36,9 @@ def main() -> None:
     size = sum((arguments.folder / name).stat().st_size for name in files)
 
     torch_dist, hub = arguments.scratch / "torch_dist", arguments.scratch / "hub"
-    common = ["--provenance", PROVENANCE, "--hub", str(download)]
+    job = arguments.scratch / "job.json"
+    write_json(job, JOB)
+    common = ["--job", str(job), "--hub", str(download)]
     to_torch_dist = [*common, "--folder", str(torch_dist), "--manifest", f"{torch_dist}.json"]
     to_hub = [*common, "--weights", f"{torch_dist}.json", "--folder", str(hub), "--manifest", f"{hub}.json"]
     copied, _ = timed(["cp", "-r", str(arguments.folder), str(arguments.scratch / "copy")], arguments.folder)

@@ -1,5 +1,4 @@
 # The checked configuration, where results lie, and the functions that the rules call.
-import json
 import os
 import sys
 from pathlib import Path
@@ -8,8 +7,8 @@ from shlex import quote
 sys.path.insert(0, f"{workflow.basedir}/workflow_scripts")
 
 from common.errors import UserError
+from common.files import write_json
 from common.working_folder import claim
-from configuration import staleness
 from configuration.layout import processes
 from configuration.loading import load, user_settings
 from configuration.preflight import check_jobs, table
@@ -93,22 +92,28 @@ def key(stage):
     return lambda wildcards: provenance.key(stage, **which(wildcards))
 
 
-def record(stage):
-    """What `key` is the digest of: the job takes its settings from it, and its manifest keeps it."""
-    return lambda wildcards, output: json.dumps(
-        provenance.of(stage, **which(wildcards))
+def job_file(wildcards, output):
+    """Where a job's settings lie: below jobs/, under the name of its first output."""
+    return (
+        Path(RESULTS, "jobs", Path(output[0]).relative_to(RESULTS))
+        .with_suffix(".json")
+        .as_posix()
     )
+
+
+def write_job_files(jobs):
+    """Leave for each job what `key` is the digest of: it takes its settings from it, and its manifest keeps it."""
+    for job in jobs:
+        if "job" in job.params.keys():
+            stage = {"page": "report"}.get(job.rule.name, job.rule.name)
+            write_json(job.params.job, provenance.job(stage, **which(job.wildcards)))
 
 
 def changes(stage):
     """What has changed since the result was made, in brackets, for a job's message."""
 
-    def of(wildcards, output):
-        made, now = Path(output[0]), provenance.of(stage, **which(wildcards))
-        if stage == "train":
-            found = staleness.of_training(made, now, work_folder(wildcards, output))
-        else:
-            found = staleness.changes(made, now)
+    def of(wildcards):
+        found = provenance.why(stage, **which(wildcards))
         return f" ({found})" if found else ""
 
     return of
@@ -147,11 +152,6 @@ def training_launch(wildcards):
 
 
 # ---- where things lie --------------------------------------------------------------------------------------------
-
-
-def work_folder(wildcards, output):
-    """Of a training: the same while its run may go on."""
-    return Path(output[0]).parent / provenance.work(wildcards.model)
 
 
 def training_data(wildcards):

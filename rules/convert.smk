@@ -16,7 +16,7 @@ rule convert:
         runtime=120,
     params:
         key=key("convert"),
-        provenance=record("convert"),
+        job=job_file,
         changes=changes("convert"),
         processes=lambda wildcards: of_model(wildcards).conversion.processes,
         launch=lambda wildcards: launched(
@@ -28,7 +28,7 @@ rule convert:
     message:
         "{wildcards.model}: convert to Megatron torch_dist{params.changes}"
     shell:
-        "use_gpus 0; OMP_NUM_THREADS=$(share {threads} {params.processes}) {params.launch} convert --provenance {params.provenance:q} --hub {input.hub:q}"
+        "use_gpus 0; OMP_NUM_THREADS=$(share {threads} {params.processes}) {params.launch} convert --job {params.job:q} --hub {input.hub:q}"
         " --mtp-num-layers {params.mtp_num_layers} --folder {params.folder:q}torch_dist --manifest {output:q} |& logged {log:q}"
 
 
@@ -48,11 +48,11 @@ rule export:
         runtime=120,
     params:
         key=key("export"),
-        provenance=record("export"),
+        job=job_file,
         changes=changes("export"),
         folder=subpath(output[0], strip_suffix=".json"),
     message:
         "{wildcards.model}: export the trained weights in the Hub's format{params.changes}"
     shell:
-        "use_gpus 0; python -m export --provenance {params.provenance:q} --hub {input.hub:q} --weights {input.weights:q}"
+        "use_gpus 0; python -m export --job {params.job:q} --hub {input.hub:q} --weights {input.weights:q}"
         " --folder {params.folder:q} --manifest {output:q} |& logged {log:q}"

@@ -14,14 +14,14 @@ rule download:
         runtime=240,
     params:
         key=key("download"),
-        provenance=record("download"),
+        job=job_file,
         changes=changes("download"),
         script=lambda wildcards: of_model(wildcards).source.script,
         hub=f"{RESULTS}/hub",
     message:
         "{wildcards.model}: fetch the starting weights{params.changes}"
     shell:
-        "use_gpus 0; python -m {params.script} --provenance {params.provenance:q} --name {wildcards.model}"
+        "use_gpus 0; python -m {params.script} --job {params.job:q} --name {wildcards.model}"
         " --folder {params.hub:q} --manifest {output:q} |& logged {log:q}"
 
 
@@ -38,12 +38,12 @@ rule dataset:
         runtime=60,
     params:
         key=key("dataset"),
-        provenance=record("dataset"),
+        job=job_file,
         changes=changes("dataset"),
         script=lambda wildcards: settings.datasets[wildcards.name].script,
         folder=subpath(output[0], parent=True),
     message:
         "{wildcards.name}: fetch the problem set{params.changes}"
     shell:
-        "python -m {params.script} --provenance {params.provenance:q} --name {wildcards.name}"
+        "python -m {params.script} --job {params.job:q} --name {wildcards.name}"
         " --folder {params.folder:q} --manifest {output:q} |& logged {log:q}"

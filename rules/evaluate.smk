@@ -19,11 +19,11 @@ rule evaluate:
         runtime=24 * 60,
     params:
         key=key("evaluate"),
-        provenance=record("evaluate"),
+        job=job_file,
         changes=changes("evaluate"),
         samples=subpath(output[0], strip_suffix=".json"),
     message:
         "{wildcards.model}: evaluate the {wildcards.weights} weights on {wildcards.dataset}{params.changes}"
     shell:
-        "use_gpus {resources.gpu}; python -m evaluate --provenance {params.provenance:q} --model {input.model:q} --data {input.data:q}"
+        "use_gpus {resources.gpu}; python -m evaluate --job {params.job:q} --model {input.model:q} --data {input.data:q}"
         " --samples {params.samples:q}.jsonl --manifest {output:q} |& logged {log:q}"

@@ -27,11 +27,11 @@ rule tables:
         runtime=30,
     params:
         key=key("tables"),
-        provenance=record("tables"),
+        job=job_file,
     message:
         "write the tables"
     shell:
-        "python -m make_tables --provenance {params.provenance:q} --scores {input.scores:q} --csv {output.csv:q}"
+        "python -m make_tables --job {params.job:q} --scores {input.scores:q} --csv {output.csv:q}"
         " --differences {output.differences:q} --markdown {output.markdown:q} --html {output.html:q} |& logged {log:q}"
 
 
@@ -52,13 +52,13 @@ rule plots:
         runtime=30,
     params:
         key=key("plots"),
-        provenance=record("plots"),
+        job=job_file,
         changes=changes("plots"),
         folder=subpath(output[0], strip_suffix=".json"),
     message:
         "draw the plots{params.changes}"
     shell:
-        "python -m make_plots --provenance {params.provenance:q} --scores {input.scores:q}"
+        "python -m make_plots --job {params.job:q} --scores {input.scores:q}"
         " --trainings {input.trainings:q} --folder {params.folder:q} --manifest {output:q} |& logged {log:q}"
 
 
@@ -82,9 +82,9 @@ rule page:
         runtime=30,
     params:
         key=key("report"),
-        provenance=record("report"),
+        job=job_file,
     message:
         "write the report"
     shell:
-        "python -m make_report --provenance {params.provenance:q} --scores {input.scores:q}"
+        "python -m make_report --job {params.job:q} --scores {input.scores:q}"
         " --trainings {input.trainings:q} --plots {input.plots:q} --sources {input.sources:q} --html {output:q} |& logged {log:q}"

@@ -1,5 +1,5 @@
-# GRPO. The work folder is no output, so a failed job never takes a half-trained run with it; its name tells the run's
-# settings apart, so that the same training goes on and another one starts anew.
+# GRPO. The folder that a run works in is no output, so a failed job never takes a half-trained run with it; which folder
+# it is depends on what the inputs hold (`open_run`), so the same training goes on and another one begins.
 
 
 rule train:
@@ -22,16 +22,17 @@ rule train:
         runtime=7 * 24 * 60,
     params:
         key=key("train"),
-        provenance=record("train"),
+        job=job_file,
         changes=changes("train"),
         processes=lambda wildcards: processes(of_model(wildcards).hardware),
         launch=training_launch,
-        work=work_folder,
+        runs=subpath(output[0], parent=True),
         validation=lambda wildcards, input: (
             f"--validation {quote(str(input.validation))}" if input.validation else ""
         ),
     message:
         "{wildcards.model}: train with GRPO{params.changes}"
     shell:
-        "use_gpus {resources.gpu}; OMP_NUM_THREADS=$(share {threads} {params.processes}) {params.launch} train --provenance {params.provenance:q} --hub {input.hub:q} --weights {input.weights:q}"
-        " --data {input.data:q} {params.validation} --work {params.work:q} --manifest {output:q} |& logged {log:q}"
+        "use_gpus {resources.gpu}; {{ work=$(python -m open_run --job {params.job:q} --runs {params.runs:q} --manifest {output:q}); [ -e {output:q} ] ||"
+        " OMP_NUM_THREADS=$(share {threads} {params.processes}) {params.launch} train --job {params.job:q} --hub {input.hub:q} --weights {input.weights:q}"
+        ' --data {input.data:q} {params.validation} --work "$work" --manifest {output:q}; }} |& logged {log:q}'

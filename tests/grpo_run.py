@@ -16,7 +16,7 @@ from checkpoints.manifest import write_manifest
 from common.errors import UserError
 from configuration.schema import TinyModel
 from rewards.math import Verdict
-from stages import convert_arguments, vouch
+from stages import convert_arguments, job_arguments, vouch
 from tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
 from tiny.problems import all_additions
 from tiny.tokenizer import train_tokenizer
@@ -92,7 +92,7 @@ def arguments(folder: Path, work: Path, **changes) -> list[str]:
     """Command line of a training in ``work``; ``changes`` are settings as section={key: value}."""
     config = {section: values | changes.get(section, {}) for section, values in SETTINGS.items()}
     return [
-        *("--provenance", json.dumps({"config": config, "code": "c", "upstream": {}})),
+        *job_arguments(config),
         *("--hub", str(folder / "download.json"), "--weights", str(folder / "torch_dist.json")),
         *("--data", str(folder / "train.json"), "--validation", str(folder / "evaluation.json")),
         *("--work", str(work), "--manifest", f"{work}.json"),

@@ -1,5 +1,7 @@
 """Run the entry scripts that move weights, in this process or in their own."""
 
+import functools
+import hashlib
 import json
 import subprocess
 import sys
@@ -12,8 +14,6 @@ import psutil
 
 from checkpoints.manifest import write_manifest
 
-CONVERSION = {"config": {"conversion": {}}, "code": "c", "upstream": {}}
-
 
 def vouch(hub: Path, manifest: Path) -> Path:
     """The manifest of a download, for a folder made by a test."""
@@ -21,17 +21,32 @@ def vouch(hub: Path, manifest: Path) -> Path:
     return write_manifest(manifest, "download", hub, files, {}, {"repo": "owner/name"}).path
 
 
+@functools.cache
+def _jobs() -> tempfile.TemporaryDirectory:
+    """A folder that lasts as long as this process."""
+    return tempfile.TemporaryDirectory(prefix="jobs-")
+
+
+def job_arguments(config: dict) -> list[str]:
+    """The option that gives an entry script its settings."""
+    content = json.dumps({"config": config, "code": "c", "upstream": {}})
+    path = Path(_jobs().name, f"{hashlib.sha256(content.encode()).hexdigest()}.json")
+    path.write_text(content)
+    return ["--job", str(path)]
+
+
 def convert_arguments(download: Path, folder: Path, mtp_num_layers: int = 1) -> list[str]:
     return [
-        *("--provenance", json.dumps(CONVERSION), "--hub", str(download), "--mtp-num-layers", str(mtp_num_layers)),
+        *job_arguments({"conversion": {}}),
+        *("--hub", str(download), "--mtp-num-layers", str(mtp_num_layers)),
         *("--folder", str(folder), "--manifest", f"{folder}.json"),
     ]
 
 
 def export_arguments(download: Path, weights: Path, folder: Path) -> list[str]:
     return [
-        *("--provenance", json.dumps({"config": {}, "code": "c", "upstream": {}}), "--hub", str(download)),
-        *("--weights", str(weights), "--folder", str(folder), "--manifest", f"{folder}.json"),
+        *job_arguments({}),
+        *("--hub", str(download), "--weights", str(weights), "--folder", str(folder), "--manifest", f"{folder}.json"),
     ]
 
 

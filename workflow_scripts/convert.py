@@ -1,8 +1,8 @@
 """Turn a model in the Hub's format into Megatron-Core's torch_dist: in one process, or in several under torchrun."""
 
 import argparse
-import json
 import os
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,18 +10,18 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoints import mapping, torch_dist
-from checkpoints.manifest import read_manifest, write_manifest
+from checkpoints.manifest import keep_manifest, read_manifest, same_result, write_manifest
 from checkpoints.safetensors_io import HubCheckpoint
 from common.errors import UserError, run
 from common.files import hold
+from common.jobs import job_parser
 from configuration.schema import Conversion, Parallel
 from qwen3_5.architecture import Architecture
 from qwen3_5.build import build_model, finalize, initialize
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
+    parser = job_parser(__doc__)
     parser.add_argument("--hub", type=Path, required=True, help="the download's manifest")
     parser.add_argument("--mtp-num-layers", type=int, help="MTP layers to convert (default: as configured)")
     parser.add_argument("--folder", type=Path, required=True, help="where to write the torch_dist checkpoint")
@@ -32,10 +32,16 @@ def main() -> None:
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    settings = Conversion.model_validate(arguments.provenance["config"]["conversion"])
+    first = int(os.environ.get("RANK", 0)) == 0
+    if same := same_result(arguments.folder, arguments.job):
+        if first:
+            print("the same weights, settings and code as before: nothing to convert", file=sys.stderr)
+            write_manifest(arguments.manifest, same.kind, same.root, same.files, arguments.job, same.facts)
+        return
+    settings = Conversion.model_validate(arguments.job["config"]["conversion"])
     mtp_num_layers = settings.mtp_num_layers if arguments.mtp_num_layers is None else arguments.mtp_num_layers
 
-    source = read_manifest(arguments.hub).require(digests=int(os.environ.get("RANK", 0)) == 0)
+    source = read_manifest(arguments.hub).require(digests=first)
     architecture, hub = Architecture.from_folder(source.root), HubCheckpoint(source.root)
     parallel = layout(architecture, processes=int(os.environ.get("WORLD_SIZE", 1)))
     initialize(parallel)
@@ -50,12 +56,12 @@ def convert(arguments: argparse.Namespace) -> None:
         torch_dist.save(model, arguments.folder, bar.update)
 
     if dist.get_rank() == 0:
-        write_manifest(
+        made = write_manifest(
             arguments.manifest,
             "convert",
             arguments.folder,
             [file.name for file in arguments.folder.iterdir()],
-            arguments.provenance,
+            arguments.job,
             {
                 "mtp_num_layers": mtp_num_layers,
                 "dtype": str(hub.entries[mapping.TEXT + "embed_tokens.weight"].dtype).removeprefix("torch."),
@@ -63,6 +69,7 @@ def convert(arguments: argparse.Namespace) -> None:
                 "parallel": parallel.model_dump(mode="json"),
             },
         )
+        keep_manifest(made)
     finalize()
 
 

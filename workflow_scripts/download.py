@@ -1,7 +1,6 @@
 """Bring a model or a data set here: from the Hub at one commit, or from a local folder; checked and recorded."""
 
 import argparse
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from checkpoints.manifest import write_manifest
 from common.errors import run
 from common.files import hold
+from common.jobs import job_parser
 from common.labels import BOX
 from common.problems import Problem, asks_for_a_box, kinds_of, load_problem_set
 from configuration.schema import Architecture, Dataset, ModelSource, Section
@@ -24,8 +24,7 @@ class ModelSettings(Section):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
+    parser = job_parser(__doc__)
     parser.add_argument("--name", required=True, help="what a local folder's files are called here")
     parser.add_argument("--folder", type=Path, required=True, help="where to put the files, in a folder of their own")
     parser.add_argument("--manifest", type=Path, required=True, help="what to write")
@@ -35,7 +34,7 @@ def main() -> None:
 
 
 def download(arguments: argparse.Namespace) -> None:
-    settings = arguments.provenance["config"]
+    settings = arguments.job["config"]
 
     if "dataset" in settings:
         dataset = Dataset.model_validate(settings["dataset"])
@@ -69,7 +68,7 @@ def download(arguments: argparse.Namespace) -> None:
         "download",
         snapshot.root,
         snapshot.files,
-        arguments.provenance,
+        arguments.job,
         snapshot.facts | facts,
     )
 

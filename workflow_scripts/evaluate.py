@@ -1,14 +1,16 @@
 """Evaluate a checkpoint on one problem set: sample, grade, score. Saved samples of the same weights are not redone."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from checkpoints.manifest import Manifest, read_manifest, versions, write_manifest
+from checkpoints.manifest import Manifest, read_manifest, write_manifest
 from common.errors import UserError, run
 from common.files import hold
-from configuration.provenance import code_digest, engine_file
+from common.jobs import job_parser
+from common.versions import SAMPLING, versions
+from configuration.code import code_digest
+from configuration.provenance import engine_file
 from configuration.schema import Engine, Evaluation, Reward
 from evaluation.problems import load_problems
 from evaluation.sampling import BATCH, SampleFile, origin_of, read_samples, sample_problems, wanted_samples
@@ -18,12 +20,10 @@ from rollout.engine import start_engine
 from rollout.prompts import load_tokenizer, stop_token_ids
 
 SCRIPTS = Path(__file__).parent
-NOT_SAMPLING = ("snakemake", "megatron-core")  # packages that no sample depends on
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
+    parser = job_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="manifest of a download or an export")
     parser.add_argument("--data", type=Path, required=True, help="manifest of the problem set")
     parser.add_argument("--samples", type=Path, required=True, help="samples.jsonl to write, or to go on with")
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    config = arguments.provenance["config"]
+    config = arguments.job["config"]
     settings, reward = Evaluation.model_validate(config["evaluation"]), Reward.model_validate(config["reward"])
     engine_settings = Engine.model_validate(config["engine"]).model_copy(
         update={"mem_fraction_static": settings.mem_fraction_static}
@@ -69,7 +69,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     with Grader(reward) as grader:
         facts = {"dataset": arguments.data.stem, **scores(problems, samples, settings, grader)}
     files = [arguments.samples.name]
-    write_manifest(arguments.manifest, "evaluate", arguments.samples.parent, files, arguments.provenance, facts)
+    write_manifest(arguments.manifest, "evaluate", arguments.samples.parent, files, arguments.job, facts)
 
 
 def sampler(model: Manifest, engine: Engine) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def sampler(model: Manifest, engine: Engine) -> dict[str, Any]:
         "files": {name: entry["sha256"] for name, entry in sorted(model.files.items())},
         "engine": engine.model_dump(mode="json", include={"kind", "speculation", "server_arguments"}),
         "code": code_digest(SCRIPTS, "evaluation/sampling.py", engine_file(engine.kind)),
-        "versions": {name: version for name, version in versions().items() if name not in NOT_SAMPLING},
+        "versions": versions(SAMPLING),
     }
 
 

@@ -1,24 +1,24 @@
 """Turn torch_dist weights, converted or trained, back into the Hub's format: the files that were downloaded, anew."""
 
 import argparse
-import json
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
 from checkpoints import mapping, torch_dist
 from checkpoints.folders import finish_folder, partial_folder, start_folder
-from checkpoints.manifest import Manifest, read_manifest, write_manifest
+from checkpoints.manifest import Manifest, keep_manifest, read_manifest, same_result, write_manifest
 from checkpoints.safetensors_io import HubCheckpoint, HubWriter
 from common.errors import UserError, run
 from common.files import hold, require_room
+from common.jobs import job_parser
 from qwen3_5.architecture import Architecture
 from qwen3_5.build import build_model, finalize, initialize
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
+    parser = job_parser(__doc__)
     parser.add_argument("--hub", type=Path, required=True, help="manifest of the download that training started from")
     parser.add_argument("--weights", type=Path, required=True, help="manifest of a conversion or a training run")
     parser.add_argument("--folder", type=Path, required=True, help="where to write the checkpoint")
@@ -29,6 +29,10 @@ def main() -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
+    if same := same_result(arguments.folder, arguments.job):
+        print("the same weights and code as before: nothing to export", file=sys.stderr)
+        write_manifest(arguments.manifest, same.kind, same.root, same.files, arguments.job, same.facts)
+        return
     source = read_manifest(arguments.hub).require(digests=True)
     weights = weights_folder(read_manifest(arguments.weights).require(digests=True))
 
@@ -51,14 +55,15 @@ def export(arguments: argparse.Namespace) -> None:
             writer.write(name, tensor)
             bar.update()
     finish_folder(partial, arguments.folder)
-    write_manifest(
+    made = write_manifest(
         arguments.manifest,
         "export",
         arguments.folder,
         writer.files(),
-        arguments.provenance,
+        arguments.job,
         source.facts | {"mtp_num_layers": mtp_num_layers},
     )
+    keep_manifest(made)
     finalize()
 
 

@@ -1,7 +1,5 @@
 """Draw the plots: PNG for papers and slides, SVG in a light and a dark drawing for the report."""
 
-import argparse
-import json
 from pathlib import Path
 
 from tqdm import tqdm
@@ -9,20 +7,20 @@ from tqdm import tqdm
 from checkpoints.manifest import write_manifest
 from common.errors import run
 from common.files import atomic_write
+from common.jobs import job_parser
 from configuration.schema import Plots
 from reporting.plots import all_plots
 from reporting.results import pairs, read_scores, read_trainings
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
+    parser = job_parser(__doc__)
     parser.add_argument("--scores", type=Path, nargs="*", default=[], help="manifests of evaluations")
     parser.add_argument("--trainings", type=Path, nargs="*", default=[], help="manifests of trainings")
     parser.add_argument("--folder", type=Path, required=True, help="where to draw")
     parser.add_argument("--manifest", type=Path, required=True, help="what to write: the drawings with their captions")
     arguments = parser.parse_args()
-    settings = Plots.model_validate(arguments.provenance["config"]["plots"])
+    settings = Plots.model_validate(arguments.job["config"]["plots"])
     plots = all_plots(read_trainings(arguments.trainings), pairs(read_scores(arguments.scores)))
     facts, files = [], []
     for plot in tqdm(plots, desc="plots", mininterval=1):
@@ -34,7 +32,7 @@ def main() -> None:
     for old in [*arguments.folder.glob("*.png"), *arguments.folder.glob("*.svg")]:
         if old.name not in files:  # of a model that is no longer listed
             old.unlink()
-    write_manifest(arguments.manifest, "plots", arguments.folder, files, arguments.provenance, {"plots": facts})
+    write_manifest(arguments.manifest, "plots", arguments.folder, files, arguments.job, {"plots": facts})
 
 
 if __name__ == "__main__":

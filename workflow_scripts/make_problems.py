@@ -1,24 +1,23 @@
 """Make a problem set of sums in the place of a download: a JSON-lines file and its manifest."""
 
-import argparse
 import json
 from pathlib import Path
 
 from checkpoints.manifest import write_manifest
 from common.errors import run
 from common.files import atomic_write
+from common.jobs import job_parser
 from configuration.schema import Dataset
 from tiny.problems import draw
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
+    parser = job_parser(__doc__)
     parser.add_argument("--name", required=True, help="what the problem set is called here")
     parser.add_argument("--folder", type=Path, required=True, help="where to write the file, in a folder of its own")
     parser.add_argument("--manifest", type=Path, required=True, help="what to write, last")
     arguments = parser.parse_args()
-    dataset = Dataset.model_validate(arguments.provenance["config"]["dataset"])
+    dataset = Dataset.model_validate(arguments.job["config"]["dataset"])
     folder = arguments.folder / arguments.name
 
     rows = [addition.row(dataset.prompt_key, dataset.label_key) for addition in draw(dataset.problems)]
@@ -29,7 +28,7 @@ def main() -> None:
         "prompt_key": dataset.prompt_key,
         "label_key": dataset.label_key,
     }
-    write_manifest(arguments.manifest, "download", folder, [dataset.file], arguments.provenance, facts)
+    write_manifest(arguments.manifest, "download", folder, [dataset.file], arguments.job, facts)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Write the report: one HTML page that holds scores, differences, plots, samples, settings and origins."""
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +7,7 @@ from pathlib import Path
 from checkpoints.manifest import Manifest, read_manifest
 from common.errors import run
 from common.files import atomic_write
+from common.jobs import job_parser
 from configuration.schema import Plots
 from evaluation.overlap import overlap
 from reporting.report import report_page
@@ -16,8 +15,7 @@ from reporting.results import Score, Training, pairs, read_scores, read_training
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
+    parser = job_parser(__doc__)
     parser.add_argument("--scores", type=Path, nargs="+", required=True, help="manifests of evaluations")
     parser.add_argument("--trainings", type=Path, nargs="*", default=[], help="manifests of trainings")
     parser.add_argument("--plots", type=Path, required=True, help="the manifest of the plots")

@@ -1,11 +1,10 @@
 """Write the tables of scores and of paired differences: as CSV, Markdown and HTML."""
 
-import argparse
-import json
 from pathlib import Path
 
 from common.errors import run
 from common.files import atomic_write
+from common.jobs import job_parser
 from configuration.schema import Plots
 from reporting.report import tables_page
 from reporting.results import pairs, read_scores
@@ -13,8 +12,7 @@ from reporting.tables import difference_table, markdown, score_table, titled
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
+    parser = job_parser(__doc__)
     parser.add_argument("--scores", type=Path, nargs="+", required=True, help="manifests of evaluations")
     parser.add_argument("--csv", type=Path, required=True, help="table of scores to write")
     parser.add_argument("--differences", type=Path, required=True, help="table of paired differences to write, as CSV")

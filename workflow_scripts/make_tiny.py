@@ -12,6 +12,7 @@ from checkpoints.folders import finish_folder, partial_folder, start_folder
 from checkpoints.manifest import describe, write_manifest
 from common.errors import run
 from common.files import hold
+from common.jobs import job_parser
 from configuration.schema import ModelSource
 from tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
 from tiny.tokenizer import train_tokenizer
@@ -19,8 +20,7 @@ from tiny.warm_up import warm_up
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
+    parser = job_parser(__doc__)
     parser.add_argument("--name", required=True, help="what the model is called here")
     parser.add_argument("--folder", type=Path, required=True, help="where to write the files, in a folder of their own")
     parser.add_argument("--manifest", type=Path, required=True, help="what to write, last")
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def make(arguments: argparse.Namespace) -> None:
-    tiny = ModelSource.model_validate(arguments.provenance["config"]["source"]).tiny
+    tiny = ModelSource.model_validate(arguments.job["config"]["source"]).tiny
     transformers.logging.set_verbosity_error()  # it recommends GPU kernels
 
     torch.set_num_threads(1)  # its products are too small to share, and so the weights are the same on any machine
@@ -52,7 +52,7 @@ def make(arguments: argparse.Namespace) -> None:
         "download",
         folder,
         files,
-        arguments.provenance,
+        arguments.job,
         {"repo": None, "revision": None, "commit": commit, "tiny": tiny.model_dump(mode="json")},
     )
 

@@ -1,7 +1,6 @@
 """Train a model with GRPO: alone, or as one of several processes under torchrun. A stopped run is continued."""
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -17,13 +16,14 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from checkpoints import torch_dist
-from checkpoints.manifest import Manifest, describe, read_manifest, write_manifest
+from checkpoints.manifest import Manifest, describe, keep_manifest, read_manifest, write_manifest
 from checkpoints.safetensors_io import HubCheckpoint
 from common.errors import UserError, run
 from common.files import hold, sha256_of_all
 from common.interrupts import Interrupts
+from common.jobs import job_parser
 from common.problems import Problem
-from configuration import schema
+from configuration import runs, schema
 from configuration.layout import shape_fault
 from configuration.memory import GIB, beside, estimate
 from evaluation.overlap import overlap
@@ -61,8 +61,7 @@ class Settings(schema.Section):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--provenance", type=json.loads, required=True, help="JSON: config slice, code, upstream")
+    parser = job_parser(__doc__)
     parser.add_argument("--hub", type=Path, required=True, help="the download's manifest")
     parser.add_argument("--weights", type=Path, required=True, help="the conversion's manifest")
     parser.add_argument("--data", type=Path, required=True, help="the training set's manifest")
@@ -70,7 +69,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the run: checkpoints, metrics, samples")
     parser.add_argument("--manifest", type=Path, required=True, help="the trained weights' manifest, written last")
     arguments = parser.parse_args()
-    settings = Settings.model_validate(arguments.provenance["config"])
+    settings = Settings.model_validate(arguments.job["config"])
     if settings.validation.interval and arguments.validation is None:
         parser.error("validation.interval is set, but no --validation set is given: give one, or set interval: 0")
 
@@ -148,8 +147,6 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
             " raise it, or move that folder away"
         )
     if first:
-        if not saved:
-            announce(arguments.work)
         metrics.truncate_logs(arguments.work, progress.log_bytes)
     if saved and progress.rollout == training.rollouts and not progress.validation_due(settings.validation.interval):
         return saved
@@ -167,7 +164,7 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
         progress=progress,
         learner=Learner(policy, optimizer, settings.optimizer),
         push_weights=lambda: push_weights(model, architecture, hub, engine, settings.engine),
-        provenance=arguments.provenance,
+        provenance=arguments.job,
         interrupts=interrupts,
         driver=driver,
         saved=saved,
@@ -214,17 +211,6 @@ def out_of_memory(error: RuntimeError) -> str:
         f"{str(error).partition(' Of the allocated memory')[0]} ({place}): lower training.max_tokens_per_gpu or"
         " engine.mem_fraction_static and run again; it goes on from the last checkpoint"
     )
-
-
-def announce(work: Path) -> None:
-    """Say that a run begins beside others of its name, whose settings or code were different."""
-    others = sorted(path.name for path in work.parent.iterdir() if path.is_dir() and path != work)
-    if others:
-        print(
-            f"{work}: a new run, since its settings, code or data differ from those of {', '.join(others)};"
-            " what lies there stays",
-            file=sys.stderr,
-        )
 
 
 def start_driver(
@@ -339,8 +325,10 @@ def write_result(arguments: argparse.Namespace, checkpoint: Path) -> None:
         "rollouts": run_state.read_progress(checkpoint).rollout,
         "checkpoint": checkpoint.name,
         "best": {"checkpoint": best.name, "score": run_state.read_progress(best).score} if best else None,
+        "made_by": runs.made_by(arguments.work),
     }
-    write_manifest(arguments.manifest, "train", arguments.work, weights | logs, arguments.provenance, facts)
+    files = weights | logs
+    keep_manifest(write_manifest(arguments.manifest, "train", arguments.work, files, arguments.job, facts))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 The disk is a small one in memory, mounted where only the test's own processes see it.
 """
 
-import json
 import os
 import shlex
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 import grpo_run
 from checkpoints.manifest import read_manifest
 from hub_server import serve
-from stages import convert_arguments, export_arguments
+from stages import convert_arguments, export_arguments, job_arguments
 
 MAY_MOUNT = subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
 pytestmark = pytest.mark.skipif(not MAY_MOUNT, reason="mounting a small disk needs root")
@@ -58,9 +57,9 @@ def on_a_disk(environment, tmp_path):
 
 def test_download(on_a_disk):
     weights = os.urandom(2**21)
-    provenance = {"config": {"source": {"repo": "Qwen/tiny", "revision": "main"}}, "code": "c", "upstream": {}}
+    settings = {"source": {"repo": "Qwen/tiny", "revision": "main"}}
     command = [
-        *("-m", "download", "--provenance", json.dumps(provenance), "--name", "tiny"),
+        *("-m", "download", *job_arguments(settings), "--name", "tiny"),
         *("--folder", str(on_a_disk.disk / "hub"), "--manifest", str(on_a_disk.disk / "download.json")),
     ]
     with serve() as hub:
@@ -110,7 +109,7 @@ def test_an_evaluation_keeps_its_samples_and_samples_the_others(prepared, on_a_d
     line, kept = on_a_disk(
         12,
         [
-            *("-m", "evaluate", "--provenance", json.dumps({"config": config, "code": "c", "upstream": {}})),
+            *("-m", "evaluate", *job_arguments(config)),
             *("--model", str(prepared / "download.json"), "--data", str(prepared / "evaluation.json")),
             *("--samples", f"{results}.jsonl", "--manifest", f"{results}.json"),
         ],

@@ -1,5 +1,6 @@
 """What a user calls, and what Snakemake answers, for the four recipes on a machine without GPUs."""
 
+import json
 import re
 import shutil
 
@@ -39,7 +40,7 @@ def test_a_training_waits_for_its_validation_set_if_it_has_one(snakemake, tmp_pa
     )
     fetched = set(re.findall(r"^Job \d+: (\S+): fetch the problem set$", said(done), flags=re.MULTILINE))
     assert fetched == {"dapo-math-17k"} | ({"aime-2024"} if interval else set())
-    command = next(line for line in said(done).splitlines() if " train --provenance" in line)
+    command = next(line for line in said(done).splitlines() if " train --job" in line)
     assert ("--validation results/data/aime-2024.json" in command) == bool(interval)
     assert "--data results/data/dapo-math-17k.json" in command
 
@@ -49,13 +50,20 @@ def test_without_a_target_everything_is_made(snakemake, tmp_path, root):
     assert re.search(r"^all +1$", said(done), flags=re.MULTILINE), said(done)
 
 
-def test_what_config_nests_is_read_as_yaml(snakemake, tmp_path, root):
-    given = "engine={server_arguments: {disable_prefill_cuda_graph: false, random_seed: 3, grammar_backend: null}}"
-    done = snakemake(
-        *("-n", "-p", "--directory", str(tmp_path), "--config", given, "--", "train_9B"), snakefile=root / "Snakefile"
-    )
-    taken = '"server_arguments": {"disable_prefill_cuda_graph": false, "random_seed": 3, "grammar_backend": null}'
-    assert taken in said(done)
+def test_a_job_takes_its_settings_from_a_file_that_only_a_real_run_writes(snakemake, tmp_path, root):
+    dataset = "{problems: {split: train, rows: 3}, file: sums.jsonl, instruction: null}"  # read as YAML: null is None
+    arguments = ("--cores", "1", "--directory", str(tmp_path), "--config", f"datasets={{sums: {dataset}}}")
+    target = ("--", "results/data/sums.json")
+    for flags in (("-n",), ("-n", "-p"), ("--summary",), ("--list-changes", "params")):
+        done = snakemake(*flags, *arguments, *target, snakefile=root / "Snakefile", check=True)
+        assert not (tmp_path / "results").exists(), flags
+        assert '"config"' not in said(done)
+    done = snakemake(*arguments, *target, snakefile=root / "Snakefile", check=True)
+    job = json.loads((tmp_path / "results/jobs/data/sums.json").read_text())
+    assert job["config"]["dataset"]["problems"] == {"split": "train", "seed": 0, "rows": 3}
+    assert job["config"]["dataset"]["instruction"] is None
+    assert json.loads((tmp_path / "results/data/sums.json").read_text())["provenance"] == job
+    assert (tmp_path / "results/data/sums/sums.jsonl").read_text().count("\n") == 3
 
 
 def test_a_configuration_that_is_not_yaml_is_named_with_the_line(snakemake, tmp_path, root):
@@ -71,7 +79,7 @@ def test_a_configuration_that_is_not_yaml_is_named_with_the_line(snakemake, tmp_
 
 def test_conversion_of_the_mixture_of_experts_is_launched_by_torchrun_with_its_mtp_layer(snakemake, tmp_path, root):
     done = snakemake("-n", "-p", "--directory", str(tmp_path), "--", "convert_35B_A3B", snakefile=root / "Snakefile")
-    command = next(line for line in said(done).splitlines() if " convert --provenance" in line)
+    command = next(line for line in said(done).splitlines() if " convert --job" in line)
     assert "torchrun --standalone --nproc-per-node=8" in command and "--mtp-num-layers 1" in command
 
 

@@ -17,6 +17,7 @@ from configuration.schema import Architecture
 from configuration.shape import text_config
 from evaluation.problems import load_problems
 from hub_server import Fault, HubServer, serve
+from stages import job_arguments
 
 SCRIPTS = Path(__file__).parents[2] / "workflow_scripts"
 # The script as it is, less patient between its tries.
@@ -73,8 +74,7 @@ class Run:
                 sys.executable,
                 "-c",
                 IMPATIENT,
-                "--provenance",
-                json.dumps({"config": config, "code": "c", "upstream": {}}),
+                *job_arguments(config),
                 *("--name", "tiny", "--folder", str(self.folder / "results/hub")),
                 "--manifest",
                 str(self.manifest),

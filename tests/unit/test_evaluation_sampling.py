@@ -20,7 +20,7 @@ from evaluation.scores import evaluate as evaluate_live
 from rewards.math import Grader
 from rollout.engine import Completion, SamplingParams, request_seed, start_engine
 from rollout.prompts import encode_prompt, load_tokenizer, stop_token_ids
-from stages import flip_a_bit
+from stages import flip_a_bit, job_arguments
 from tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
 from tiny.tokenizer import train_tokenizer
 
@@ -54,14 +54,15 @@ def run(inputs, tmp_path, monkeypatch):
     def call(*options, model="download.json", reward=None, engine=None, **settings):
         config = {"evaluation": SETTINGS | settings, "engine": {"kind": "cpu"} | (engine or {}), "reward": reward or {}}
         arguments = {
-            "--provenance": json.dumps({"config": config, "code": "c", "upstream": {}}),
             "--model": inputs / model,
             "--data": inputs / "sums.json",
             "--samples": tmp_path / "eval" / "base.jsonl",
             "--manifest": tmp_path / "eval" / "base.json",
         }
         monkeypatch.setattr(
-            sys, "argv", ["evaluate.py", *options, *(str(x) for pair in arguments.items() for x in pair)]
+            sys,
+            "argv",
+            ["evaluate.py", *options, *job_arguments(config), *(str(x) for pair in arguments.items() for x in pair)],
         )
         evaluate.main()
         return read_manifest(tmp_path / "eval" / "base.json").require(digests=True)

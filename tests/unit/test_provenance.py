@@ -6,7 +6,8 @@ import pytest
 
 from configuration import provenance
 from configuration.loading import load
-from configuration.provenance import Provenance, code_digest
+from configuration.code import code_digest
+from configuration.provenance import Provenance
 
 
 @pytest.mark.parametrize(("name", "depends"), [("4B", True), ("tiny", False)])

@@ -24,7 +24,7 @@ from reporting.report import HEAD, TAIL, _training_facts, shortened
 from reporting.results import pairs, read_scores, read_trainings
 from reporting.tables import difference_table, in_words, markdown, points, readable_scores, score_table
 from rewards.math import Grader
-from stages import flip_a_bit
+from stages import flip_a_bit, job_arguments
 
 SCRIPTS = Path(__file__).parents[2] / "workflow_scripts"
 PROBLEMS, SAMPLES = 30, 8
@@ -132,8 +132,7 @@ def results(tmp_path_factory) -> Path:
 
 def run(script: str, config: dict, *arguments: object) -> subprocess.CompletedProcess:
     """Run an entry script as the rules do."""
-    provenance = json.dumps({"config": config, "code": "c", "upstream": {}})
-    command = [sys.executable, "-m", script, "--provenance", provenance, *map(str, arguments)]
+    command = [sys.executable, "-m", script, *job_arguments(config), *map(str, arguments)]
     environment = {"PYTHONPATH": str(SCRIPTS), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 

@@ -1,6 +1,5 @@
 """The made checkpoints: what Transformers loads, in the names and dtypes of the Hub, the same for the same seed."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ from safetensors import safe_open
 import make_tiny
 from checkpoints.manifest import Manifest, read_manifest
 from common.files import read_json
+from stages import job_arguments
 from tiny.checkpoint import lengthen_memory
 
 STEPS = 2
@@ -19,11 +19,10 @@ STEPS = 2
 
 def make(folder: Path, **tiny) -> Manifest:
     """Run the script in this process, as ``results/tiny/download.json`` below ``folder``."""
-    provenance = {"config": {"source": {"tiny": tiny}}, "code": "", "upstream": {}}
     manifest = folder / "results/tiny/download.json"
     with pytest.MonkeyPatch.context() as patch:
         places = ["--name", "tiny", "--folder", str(folder / "results/hub"), "--manifest", str(manifest)]
-        patch.setattr("sys.argv", ["make_tiny.py", "--provenance", json.dumps(provenance), *places])
+        patch.setattr("sys.argv", ["make_tiny.py", *job_arguments({"source": {"tiny": tiny}}), *places])
         make_tiny.main()
     return read_manifest(manifest).require(digests=True)
 

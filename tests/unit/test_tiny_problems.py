@@ -48,8 +48,8 @@ def test_the_script_writes_the_rows_under_the_configured_keys(tmp_path, monkeypa
     dataset = {"problems": {"split": "evaluation", "rows": 5}, "file": "sums.jsonl", "label_key": "answer"}
     provenance = {"config": {"dataset": dataset, "name": "sums"}, "code": "", "upstream": {}}
     places = ["--name", "sums", "--folder", str(tmp_path / "data"), "--manifest", str(tmp_path / "data/sums.json")]
-    arguments = ["--provenance", json.dumps(provenance), *places]
-    monkeypatch.setattr("sys.argv", ["make_problems.py", *arguments])
+    (tmp_path / "job.json").write_text(json.dumps(provenance))
+    monkeypatch.setattr("sys.argv", ["make_problems.py", "--job", str(tmp_path / "job.json"), *places])
     make_problems.main()
 
     manifest = read_manifest(tmp_path / "data/sums.json").require(digests=True)

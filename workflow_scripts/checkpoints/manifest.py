@@ -4,8 +4,6 @@ A rule's declared output is a manifest; the folder that it names hangs off it. C
 read (`require`), and digests where a flipped bit would hurt (``digests=True``).
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +14,6 @@ from typing import Any
 from common.errors import UserError
 from common.files import read_json, sha256_of, write_json
 from common.versions import versions
-
-WEIGHTS = ".distcp"  # torch_dist's tensors; a random number of each save is in the files beside them
-PLACES = ("repo", "revision", "folder", "problems")  # where a data set is from says nothing of what it holds
 
 
 @dataclass(frozen=True)
@@ -121,27 +116,10 @@ def side_by_side(measure: Callable[[Path], Any], files: list[Path]) -> list[Any]
         return list(pool.map(measure, files))
 
 
-def content_of(manifest: dict[str, Any]) -> str:
-    """A digest of what later stages read of a result, given its manifest as JSON.
-
-    A conversion's or a training's is of its tensors alone, a data set's is also of how prompts are made of its rows, an
-    evaluation's also of its scores.
-    """
-    kind, facts = manifest["kind"], manifest["facts"]
-    files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-    more: Any = None
-    if kind in ("convert", "train"):
-        files = {name.rpartition("/")[2]: sha for name, sha in files.items() if name.endswith(WEIGHTS)}
-    elif kind == "evaluate":
-        more = facts
-    elif "prompt_key" in facts:
-        settings = manifest["provenance"]["config"]["dataset"]
-        more = {key: value for key, value in settings.items() if key not in PLACES}
-    return hashlib.sha256(json.dumps([files, more], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def same_result(folder: Path, job: dict[str, Any]) -> Manifest | None:
-    """The manifest of what lies in ``folder``, if it was made of the same inputs by the same settings, code and versions.
+def same_result(
+    folder: Path, job: dict[str, Any], parts: tuple[str, ...] = ("config", "code", "versions", "inputs")
+) -> Manifest | None:
+    """The manifest of what lies in ``folder``, if it was made of the same: the same ``parts`` of the job's record.
 
     Snakemake deletes a rule's output before its job runs; `keep_manifest` leaves a copy beside the folder.
     """
@@ -149,7 +127,7 @@ def same_result(folder: Path, job: dict[str, Any]) -> Manifest | None:
         kept = read_manifest(_kept(folder)).require()
     except UserError:
         return None
-    same = all(kept.provenance.get(part) == job[part] for part in ("config", "code", "versions", "inputs"))
+    same = all(part in job and kept.provenance.get(part) == job[part] for part in parts)
     return kept if same else None
 
 

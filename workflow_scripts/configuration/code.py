@@ -88,7 +88,9 @@ class _WithoutTexts(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         name = ast.unparse(node.func).rpartition(".")[2]
-        to_stderr = any(keyword.arg == "file" and ast.unparse(keyword.value) == "sys.stderr" for keyword in node.keywords)
+        to_stderr = any(
+            keyword.arg == "file" and ast.unparse(keyword.value) == "sys.stderr" for keyword in node.keywords
+        )
         if name in TELLING or (name == "print" and to_stderr):
             # The first argument of `add_argument` is the argument's name.
             node.args = node.args if name == "add_argument" else [_emptied(argument) for argument in node.args]

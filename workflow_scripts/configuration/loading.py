@@ -28,7 +28,9 @@ from configuration.schema import NAME, Dataset, Model, ModelSource, Plots, Root
 PLACES = frozenset(ModelSource.places + Dataset.places)
 RETYPED = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float")}
 SHARED = tuple(name for name in Model.model_fields if name not in ("source", "architecture"))
-TAKEN = {"all", "data", "hub", "logs", "benchmarks", "caches", "tables", "plots"}  # by targets, or beside the models'
+TAKEN = {  # by targets, or by what lies beside the models' results
+    *("all", "data", "hub", "jobs", "logs", "benchmarks", "caches", "tables", "plots"),
+}
 EXPECTED = {  # where pydantic's own words are about Python
     "model_type": "a section of settings is expected",
     "dict_type": "a section of settings is expected",

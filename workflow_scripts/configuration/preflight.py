@@ -98,8 +98,8 @@ def _disk_to_take_gib(configuration: Configuration, provenance: Provenance, mode
     disk = disk_gib(configuration.models[model], stage)
     if stage != "train":
         return disk
-    work = Path(configuration.results, model, "grpo", configuration.run, provenance.work(model))
-    taken = sum(file.stat().st_size for file in work.glob("*checkpoint-*/**/*") if file.is_file())
+    work = provenance.run(model)
+    taken = sum(file.stat().st_size for file in work.glob("*checkpoint-*/**/*") if file.is_file()) if work else 0
     return max(disk - taken / GIB, 0)
 
 

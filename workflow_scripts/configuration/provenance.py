@@ -15,11 +15,11 @@ import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoints.manifest import content_of
 from common import versions
+from common.contents import content_of
 from common.errors import UserError
 from common.files import read_json, sha256_of
-from configuration import staleness
+from configuration import runs, staleness
 from configuration.code import code_digest, digest
 from configuration.loading import Configuration
 from configuration.schema import Section
@@ -140,7 +140,33 @@ class Provenance:
 
     def why(self, stage: str, **which: str) -> str:
         """What has changed since a result was made, for people; empty where nothing did, or nothing was made."""
-        return staleness.few(self.state(stage, **which).stale, ", ")
+        changed = staleness.few(self.state(stage, **which).stale, ", ")
+        return self._why_training(changed, **which) if stage == "train" else changed
+
+    def run(self, model: str) -> Path | None:
+        """The folder of the run that a training would go on with, by what its inputs are now; None if it begins."""
+        states = {name: self.state(of, **its) for name, (of, its) in self._parts("train", model=model).upstream.items()}
+        inputs = {name: content_of(state.made) for name, state in states.items() if state.made}
+        return runs.find(
+            self._manifest("train", {"model": model}).parent, self.of("train", model=model) | {"inputs": inputs}
+        )
+
+    def _why_training(self, changed: str, model: str) -> str:
+        """What has changed, whether the run goes on, and how to get the other where code alone decides."""
+        by = staleness.makers(made["provenance"], self.of("train", model=model)) if (made := self._made(model)) else []
+        if run := self.run(model):
+            goes_on = f"the run goes on after {runs.rollouts(run)} rollouts"
+            others = [maker["commit"] or maker["code"] for maker in runs.made_by(run)]
+            if staleness.makers(runs.made_by(run)[-1], self.of("train", model=model)):
+                goes_on += f" of {others[-1]}; training.on_code_change: new begins another"
+            return "; ".join(filter(None, [changed, goes_on]))
+        if not changed:
+            return ""
+        hint = "; training.on_code_change: continue would go on" if by else ""
+        return f"{changed}; a new run begins, and the old one stays{hint}"
+
+    def _made(self, model: str) -> dict[str, Any] | None:
+        return self.state("train", model=model).made
 
     def _changed_inputs(self, before: dict[str, Any], stage: str, **which: str) -> list[str]:
         """What a result was made of and is no longer the same, in words."""

@@ -49,6 +49,11 @@ def open_run(runs: Path, job: dict[str, Any]) -> Path:
     return found
 
 
+def made_by(folder: Path) -> list[dict[str, Any]]:
+    """Who has worked on a run: ``{"from_rollout", "commit", "code", "versions"}`` each, in their order."""
+    return read_json(folder / FILE)["made_by"] if (folder / FILE).exists() else []
+
+
 def identity(job: dict[str, Any]) -> dict[str, Any]:
     """What a run must share with a job to be its: the settings that decide its numbers, and what it began with."""
     return {

@@ -188,11 +188,6 @@ class Algorithm(Section):
     old_log_prob_forward: bool = Field(False, description="recompute old log-probs even with one step a rollout")
     entropy_metric: bool = Field(False, description="compute the entropy even where its coefficient is 0")
 
-    @property
-    def has_kl_loss(self) -> bool:
-        """Whether the divergence from the starting weights is a part of the loss."""
-        return self.use_kl_loss and self.kl_coefficient > 0
-
 
 class Optimizer(Section):
     name: Literal["adam"] = "adam"
@@ -231,6 +226,11 @@ class Training(Section):
         5, description="steps in a row, skipped for a NaN or infinite loss or gradient, that end a run"
     )
     wandb_project: str | None = Field(None, description="also log to this Weights & Biases project")
+    on_code_change: Literal["new", "continue"] = Field(
+        "new",
+        description="when the training's code or a package's version has changed: begin a new run beside the old one,"
+        " or go on with the one that there is and keep a finished one",
+    )
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:

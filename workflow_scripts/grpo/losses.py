@@ -27,6 +27,11 @@ class TokenBatch:
     reference_log_probs: Tensor | None = None
 
 
+def has_kl_loss(algorithm: Algorithm) -> bool:
+    """Whether the divergence from the starting weights is a part of the loss."""
+    return algorithm.use_kl_loss and algorithm.kl_coefficient > 0
+
+
 def token_weight(response_length: int, responses: int, tokens: int, aggregation: str) -> float:
     """One token's weight in the step's loss.
 
@@ -103,7 +108,7 @@ def grpo_loss(
     if batch.reference_log_probs is not None:
         kl = low_variance_kl(log_probs, batch.reference_log_probs)
         metrics["kl"] = weights * kl
-        if algorithm.has_kl_loss:
+        if has_kl_loss(algorithm):
             token_loss = token_loss + algorithm.kl_coefficient * kl
     if entropy is not None:
         metrics["entropy"] = weights * entropy

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from configuration.schema import Algorithm, Mtp, Sampling, Training
 from grpo.log_probs import token_log_probs
-from grpo.losses import TokenBatch, grpo_loss, token_weight
+from grpo.losses import TokenBatch, grpo_loss, has_kl_loss, token_weight
 from grpo.metrics import expert_metrics
 from grpo.packing import pack_sequences
 from grpo.samples import TrainingSequence
@@ -83,7 +83,7 @@ class Policy:
         """Whether a response of advantage 0 has a gradient."""
         algorithm = self.algorithm
         return (
-            algorithm.has_kl_loss
+            has_kl_loss(algorithm)
             or bool(algorithm.entropy_coefficient)
             or self.mtp.train
             or bool(self.model.config.moe_aux_loss_coeff)
@@ -234,7 +234,7 @@ def _idle_share(began: float, device: torch.device) -> dict[str, float]:
 
 
 def _wants_reference(algorithm: Algorithm) -> bool:
-    return algorithm.reference_forward or algorithm.has_kl_loss
+    return algorithm.reference_forward or has_kl_loss(algorithm)
 
 
 def _context_size() -> int:

@@ -247,8 +247,14 @@ def _origin(manifest: Manifest) -> dict[str, str]:
         "from": source,
         "files": str(len(manifest.files)),
         "size": f"{size / 1024**unit:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}",
-        "code": manifest.provenance.get("code", "–"),
+        "code": _makers(manifest),
     }
+
+
+def _makers(manifest: Manifest) -> str:
+    """The commits that made a result, a training's in their order; digests of their code outside of git."""
+    makers = manifest.facts.get("made_by") or [manifest.provenance]
+    return ", ".join(dict.fromkeys(maker.get("commit") or maker.get("code") or "–" for maker in makers))
 
 
 def _table(table: pd.DataFrame) -> dict[str, Any]:

@@ -1,0 +1,48 @@
+"""Choose the folder that a training works in, and print it: of the run that goes on, or of one that begins.
+
+A run that is finished already is vouched for at once; whoever called then finds the manifest and has nothing to do.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from checkpoints.manifest import same_result, write_manifest
+from common.errors import run
+from common.files import hold
+from common.jobs import job_parser
+from configuration import runs
+
+
+def main() -> None:
+    parser = job_parser(__doc__)
+    parser.add_argument("--runs", type=Path, required=True, help="the folder of all runs of this name")
+    parser.add_argument("--manifest", type=Path, required=True, help="the trained weights' manifest")
+    arguments = parser.parse_args()
+    job = arguments.job
+    with hold(arguments.runs / "runs"):
+        others = sorted(folder.name for folder in arguments.runs.glob("*") if (folder / runs.FILE).exists())
+        folder = runs.open_run(arguments.runs, job)
+    made_by = runs.made_by(folder)
+    if others and folder.name not in others:
+        print(
+            f"{folder}: a new run, since its settings, code or data differ from those of {', '.join(others)};"
+            " what lies there stays",
+            file=sys.stderr,
+        )
+    if len(made_by) > 1:
+        print(f"{folder}: made by {told(made_by)}", file=sys.stderr)
+    parts = ("config", "inputs") if job["config"]["training"]["on_code_change"] == "continue" else None
+    if same := same_result(folder, job, parts) if parts else same_result(folder, job):
+        print(f"{folder}: all {same.facts['rollouts']} rollouts are done: nothing to train", file=sys.stderr)
+        write_manifest(arguments.manifest, same.kind, same.root, same.files, job, same.facts)
+    print(folder)
+
+
+def told(made_by: list[dict[str, Any]]) -> str:
+    """Who made which rollouts of a run."""
+    return ", ".join(f"{maker['commit'] or maker['code']} from rollout {maker['from_rollout']}" for maker in made_by)
+
+
+if __name__ == "__main__":
+    run(main)
