@@ -4,7 +4,8 @@ from fractions import Fraction
 
 import pytest
 
-from rewards.answers import SYMBOL, extract, last_box, read_answer
+from rewards.answers import extract, last_box, read_answer
+from rewards.latex import OutOfBounds
 
 
 @pytest.mark.parametrize(
@@ -174,13 +175,14 @@ def test_more_than_a_number_has_no_value(raw):
 
 
 def test_a_label_that_is_an_equation_is_not_its_right_hand_side():
-    assert read_answer("x^2 + y^2 = 1", name=SYMBOL).value is None
-    assert read_answer("x_1 = 33", name=SYMBOL).value == 33
+    assert read_answer("x^2 + y^2 = 1", is_label=True).value is None
+    assert read_answer("x_1 = 33", is_label=True).value == 33
 
 
 @pytest.mark.parametrize("raw", ["1" * 1001, "\ufdfa" * 999])
 def test_overlong_answers_are_refused_also_where_normalising_makes_them_so(raw):
-    assert read_answer(raw) is None
+    with pytest.raises(OutOfBounds, match="too_long"):
+        read_answer(raw)
 
 
 def test_equal_numbers_vote_for_the_same_answer():
