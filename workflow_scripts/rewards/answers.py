@@ -18,7 +18,7 @@ from rewards.expressions import (
     split_list,
     unknowns,
 )
-from rewards.latex import Token, closing, spelled, tokenize, unwrapped
+from rewards.latex import Token, balanced, closing, spelled, tokenize, unwrapped
 from rewards.units import split_unit
 
 INK = re.compile(r"\S")
@@ -246,7 +246,7 @@ def _is_name(tokens: list[Token], tree: Tree | None) -> bool:
     if tree is not None:
         names = unknowns(tree)
         return bool(names) and (len(names) > 1 or tree[0] == "apply" or _degree(tree) > 1)
-    if not tokens or tokens[0].kind == "number":
+    if not tokens or tokens[0].kind == "number" or not balanced(tokens):
         return False
     words = [token for token in tokens if token.kind == "word" and (token.upright or not _is_letters(token))]
     if any(word.text.lower() not in FUNCTIONS.union(QUANTITIES.split()) for word in words):

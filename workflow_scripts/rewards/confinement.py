@@ -58,11 +58,14 @@ ALLOWED = {
     "exit": (60, 93),
     "exit_group": (231, 94),
 }
-# Allowed only where an argument, by its position, has none of the bits of a mask: files are opened for reading ...
+# Allowed only where arguments, by their positions, have none of the bits of a mask: files are opened for reading ...
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-ALLOWED_WITHOUT_BITS = {"openat": ((257, 56), 2, WRITING), "open": ((2, None), 1, WRITING)}
-# ... and of the limits only that of processor time, which is 0, is set, for each question anew.
-ALLOWED_WITHOUT_BITS["prlimit64"] = ((302, 261), 1, 0xFFFFFFFF)
+ALLOWED_WITHOUT_BITS = {
+    "openat": ((257, 56), {2: WRITING}),
+    "open": ((2, None), {1: WRITING}),
+    # ... and of the limits only that of its own (process 0) processor time (resource 0) is set, for each question anew.
+    "prlimit64": ((302, 261), {0: 0xFFFFFFFF, 1: 0xFFFFFFFF}),
+}
 
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data, in bytes
@@ -115,15 +118,16 @@ def _program(column: int, architecture: int) -> bytes:
     for numbers in ALLOWED.values():
         if (number := numbers[column]) is not None:
             steps += [_step(JUMP_EQUAL, number, skip_else=1), _step(RETURN, ALLOW)]
-    for numbers, argument, mask in ALLOWED_WITHOUT_BITS.values():
+    for numbers, masks in ALLOWED_WITHOUT_BITS.values():
         if (number := numbers[column]) is not None:
-            steps += [
-                _step(JUMP_EQUAL, number, skip_else=4),
-                _step(LOAD, ARGUMENTS + 8 * argument),
-                _step(JUMP_BITS, mask, skip_if=1),
-                _step(RETURN, ALLOW),
-                _step(RETURN, REFUSE),
-            ]
+            looks = []
+            for argument, mask in masks.items():
+                looks += [
+                    _step(LOAD, ARGUMENTS + 8 * argument),
+                    _step(JUMP_BITS, mask, skip_else=1),
+                    _step(RETURN, REFUSE),
+                ]
+            steps += [_step(JUMP_EQUAL, number, skip_else=len(looks) + 1), *looks, _step(RETURN, ALLOW)]
     return b"".join([*steps, _step(RETURN, REFUSE)])
 
 

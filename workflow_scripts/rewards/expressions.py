@@ -287,7 +287,7 @@ class _Reader:
         text = self.token().text
         self.position += 1
         if self.take("_"):
-            return ("based", text.lstrip("0") or "0", self.subscript())
+            return self.based(text)
         value = _decimal(text)
         return self.mixed(value) if value[0] == "number" and text.isdigit() else value
 
@@ -355,15 +355,15 @@ class _Reader:
         members, _ = split_list(inner)
         trees = [_Reader(member, self.depth).whole() for member in members]
         if len(trees) == 1 and (opening + end == "()" or (opening + end == "[]" and trees[0][0] == "matrix")):
-            return self.based(inner, trees[0])
+            number_alone = len(inner) == 1 and inner[0].kind == "number"
+            return self.based(inner[0].text) if number_alone and self.take("_") else trees[0]
         if opening + end not in ("()", "[]") and len(trees) != 2:
             raise Unreadable("brackets of two kinds")
         return ("sequence", opening, end, *trees)
 
-    def based(self, inner: list[Token], tree: Tree) -> Tree:
-        if len(inner) == 1 and inner[0].kind == "number" and self.take("_"):
-            return ("based", inner[0].text.lstrip("0") or "0", self.subscript())
-        return tree
+    def based(self, digits: str) -> Tree:
+        """A number with its base, ``4210_5``: equal to nothing but the same digits to the same base."""
+        return ("based", digits.lstrip("0") or "0", self.subscript().replace("(", "").replace(")", ""))
 
     def set(self) -> Tree:
         inner, _, _ = self.inside(r"\}")

@@ -162,7 +162,7 @@ def _unit(tokens: list[Token]) -> str | None:
             spelled += TEMPERATURES[token.text]
         elif token.text in ("/", "per") and not joined and not pending:
             spelled, joined = f"{spelled}/", True
-        elif not (token.text in (".", "-") and spelled + pending):
+        elif not (token.text == "." and position and tokens[position - 1].kind == "word"):  # sq. ft.
             return None
         position += 1
     return None if joined or pending else spelled.strip("/")
