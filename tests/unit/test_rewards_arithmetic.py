@@ -16,7 +16,6 @@ def evaluate(text):
     return arithmetic.evaluate(read_expression(tokenize(text)))
 
 
-
 @pytest.mark.parametrize(
     ("text", "value"),
     [

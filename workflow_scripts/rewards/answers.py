@@ -1,6 +1,7 @@
 r"""From a response's text to the one answer that it gives: the last complete ``\boxed{}`` behind the reasoning."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -10,7 +11,6 @@ from rewards.comparison import Item, Statement
 from rewards.expressions import (
     APPLIED,
     COLLECTIONS,
-    FUNCTIONS,
     GREEK,
     Tree,
     Unreadable,
@@ -18,7 +18,7 @@ from rewards.expressions import (
     split_list,
     unknowns,
 )
-from rewards.latex import Token, balanced, closing, spelled, tokenize, unwrapped
+from rewards.latex import FUNCTIONS, Token, balanced, closing, spelled, tokenize, unwrapped
 from rewards.units import split_unit
 
 INK = re.compile(r"\S")
@@ -169,10 +169,9 @@ def _lead_in(tokens: list[Token]) -> int:
 def _read_item(tokens: list[Token], is_label: bool) -> Item:
     text = spelled(tokens)
     sides, relations = _sides(tokens)
-    *lefts, last = sides
-    last, unit = split_unit(last)
-    trees = [_tree(side) for side in (*lefts, last)]
-    if not lefts:
+    sides, units = zip(*map(split_unit, sides), strict=True)
+    trees, unit = [_tree(side) for side in sides], units[-1]
+    if not relations:
         return Item(text, unit=unit, tree=trees[0])
     relation = ("relation", " ".join(relations), *trees) if None not in trees else None
     name, tree = _stated(sides, trees, relations, is_label)
@@ -202,7 +201,7 @@ def _sides(tokens: list[Token]) -> tuple[list[list[Token]], list[str]]:
 
 
 def _stated(
-    sides: list[list[Token]], trees: list[Tree | None], relations: list[str], is_label: bool
+    sides: Sequence[list[Token]], trees: list[Tree | None], relations: list[str], is_label: bool
 ) -> tuple[str, Tree | None]:
     """What a chain of relations says that something is, and the name of that; no tree where it says no such thing."""
     kinds = set(relations)
@@ -221,7 +220,9 @@ def _stated(
     for side, left in zip(sides, lefts, strict=False):
         if left == last:
             continue
-        if not (_is_symbol(left) or (not is_label and not unknowns(last) and _is_name(side, left))):
+        further = bool(name) and left is not None and unknowns(left)  # S = \frac{1}{2}ab = 33
+        names = not is_label and not unknowns(last) and (further or _is_name(side, left))
+        if not (_is_symbol(left) or names):
             return "", None
         name = name or spelled(side)
     return name, last
@@ -242,10 +243,12 @@ def _is_name(tokens: list[Token], tree: Tree | None) -> bool:
     r"""Whether an answer's left-hand side names what was asked for: ``m + n``, ``\angle ABC``, ``P(X = 3)``, ``[ABC]``.
 
     ``2x`` and ``x + 1`` do not: an equation that is linear in its one unknown says what that is, not what ``2x`` is.
+    Nor does a multiple, ``33 ab``, which begins with another number than what it would be worth.
     """
     if tree is not None:
         names = unknowns(tree)
-        return bool(names) and (len(names) > 1 or tree[0] == "apply" or _degree(tree) > 1)
+        multiple = tree[0] == "negate" or (tree[0] == "multiply" and any(factor[0] == "number" for factor in tree[1:]))
+        return not multiple and bool(names) and (len(names) > 1 or tree[0] == "apply" or _degree(tree) > 1)
     if not tokens or tokens[0].kind == "number" or not balanced(tokens):
         return False
     words = [token for token in tokens if token.kind == "word" and (token.upright or not _is_letters(token))]

@@ -7,10 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rewards.expressions import Tree, unknowns
+from rewards.polynomials import NotPolynomial, difference, is_plain, normal_form, ratio
 
 Equal = Callable[[Tree, Tree], bool]
 
 ORDERED = {"sequence", "matrix", "row"}
+NUMBER_SETS = {rf"\mathbb {letter}" for letter in "NZQC"}
+INFINITE = {("constant", "infinity"), ("negate", ("constant", "infinity"))}
+POSITIVE_MULTIPLES = {"<", ">", r"\leq", r"\geq"}
 SET_OPERATIONS = {"union", "intersection", "difference"}
 
 
@@ -59,7 +63,7 @@ def same(label: Tree, answer: Tree, equal: Equal) -> bool:
     """Whether two trees are of the same structure, with equal expressions in the same places."""
     kinds = {label[0], answer[0]}
     if kinds & SET_OPERATIONS:
-        return equal(label, answer)
+        return all(_is_set(tree) for tree in (label, answer)) and equal(label, answer)
     if kinds == {"set"}:
         return _same_in_any_order(label[1:], answer[1:], lambda a, b: same(a, b, equal))
     if len(kinds) == 1 and label[0] in ORDERED:
@@ -79,12 +83,29 @@ def exactly(label: Tree, answer: Tree) -> bool:
     """Equality as far as it shows without sympy; `Undecided` beyond."""
     if label == answer:
         return True
-    numbers = [tree[0] == "number" for tree in (label, answer)]
-    if all(numbers):
+    if label in INFINITE or answer in INFINITE:
         return False
-    if any(numbers) and (unknowns(label) or unknowns(answer)):
-        return False  # a number is no expression in unknowns
-    raise Undecided
+    try:
+        agree = _polynomials_agree(label, answer)
+    except NotPolynomial:
+        agree = None
+    if agree is None and unknowns(label) == unknowns(answer):
+        raise Undecided
+    return agree is True  # a number is no expression in unknowns, nor one in x another in y
+
+
+def _polynomials_agree(label: Tree, answer: Tree) -> bool | None:
+    """Whether two expressions have one normal form, or two relations such that are multiples; None without proof."""
+    if label[0] == answer[0] == "relation":
+        if label[1] != answer[1] or label[1] not in POSITIVE_MULTIPLES | {"="}:
+            return None
+        forms = difference(*label[2:]), difference(*answer[2:])
+        multiple = ratio(*forms)
+        agree = multiple is not None and (multiple > 0 or label[1] == "=")
+    else:
+        forms = normal_form(label), normal_form(answer)
+        agree = forms[0] == forms[1]
+    return agree if agree or all(map(is_plain, forms)) else None
 
 
 def _same_item(label: Item, answer: Item, must_name: bool, equal: Equal) -> bool:
@@ -98,9 +119,7 @@ def _same_item(label: Item, answer: Item, must_name: bool, equal: Equal) -> bool
             return (not (label.unit and answer.unit) or label.unit == answer.unit) and same(
                 label.tree, answer.tree, equal
             )
-    if label.relation is not None and answer.relation is not None:
-        return label.relation[1:2] == answer.relation[1:2] and equal(label.relation, answer.relation)
-    return False
+    return label.relation is not None and answer.relation is not None and equal(label.relation, answer.relation)
 
 
 def _same_in_any_order(label: Sequence, answer: Sequence, alike: Callable) -> bool:
@@ -119,6 +138,11 @@ def _as_list(statement: Statement) -> Statement:
     if more or item.tree is None or item.tree[0] != "set" or len(item.tree) < 3:
         return statement
     return Statement(tuple(Item(f"{place}th of {item.text}", tree=tree) for place, tree in enumerate(item.tree[1:])))
+
+
+def _is_set(tree: Tree) -> bool:
+    interval = tree[0] == "sequence" and len(tree) == 5
+    return interval or tree[0] in SET_OPERATIONS | {"set"} or (tree[0] == "constant" and tree[1] in NUMBER_SETS)
 
 
 def _is_inequality(item: Item) -> bool:

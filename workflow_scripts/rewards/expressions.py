@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 
-from rewards.latex import MAX_DEPTH, Gap, OutOfBounds, Token, closing
+from rewards.latex import FUNCTIONS, MAX_DEPTH, Gap, OutOfBounds, Token, closing
+from rewards.units import UNITS
 
 Tree = tuple
 
@@ -18,8 +19,6 @@ GREEK_LETTERS = """
     alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega
 """
 GREEK = {rf"\{name}" for lower in GREEK_LETTERS.split() for name in (lower, lower.capitalize())} | {r"\Pi", r"\ell"}
-FUNCTION_NAMES = "sin cos tan cot sec csc arcsin arccos arctan asin acos atan sinh cosh tanh ln log lg exp"
-FUNCTIONS = set(FUNCTION_NAMES.split())
 ANGLE_FUNCTIONS = {f"\\{name}" for name in ("sin", "cos", "tan", "cot", "sec", "csc")}
 APPLIED = {"f", "g", "h", "F", "G", "P", "E"}  # letters that are functions where a bracket follows
 SHORT_WORDS = "an as at be by do go he if in is it me my no of on or so to up us we and any are but for not odd the yes"
@@ -435,12 +434,16 @@ class _Reader:
 
 
 def _letters(token: Token) -> list[Token]:
-    """A word in mathematics is the product of its letters, unless it is a function's name, a constant or English."""
+    """A word in mathematics is the product of its letters, unless it is a function's name, a constant, English, a unit."""
     text = token.text
     if token.kind != "word" or len(text) == 1 or text in FUNCTIONS or text in CONSTANTS or text == "sqrt":
         return [token]
     is_product = (
-        text.isascii() and not token.upright and (len(text) < 4 or text.isupper()) and text.lower() not in ENGLISH
+        text.isascii()
+        and not token.upright
+        and (len(text) < 4 or text.isupper())
+        and text.lower() not in ENGLISH
+        and text not in UNITS
     )
     if not is_product:
         raise Unreadable(text)

@@ -84,6 +84,8 @@ ALIASES = {
 }
 ESCAPED = {"%": "%", "{": r"\{", "}": r"\}", "|": r"\|", "$": r"\$", "#": "#", "_": r"\_", "&": r"\&"}
 ASCII_RELATIONS = {"<=": r"\leq", ">=": r"\geq", "!=": r"\neq", "**": "^", ":=": "="}
+FUNCTION_NAMES = "sin cos tan cot sec csc arcsin arccos arctan asin acos atan sinh cosh tanh ln log lg exp"
+FUNCTIONS = set(FUNCTION_NAMES.split())
 SPACES = {*",;:> ", "thinspace", "enspace", "medspace", "thickspace"}
 DROPPED = re.compile(r"left|right|middle|[bB]igg?[lrm]?|(?:display|text|script)style|limits|nolimits")
 APART = re.compile(r"q?quad|newline|[()\[\]]|rm|bf|it|sf|tt")

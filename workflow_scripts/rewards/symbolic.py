@@ -45,7 +45,7 @@ def _is_zero(difference: Expr) -> bool:
 
 
 def _vanishes(difference: Expr) -> bool:
-    symbols = sorted(difference.free_symbols, key=str)
+    symbols = _symbols(difference)
     for start in range(len(PROBES) if symbols else 1):
         values = {symbol: _rational(PROBES[(start + place) % len(PROBES)]) for place, symbol in enumerate(symbols)}
         value = difference.subs(values).evalf(DIGITS)
@@ -68,10 +68,15 @@ def _same_relation(label: Tree, answer: Tree) -> bool:
         other = -other
     if signs[0] not in ("=", "<", ">", r"\leq", r"\geq", r"\neq") or _vanishes(one) or _vanishes(other):
         return False
-    ratio = sympy.simplify(other / one)
-    if ratio.free_symbols or not ratio.is_finite:
+    probe = {symbol: _rational(PROBES[place % len(PROBES)]) for place, symbol in enumerate(_symbols(one, other))}
+    if one.subs(probe).equals(0):
         return False
+    ratio = sympy.radsimp(other.subs(probe) / one.subs(probe))
     return _is_zero(other - ratio * one) and (signs[0] in ("=", r"\neq") or ratio.is_positive is True)
+
+
+def _symbols(*expressions: Expr) -> list[sympy.Symbol]:
+    return sorted(set().union(*(expression.free_symbols for expression in expressions)), key=str)
 
 
 def _same_set(one: sympy.Set, other: sympy.Set) -> bool:

@@ -2,8 +2,7 @@
 
 import re
 
-from rewards.expressions import FUNCTIONS
-from rewards.latex import Token, balanced
+from rewards.latex import FUNCTIONS, Token, balanced
 
 # The spellings of one unit on a line, its name first. "-" marks those that are read as text only: 5m may be 5 times m.
 # Case counts in short ones, since 33 M is 33 million.
@@ -103,7 +102,7 @@ CURRENCIES = {"dollar", "pound-sterling", "euro", "yen", "rupee"}
 TEMPERATURES = {"C": "C", "F": "F", "Celsius": "C", "Fahrenheit": "F"}  # behind degrees
 POWERS = {"square": "2", "sq": "2", "cubic": "3", "cu": "3", "squared": "2", "cubed": "3"}
 
-NAMES = {
+UNITS = {
     word.rstrip("-"): line.split()[0].rstrip("-") for line in MEASURES.strip().splitlines() for word in line.split()
 } | dict.fromkeys(COUNTED.split(), "")
 TEXT_ONLY = {word.rstrip("-") for word in MEASURES.split() if word.endswith("-")}
@@ -183,7 +182,7 @@ def _name(token: Token) -> str | None:
     if token.kind != "word":
         return None
     word = token.text if len(token.text) < 4 else token.text.lower()
-    if word in NAMES and (token.upright or word not in TEXT_ONLY):
-        return NAMES[word]
+    if word in UNITS and (token.upright or word not in TEXT_ONLY):
+        return UNITS[word]
     parts = HAN_UNITS.findall(word)
     return "".join(HAN[part] for part in parts) if parts and "".join(parts) == word else None

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from queue import SimpleQueue
+from queue import LifoQueue
 
 from common.errors import UserError
 from rewards import sympy_worker
@@ -43,7 +43,7 @@ class SympyWorkers:
     def __init__(self, max_seconds: float) -> None:
         self.max_seconds = max_seconds
         self.count = min(MAX_WORKERS, os.cpu_count() or 1)
-        self.idle: SimpleQueue[_Worker] = SimpleQueue()
+        self.idle: LifoQueue[_Worker] = LifoQueue()  # the last that answered is running already
         self.workers = [_Worker() for _ in range(self.count)]
         for worker in self.workers:
             self.idle.put(worker)
