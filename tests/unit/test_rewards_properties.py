@@ -1,4 +1,4 @@
-"""No rewriting by spaces, fonts, braces or units makes a wrong answer right; spaces and braces make no right one wrong."""
+"""Spaces, fonts, braces and units make no wrong answer right; spaces and braces make no right answer wrong."""
 
 import re
 
@@ -25,15 +25,17 @@ WRONG = [
     *(("3^3", "33"), ("3_3", "33"), ("3/3", "33"), (r"\frac{3}{3}", "33"), ("3+3", "33"), ("3!", "3"), ("34", "33")),
     *(("33 million", "33"), ("33x", "33"), (r"34 \ne x = 33", "33"), (r"\{33\}", "33"), ("2x=33", "33")),
     *(("(2,1)", "(1,2)"), ("(2,1)", "21"), ("[1,2)", "(1,2)"), ("x^2", "x2"), ("x+1", "x"), (r"\sqrt{16}", "16")),
-    *((r"\begin{pmatrix}3\\3\end{pmatrix}", "33"), (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}12\end{pmatrix}")),
-]  # fmt: skip
+    (r"\begin{pmatrix}3\\3\end{pmatrix}", "33"),
+    (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}12\end{pmatrix}"),
+]
 RIGHT = [
     *(("33", "33"), ("-33", "-33"), (r"\frac{66}{2}", "33"), ("x=33", "33"), ("m+n=33", "33"), (r"\sqrt{16}", "4")),
     *(("(1,2)", "(1,2)"), ("[0,1)", "[0,1)"), (r"\{1,2\}", r"\{2,1\}"), ("1,2,5", "5,1,2"), ("4210_{5}", "4210_5")),
     *(("x^{2}+1", "1+x^2"), (r"1.5\times10^{3}", "1500"), ("y=2x+3", "2x-y+3=0"), (r"33\mathrm{cm}^2", "33")),
-    *((r"1\pm\sqrt{3}", r"1-\sqrt3,1+\sqrt3"), (r"x\in[-2,7]", r"-2\le x\le7"), (r"\$18.90", "18.9"), (r"90^\circ", "90")),
-    *((r"(0,1)\cup(2,3)", r"(2,3)\cup(0,1)"), (r"{1\over4}", "0.25"), ("6-5i", "-5i+6"), ("|-33|", "33")),
-]  # fmt: skip
+    *((r"1\pm\sqrt{3}", r"1-\sqrt3,1+\sqrt3"), (r"x\in[-2,7]", r"-2\le x\le7"), (r"\$18.90", "18.9")),
+    *((r"(0,1)\cup(2,3)", r"(2,3)\cup(0,1)"), (r"{1\over4}", "0.25"), (r"90^\circ", "90"), ("|-33|", "33")),
+    ("6-5i", "-5i+6"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def rewritten(draw, answers):
     return "".join(parts), label
 
 
-@settings(max_examples=3000, deadline=None, derandomize=True)
+@settings(max_examples=1000, deadline=None, derandomize=True)
 @given(rewritten(WRONG))
 def test_no_rewriting_makes_a_wrong_answer_right(grader, pair):
     answer, label = pair
@@ -95,7 +97,7 @@ def respaced(draw):
     return shown, label
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True)
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(respaced())
 def test_no_spaces_or_braces_make_a_right_answer_wrong(grader, pair):
     answer, label = pair

@@ -434,7 +434,7 @@ class _Reader:
 
 
 def _letters(token: Token) -> list[Token]:
-    """A word in mathematics is the product of its letters, unless it is a function's name, a constant, English, a unit."""
+    """A word in mathematics is the product of its letters, but for names of functions, constants, English and units."""
     text = token.text
     if token.kind != "word" or len(text) == 1 or text in FUNCTIONS or text in CONSTANTS or text == "sqrt":
         return [token]
