@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from rewards import arithmetic
 from rewards.arithmetic import MAX_BITS, NotArithmetic, NoValue
-from rewards.expressions import Unreadable, read_expression
+from rewards.expressions import read_expression
 from rewards.latex import OutOfBounds, tokenize
+from rewards.lists import Unreadable
 
 
 def evaluate(text):

@@ -8,17 +8,10 @@ from typing import Literal
 
 from rewards.arithmetic import NoValue, fold
 from rewards.comparison import Item, Statement
-from rewards.expressions import (
-    APPLIED,
-    COLLECTIONS,
-    GREEK,
-    Tree,
-    Unreadable,
-    read_expression,
-    split_list,
-    unknowns,
-)
+from rewards.expressions import APPLIED, GREEK, read_expression
 from rewards.latex import FUNCTIONS, Token, balanced, closing, spelled, tokenize, unwrapped
+from rewards.lists import Unreadable, split_list
+from rewards.trees import COLLECTIONS, Tree, unknowns
 from rewards.units import split_unit
 
 INK = re.compile(r"\S")
@@ -144,8 +137,8 @@ def _trimmed(tokens: list[Token]) -> list[Token]:
     """Without full stops, words that lead in, braces around all of it, and the brackets of a choice, ``(A)``."""
     while True:
         shorter = unwrapped(tokens)
-        while shorter and shorter[-1].text in STOPS:
-            shorter = shorter[:-1]
+        while shorter and shorter[-1].text in STOPS and [token.text for token in shorter[-2:]] != [".", "."]:
+            shorter = shorter[:-1]  # but 0.333... goes on
         shorter = shorter[_lead_in(shorter) :]
         if len(shorter) == 3 and shorter[0].text == "(" and shorter[2].text == ")" and shorter[1].kind == "word":
             shorter = shorter[1:2]

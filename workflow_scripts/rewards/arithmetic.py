@@ -3,7 +3,7 @@
 import math
 from fractions import Fraction
 
-from rewards.expressions import Tree, number
+from rewards.trees import Tree, number
 
 MAX_BITS = 4096  # of a numerator or denominator, at every step: about 1,200 digits
 

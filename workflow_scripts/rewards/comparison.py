@@ -6,8 +6,8 @@ The same code runs where answers are read, with exact arithmetic for equality, a
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from rewards.expressions import Tree, unknowns
 from rewards.polynomials import NotPolynomial, difference, is_plain, normal_form, ratio
+from rewards.trees import SET_OPERATIONS, Tree, unknowns
 
 Equal = Callable[[Tree, Tree], bool]
 
@@ -15,7 +15,6 @@ ORDERED = {"sequence", "matrix", "row"}
 NUMBER_SETS = {rf"\mathbb {letter}" for letter in "NZQC"}
 INFINITE = {("constant", "infinity"), ("negate", ("constant", "infinity"))}
 POSITIVE_MULTIPLES = {"<", ">", r"\leq", r"\geq"}
-SET_OPERATIONS = {"union", "intersection", "difference"}
 
 
 class Undecided(Exception):

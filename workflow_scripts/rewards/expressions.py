@@ -1,18 +1,15 @@
 r"""From tokens to the tree of an expression.
 
-A tree is a tuple: an operation and its operands, ``("add", a, b)``; it holds nothing but strings, integers and trees,
-so that it can be sent to a worker as JSON. Leaves are ``("number", numerator, denominator)``, ``("symbol", name)`` and
-``("constant", name)``. What is not understood in whole is `Unreadable`: no part of an answer is ever left out.
+What is not understood in whole is `Unreadable`: no part of an answer is ever left out.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
-from fractions import Fraction
 
 from rewards.latex import FUNCTIONS, MAX_DEPTH, Gap, OutOfBounds, Token, closing
+from rewards.lists import Unreadable, split_list
+from rewards.trees import COLLECTIONS, Tree, decimal, number
 from rewards.units import UNITS
-
-Tree = tuple
 
 CONSTANTS = {r"\pi": "pi", r"\infty": "infinity", "pi": "pi", "e": "e", "i": "i"}
 GREEK_LETTERS = """
@@ -27,18 +24,7 @@ WHOLE_LINE = {r"\mathbb R": ("sequence", "(", ")", ("negate", ("constant", "infi
 FENCES = {r"\lfloor": (r"\rfloor", "floor"), r"\lceil": (r"\rceil", "ceiling")}
 OPERANDS = {r"\frac", r"\sqrt", r"\binom", r"\surd", *FENCES}
 MATRICES = {f"\\begin {name}": f"\\end {name}" for name in ("pmatrix", "bmatrix", "matrix", "smallmatrix", "array")}
-COLLECTIONS = {"sequence", "set", "matrix", "union", "intersection", "difference"}
 SET_OPERATIONS = {r"\cup": "union", r"\cap": "intersection", r"\setminus": "difference"}
-PLUS_MINUS = {r"\pm": ("+", "-"), r"\mp": ("-", "+")}
-SEPARATORS = {",", ";", "and", "or", r"\and", r"\or", "或", "和", "与", "與", "及"}
-
-
-class Unreadable(ValueError):
-    """The tokens are no expression that the grader knows."""
-
-
-def number(value: Fraction | int) -> Tree:
-    return ("number", Fraction(value).numerator, Fraction(value).denominator)
 
 
 def read_expression(tokens: list[Token]) -> Tree:
@@ -49,52 +35,6 @@ def read_expression(tokens: list[Token]) -> Tree:
         OutOfBounds: they nest too deep.
     """
     return _Reader(tokens).whole()
-
-
-def split_list(tokens: list[Token]) -> tuple[list[list[Token]], set[str]]:
-    r"""The members of a list, split outside of brackets, and what stood between them (``,``, ``and`` or ``or``).
-
-    ``a \pm b`` is two members; more than one such sign in a member could mean two or four and is `Unreadable`.
-    """
-    members, between, start, depth = [], set(), 0, 0
-    for position, token in enumerate(tokens):
-        depth += _depth_change(token)
-        if depth <= 0 and _separates(token):
-            members.append(tokens[start:position])
-            between.add({r"\and": "and", r"\or": "or", ";": ","}.get(token.text, token.text))
-            start = position + 1
-            oxford = len(members) > 1 and not members[-1] and token.text not in (",", ";")
-            if oxford:  # 1, 2, and 3
-                members.pop()
-    members.append(tokens[start:])
-    return [each for member in members for each in _both_signs(member)], between
-
-
-def _separates(token: Token) -> bool:
-    return token.text in SEPARATORS or (token.kind == "word" and token.text.lower() in SEPARATORS)
-
-
-def _depth_change(token: Token) -> int:
-    opens = token.text in ("{", "(", "[", r"\{") or token.text.startswith(r"\begin ")
-    return opens - (token.text in ("}", ")", "]", r"\}") or token.text.startswith(r"\end "))
-
-
-def _both_signs(member: list[Token]) -> list[list[Token]]:
-    """The member with plus and with minus for its one ``\\pm``; a set takes care of those within it."""
-    places, depth = [], 0
-    for position, token in enumerate(member):
-        depth += (token.text == r"\{") - (token.text == r"\}")
-        if token.text in PLUS_MINUS and not depth:
-            places.append(position)
-    if not places:
-        return [member]
-    if len(places) > 1:
-        raise Unreadable("several signs of plus or minus")
-    sign = member[places[0]]
-    return [
-        [*member[: places[0]], replace(sign, kind="sign", text=text), *member[places[0] + 1 :]]
-        for text in PLUS_MINUS[sign.text]
-    ]
 
 
 class _Reader:
@@ -287,7 +227,7 @@ class _Reader:
         self.position += 1
         if self.take("_"):
             return self.based(text)
-        value = _decimal(text)
+        value = decimal(text)
         return self.mixed(value) if value[0] == "number" and text.isdigit() else value
 
     def mixed(self, whole: Tree) -> Tree:
@@ -297,7 +237,7 @@ class _Reader:
             top, bottom = self.argument(), self.argument()
         elif self.token() and self.token().gap is Gap.SPACE and self.peek().isdigit() and self.peek(1) == "/":
             self.position += 3
-            top, bottom = (_decimal(self.peek(ahead)) if self.peek(ahead).isdigit() else whole for ahead in (-3, -1))
+            top, bottom = (decimal(self.peek(ahead)) if self.peek(ahead).isdigit() else whole for ahead in (-3, -1))
         else:
             return whole
         proper = top[0] == bottom[0] == "number" and top[2] == bottom[2] == 1 and 0 < top[1] < bottom[1]
@@ -450,21 +390,6 @@ def _letters(token: Token) -> list[Token]:
     return [replace(token, text=letter, gap=token.gap if not at else Gap.NONE) for at, letter in enumerate(text)]
 
 
-def _decimal(text: str) -> Tree:
-    r"""``12``, ``1.5``, ``1.5e3``, and the repeating ``0.1(6)``, ``0.1\overline{6}``."""
-    mantissa, _, exponent = text.lower().partition("e") if "\\" not in text else (text, "", "")
-    if exponent:
-        return ("multiply", _decimal(mantissa), ("power", number(10), number(int(exponent))))
-    if "(" not in text and "\\" not in text:
-        return number(Fraction(text))
-    head, tail = text.split("(" if "(" in text else "\\", 1)
-    repeated = "".join(filter(str.isdigit, tail))
-    whole, _, fixed = head.partition(".")
-    scale = 10 ** len(fixed)
-    value = Fraction(int(whole + fixed or "0"), scale) + Fraction(int(repeated), scale * (10 ** len(repeated) - 1))
-    return number(value)
-
-
 def _flat(operation: str, operands: list[Tree]) -> Tree:
     """One node for a whole sum or product, so that a long one makes no deep tree."""
     return (operation, *map(_scalar, operands)) if len(operands) > 1 else operands[0]
@@ -476,12 +401,6 @@ def _quotient(top: Tree, bottom: Tree) -> Tree:
 
 def _binomial(top: Tree, bottom: Tree) -> Tree:
     return ("binomial", _scalar(top), _scalar(bottom))
-
-
-def unknowns(tree: Tree) -> set[str]:
-    """The names of the symbols and of the functions that are not known."""
-    own = {tree[1]} if tree[0] in ("symbol", "apply") else set()
-    return own.union(*(unknowns(operand) for operand in tree[1:] if isinstance(operand, tuple)))
 
 
 def _scalar(tree: Tree) -> Tree:

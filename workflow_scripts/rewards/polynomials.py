@@ -7,13 +7,13 @@ for certain; those of two are different for certain only where the unknowns are 
 from fractions import Fraction
 
 from rewards.arithmetic import MAX_BITS
-from rewards.expressions import Tree
+from rewards.trees import COLLECTIONS, Tree
 
 MAX_TERMS = 200
 MAX_PRODUCTS = 2000  # of terms, in one multiplication
 MAX_EXPONENT = 20
 
-NO_SCALARS = {"sequence", "set", "matrix", "row", "union", "intersection", "difference", "based", "relation"}
+NO_SCALARS = COLLECTIONS | {"based", "relation"}
 
 Monomial = tuple[tuple[Tree, int], ...]  # unknowns with their exponents, sorted
 Polynomial = dict[Monomial, Fraction]

@@ -6,8 +6,7 @@ from fractions import Fraction
 import sympy
 from sympy import Basic, Expr, Matrix
 
-from rewards.comparison import SET_OPERATIONS
-from rewards.expressions import Tree
+from rewards.trees import SET_OPERATIONS, Tree
 
 PROBES = [Fraction(7, 5), Fraction(-13, 11), Fraction(17, 7), Fraction(23, 29), Fraction(-31, 37), Fraction(41, 13)]
 DIGITS = 50
