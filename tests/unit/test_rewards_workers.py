@@ -25,9 +25,9 @@ ATTACKS = {
     "append to a file": "open('victim', 'a').close()",
     "delete a file": "os.unlink('doomed')",
     "change a file's mode": "os.chmod('victim', 0o600)",
-    "signal another process": "os.kill(os.getppid(), 0)",
+    "signal another process": "os.kill(parent, 0)",
     "raise its limits": "resource.setrlimit(resource.RLIMIT_AS, resource.getrlimit(resource.RLIMIT_AS))",
-    "limit another process": "resource.prlimit(os.getppid(), resource.RLIMIT_CPU)",
+    "limit another process": "resource.prlimit(parent, resource.RLIMIT_CPU)",
     "take memory": "bytearray(1200 * 2**20)",
     "fill a file": "os.write(written, b'x')",
     "compute without end": "any(iter(int, unconfined))",
@@ -36,7 +36,7 @@ HIJACKED = """
 import os, resource, signal, socket, subprocess, sys
 sys.path.append({sources!r})
 from rewards import confinement, sympy_worker
-attacks, unconfined = {attacks!r}, 1
+attacks, unconfined, parent = {attacks!r}, 1, os.getppid()
 written = os.open('filled', os.O_WRONLY | os.O_CREAT)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 def attack(label, answer):
@@ -49,8 +49,11 @@ sympy_worker.main()
 """
 
 
-def succeeding(folder, attacks=ATTACKS, change=""):
-    """The attacks that succeed in a worker, each run by a question of its own, and the worker's first word."""
+def outcomes(folder, attacks=ATTACKS, change=""):
+    """A worker's first word, and for each attack, run by a question of its own, ``equal`` if it succeeded.
+
+    ``error`` says that it was refused, and nothing that the worker ended.
+    """
     for name in ("victim", "doomed"):
         (folder / name).touch()
     code = HIJACKED.format(sources=str(SOURCES), attacks=list(attacks.values()), change=change)
@@ -63,30 +66,32 @@ def succeeding(folder, attacks=ATTACKS, change=""):
         cwd=folder,
     )
     first, *words = shown.stdout.decode().split()
-    return first, {name for name, word in zip(attacks, words, strict=False) if word == "equal"}
+    return first, dict(zip(attacks, words, strict=False))
 
 
 def test_a_worker_can_do_nothing_but_compute(tmp_path):
-    assert succeeding(tmp_path) == ("ready", set())
+    *refused, endless = ATTACKS
+    assert endless == "compute without end"  # which ends the worker, and so comes last
+    assert outcomes(tmp_path) == ("ready", dict.fromkeys(refused, "error"))
 
 
 def test_without_confinement_the_same_succeeds(tmp_path):
     """So that the test above fails where nothing is refused."""
     unconfined = "sympy_worker.confine = lambda: True; unconfined = 0"
-    assert succeeding(tmp_path, change=unconfined) == ("ready", set(ATTACKS))
+    assert outcomes(tmp_path, change=unconfined) == ("ready", dict.fromkeys(ATTACKS, "equal"))
 
 
 def test_limits_of_resources_hold_where_the_kernel_takes_no_filter(tmp_path):
     limited = {name: ATTACKS[name] for name in ("take memory", "fill a file", "fork")}
     unfiltered = "confinement._install_filter = lambda: False; os.getuid() or os.setuid(65534)"  # root may always fork
-    assert succeeding(tmp_path, limited, unfiltered) == ("unfiltered", set())
+    assert outcomes(tmp_path, limited, unfiltered) == ("unfiltered", dict.fromkeys(limited, "error"))
 
 
 @pytest.mark.parametrize("change", ["", "confinement._install_filter = lambda: False"], ids=["filtered", "unfiltered"])
 def test_a_worker_that_computes_without_end_is_ended_by_the_kernel(tmp_path, change):
     """Also where nobody watches from outside: the bound is on processor time."""
     endless = {"compute without end": ATTACKS["compute without end"], "answer": "pass"}
-    assert succeeding(tmp_path, endless, change)[1] == set()
+    assert outcomes(tmp_path, endless, change)[1] == {}
 
 
 def test_a_question_ends_when_its_time_is_up_and_the_next_is_answered():
