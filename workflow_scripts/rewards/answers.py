@@ -23,6 +23,7 @@ LEAD_IN = {"the", "my", "final", "answer", "is", "so", "thus", "hence", "therefo
 RELATIONS = {"=", "<", ">", r"\leq", r"\geq", r"\neq", r"\approx", r"\equiv", r"\sim", r"\cong", r"\in", r"\notin"}
 INEQUALITIES = {"<": ("<", False), r"\leq": ("<", True), ">": (">", False), r"\geq": (">", True)}
 INFINITY = ("constant", "infinity")
+WITHOUT_UNIT = COLLECTIONS | {"symbol", "based"}  # the letter of a choice, a tuple, a number with its base
 NAMING = {
     r"\angle",
     r"\triangle",
@@ -162,12 +163,14 @@ def _lead_in(tokens: list[Token]) -> int:
 def _read_item(tokens: list[Token], is_label: bool) -> Item:
     text = spelled(tokens)
     sides, relations = _sides(tokens)
-    sides, units = zip(*map(split_unit, sides), strict=True)
-    trees, unit = [_tree(side) for side in sides], units[-1]
+    bare, units = zip(*map(split_unit, sides), strict=True)
+    trees, unit = [_tree(side) for side in bare], units[-1]
+    if bare[-1] != sides[-1] and trees[-1] and trees[-1][0] in WITHOUT_UNIT:
+        trees[-1] = None
     if not relations:
         return Item(text, unit=unit, tree=trees[0])
     relation = ("relation", " ".join(relations), *trees) if None not in trees else None
-    name, tree = _stated(sides, trees, relations, is_label)
+    name, tree = _stated(bare, trees, relations, is_label)
     return Item(text, name, unit, tree, relation)
 
 
@@ -240,7 +243,9 @@ def _is_name(tokens: list[Token], tree: Tree | None) -> bool:
     """
     if tree is not None:
         names = unknowns(tree)
-        multiple = tree[0] == "negate" or (tree[0] == "multiply" and any(factor[0] == "number" for factor in tree[1:]))
+        multiple = tree[0] in ("negate", "degrees") or (
+            tree[0] == "multiply" and any(factor[0] == "number" for factor in tree[1:])
+        )
         return not multiple and bool(names) and (len(names) > 1 or tree[0] == "apply" or _degree(tree) > 1)
     if not tokens or tokens[0].kind == "number" or not balanced(tokens):
         return False

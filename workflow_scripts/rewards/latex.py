@@ -104,7 +104,6 @@ TOKEN = re.compile(
     |(?P<tight>\\!|\\negthinspace(?![A-Za-z]))
     |(?P<comma>\{{,\}})
     |(?P<row>\\\\(?:\s*\[\s*-?[0-9.]+\s*(?:mm|cm|pt|em|ex|in)\s*\])?)
-    |\\(?:left|right)\s*(?P<null>\.)
     |\\(?P<edge>begin|end)\s*\{{(?P<environment>[A-Za-z]+\*?)\}}(?:(?<=array\}})\s*\{{[lcr|\s]*\}})?
     |\\mathbb\s*\{{?\s*(?P<set>[A-Z])\s*\}}?
     |\\(?P<command>textcolor(?=\s*\{{[^{{}}]*\}})|[A-Za-z]+\*?)
@@ -248,7 +247,7 @@ class _Lexer:
         elif kind in ("comma", "ascii"):
             self.add("sign", ASCII_RELATIONS.get(found, ","))
             self.gap = Gap.TIGHT if kind == "comma" else self.gap
-        elif kind != "null":
+        else:
             self.sign(found)
         return 0
 
