@@ -35,7 +35,7 @@ ATTACKS = {
 HIJACKED = """
 import os, resource, signal, socket, subprocess, sys
 sys.path.append({sources!r})
-from rewards import confinement, sympy_worker
+from rewards import confinement, symbolic, sympy_worker
 attacks, unconfined, parent = {attacks!r}, 1, os.getppid()
 written = os.open('filled', os.O_WRONLY | os.O_CREAT)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -43,7 +43,7 @@ def attack(label, answer):
     if label[0] == 'symbol':  # a question; before them the worker warms up
         exec(attacks[int(label[1].removeprefix('x_'))])
     return True
-sympy_worker.equal = attack
+symbolic.equal = attack
 {change}
 sympy_worker.main()
 """
