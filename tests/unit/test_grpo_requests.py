@@ -1,6 +1,7 @@
 """What a training asks its engine for, and what it reports of the answers: both seen at the engine itself."""
 
 import json
+import resource
 from itertools import batched
 
 import pytest
@@ -110,6 +111,12 @@ def test_the_metrics_of_a_rollout_are_those_of_its_answers(asked, rollouts):
         assert line["tokens_per_second"] * line["seconds_step"] == pytest.approx(tokens)
         parts = ("rollout", "train", "sync", "sleep_wake")
         assert line["seconds_step"] == pytest.approx(sum(line[f"seconds_{part}"] for part in parts))
+
+
+def test_host_memory_is_this_process_s_peak_so_far_in_gib(asked):
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # from KiB
+    peaks = [line["host_memory_gib"] for line in metrics(asked, "reward_mean")]
+    assert peak / 10 < peaks[0] <= peaks[-1] <= peak
 
 
 def test_kept_samples_are_the_first_groups_of_their_rollout(asked, rollouts):

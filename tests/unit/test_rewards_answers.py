@@ -4,7 +4,8 @@ from fractions import Fraction
 
 import pytest
 
-from rewards.answers import SYMBOL, extract, last_box, read_answer
+from rewards.answers import extract, last_box, read_answer
+from rewards.latex import OutOfBounds
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,12 @@ from rewards.answers import SYMBOL, extract, last_box, read_answer
         (r"<think>a</think>b<think>\boxed{33}", "required", (None, "no_think_end")),
         (r"<think>\boxed{33}</think>33", "required", (None, "no_box")),
         (r"</think>\boxed{}", "required", (None, "no_box")),
+        ("a</think>\\boxed{33}\n</think>", "required", ("33", None)),
+        (r"<think>\boxed{1}</think>\boxed{33}</think></think>", "required", ("33", None)),
+        (r"a</think>\boxed{1}<think>b</think>\boxed{33}", "required", ("33", None)),
+        (r"a</think>\boxed{33}<think>\boxed{1}</think>", "required", ("33", None)),
+        (r"a</think>\boxed{3</think>3}", "required", ("3\n3", None)),
+        (r"\boxed{1}</think>\boxed{33}", "optional", ("33", None)),
         (r"</think>\boxed{33} is now in \boxed{ }", "required", ("33", None)),
         ("", "required", (None, "no_think_end")),
         ("", "optional", (None, "no_box")),
@@ -174,13 +181,14 @@ def test_more_than_a_number_has_no_value(raw):
 
 
 def test_a_label_that_is_an_equation_is_not_its_right_hand_side():
-    assert read_answer("x^2 + y^2 = 1", name=SYMBOL).value is None
-    assert read_answer("x_1 = 33", name=SYMBOL).value == 33
+    assert read_answer("x^2 + y^2 = 1", is_label=True).value is None
+    assert read_answer("x_1 = 33", is_label=True).value == 33
 
 
 @pytest.mark.parametrize("raw", ["1" * 1001, "\ufdfa" * 999])
 def test_overlong_answers_are_refused_also_where_normalising_makes_them_so(raw):
-    assert read_answer(raw) is None
+    with pytest.raises(OutOfBounds, match="too_long"):
+        read_answer(raw)
 
 
 def test_equal_numbers_vote_for_the_same_answer():

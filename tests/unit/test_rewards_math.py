@@ -1,8 +1,7 @@
 """The reward is right on the known cases, strict on hedges, and bounded in time and memory whatever is answered."""
 
 import json
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,17 @@ from configuration.schema import Reward
 from rewards.math import Grader, Verdict
 
 DATA = Path(__file__).parents[1] / "data"
-CASES = json.loads((DATA / "grader_cases.json").read_text(encoding="utf-8"))["cases"]
+CASES = [
+    case
+    for file in ("grader_cases.json", "grader_cases_2.json")
+    for case in json.loads((DATA / file).read_text(encoding="utf-8"))["cases"]
+]
 
 
 @pytest.fixture(scope="module")
 def grader():
     with Grader(Reward(max_seconds=5)) as grader:
+        verdict(grader, r"\log_{2} 8", "3")  # starts a worker
         yield grader
 
 
@@ -27,8 +31,11 @@ def verdict(grader, answer, label) -> Verdict:
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["id"] for case in CASES])
-def test_known_case_gets_its_verdict(grader, case):
-    assert grader.grade([(case["output"], case["label"])])[0].correct == bool(case["expected"])
+def test_known_case_gets_its_verdict_in_its_time(grader, case):
+    start = time.monotonic()
+    [graded] = grader.grade([(case["output"], case["label"])])
+    assert graded.correct == bool(case["expected"])
+    assert time.monotonic() - start < case["max_seconds"]
 
 
 @pytest.mark.parametrize(
@@ -110,11 +117,12 @@ def test_what_only_looks_like_the_label_is_wrong(grader, answer, label):
 
 def test_reasons_name_what_was_wrong(grader):
     responses = [r"</think>\boxed{33}", r"</think>\boxed{34}", r"</think>\boxed{33, 34}", r"\boxed{33}", "</think>33"]
-    verdicts = grader.grade([(response, "33") for response in [*responses, "</think>\\boxed{" + "9" * 5000 + "}"]])
+    beyond = ["9" * 5000, "{" * 50 + "33" + "}" * 50, "(" * 50 + "33" + ")" * 50, "\\sqrt" * 50 + "4", "x" + "^2" * 50]
+    verdicts = grader.grade([(text, "33") for text in responses + [f"</think>\\boxed{{{each}}}" for each in beyond]])
     assert [verdict.reason for verdict in verdicts] == (
-        ["correct", "wrong", "several_answers", "no_think_end", "no_box", "too_long"]
+        ["correct", "wrong", "several_answers", "no_think_end", "no_box", "too_long", *["too_deep"] * 4]
     )
-    assert [verdict.answer for verdict in verdicts] == ["33", "34", "33, 34", None, None, None]
+    assert [verdict.answer for verdict in verdicts] == ["33", "34", "33, 34", *[None] * 7]
 
 
 def test_without_a_think_block_only_optional_grades():
@@ -125,8 +133,8 @@ def test_without_a_think_block_only_optional_grades():
 
 def test_slow_comparison_is_stopped_and_the_next_ones_go_on():
     with Grader(Reward(max_seconds=1)) as grader:
-        slow = ["x^{9^{9^{9^9}}}", r"\sqrt{2}^{\sqrt{9}^{99999}}"]
-        labels = ["x+1", "33"]
+        slow = ["e^{e^{e^{e^e}}}", r"\sqrt{2}^{10^{1000}}"]
+        labels = ["33", "\\pi"]
         verdicts = grader.grade([(f"</think>\\boxed{{{a}}}", label) for a, label in zip(slow, labels, strict=True)])
         assert [verdict.reason for verdict in verdicts] == ["grading_timeout"] * 2
         assert grader.grade([(r"</think>\boxed{\log_{2} 8}", "3")])[0].reason in ("correct", "grading_timeout")
@@ -201,21 +209,6 @@ def test_integers_start_no_process_and_workers_end_with_the_grader():
         assert verdict(grader, r"\log_{2} 8", "3").correct
         process = next(worker.process for worker in grader.workers.workers if worker.process)
     assert process.returncode is not None
-
-
-def test_worker_has_bounded_memory_and_knows_neither_torch_nor_secrets(environment):
-    """What reads a model's text imports nothing heavy and holds no token that the text could carry off."""
-    code = (
-        "import sys, os, subprocess, json; from rewards.workers import SympyWorkers, Question\n"
-        "workers = SympyWorkers(30); print(workers.ask([Question('x', 'x+1', False)]))\n"
-        "pid = next(w.process.pid for w in workers.workers if w.process)\n"
-        "print('1073741824' in open(f'/proc/{pid}/limits').read())\n"
-        "print('torch' in open(f'/proc/{pid}/maps').read(), 'HF_TOKEN' in open(f'/proc/{pid}/environ').read())\n"
-        "workers.close()"
-    )
-    env = environment | {"HF_TOKEN": "secret"}
-    shown = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert shown.stdout.splitlines() == ["['different']", "True", "False False"]
 
 
 def test_every_aime_label_is_its_own_correct_answer(grader):

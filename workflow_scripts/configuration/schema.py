@@ -333,8 +333,8 @@ class Reward(Section):
 
     think_block: Literal["required", "optional"] = Field(
         "required",
-        description="required: only text after the last </think> counts; optional: all of it where there is none, as"
-        " under enable_thinking: false",
+        description="required: only text after the reasoning's </think> counts; optional: all of it where there is"
+        " none, as under enable_thinking: false",
     )
     max_seconds: Positive = Field(5.0, description="time one answer's grading may take in its worker")
 

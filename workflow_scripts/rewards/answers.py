@@ -1,110 +1,89 @@
 r"""From a response's text to the one answer that it gives: the last complete ``\boxed{}`` behind the reasoning."""
 
 import re
-import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from rewards.arithmetic import NotArithmetic, NoValue, evaluate
-
-MAX_CHARACTERS = 1000  # of an answer: longer ones are wrong
+from rewards.arithmetic import NoValue, fold
+from rewards.comparison import Item, Statement
+from rewards.expressions import APPLIED, GREEK, read_expression
+from rewards.latex import FUNCTIONS, Token, balanced, closing, spelled, tokenize, unwrapped
+from rewards.lists import Unreadable, split_list
+from rewards.trees import COLLECTIONS, Tree, unknowns
+from rewards.units import split_unit
 
 INK = re.compile(r"\S")
 BOX_OR_BRACE = re.compile(r"\\++(boxed\s*+\{|[{}]?)|[{}]")
-DEGREE_SIGNS = str.maketrans("º˚", "°°")  # NFKC would make letters and accents of them
-CHARACTERS = str.maketrans(
-    {
-        **dict.fromkeys("−‐‒–—―", "-"),
-        **dict.fromkeys("×⋅·∙•✕✖∗", "*"),
-        **dict.fromkeys("÷∕⁄", "/"),
-        "π": "\\pi ",
-        "∞": "\\infty ",
-        "±": "\\pm ",
-        "∓": "\\mp ",
-    }
-)
-SUPERSCRIPTS = re.compile("[⁺⁻⁰¹²³⁴-⁹]+")  # NFKC would make 3³ into 33
-SUBSCRIPTS = re.compile("[₀-₉]+")
-VULGAR_FRACTION = re.compile("[¼-¾⅐-⅞↉]")  # NFKC would make 3½ into 31/2
+THINK_MARK = re.compile(r"<(/?)think>")
 
-FONT = r"(?:text|math)(?:rm|bf|it|sf|tt|normal|up)?|mbox|bm|boldsymbol|operatorname|boxed|fbox"
-FONT_COMMAND = re.compile(rf"\\(?:{FONT})\s*(?=\{{)")
-EMPTY_FONT = re.compile(rf"\\(?:{FONT})\s*\{{\s*\}}")
-LEAD_IN = re.compile(r"^\s*(?:\{\s*(?:final )?answer\s*:\s*\}|(?:final )?answer\s*:|=)", re.IGNORECASE)
-SPACE_COMMAND = re.compile(r"\\[,;:> ]|\\(?:quad|qquad|thinspace|enspace)(?![a-zA-Z])|~|\s+")
-REMOVED = re.compile(r"\\!|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|rm|bf|it)(?![a-zA-Z])")
-MARK = re.compile(r"\\[$%()\[\]]|[$%£€¥]")  # a space is left of it: 3$3 is two numbers, not 33
-ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
-DEGREES = re.compile(r"(?:\^\s*(?:\\circ|°|\{\s*(?:\\circ|°)\s*\})|\\degree(?![a-zA-Z])|°)\s*[CF]?\s*$")
-
-HAN = "一-鿿"
-WORDS = rf"[A-Za-z{HAN} .'/-]*"
-POWER = r"\^\s*(?:[23]|\{\s*[23]\s*\})"
-TEXT_UNIT = re.compile(
-    rf"(?:(?<=[0-9}})!.°])|(?<=\\circ))\s*\\(?:text|mathrm|textrm|mbox|textit|textbf)\s*\{{\s*([A-Za-z{HAN}]{WORDS})(?:{POWER}\s*)?\}}"
-)
-PLAIN_UNIT = re.compile(
-    rf"(?<=[0-9}})!.])\s+((?:[A-Za-z]{{3}}|cm|mm|km|kg|ft|mi|lb|oz|hr|sq)(?![A-Za-z]*[0-9(]){WORDS})"
-)
-HAN_UNIT = re.compile(rf"(?<=[0-9}})!])\s*([{HAN}][{HAN} /]*)")
-POWER_OF_UNIT = re.compile(rf"\s*{POWER}")
-NOT_UNITS = """
-    or and not nor either neither but else otherwise if when for than least most about approximately around between to
-    through over under maybe possibly perhaps base plus minus mod modulo e i pi half halve quarter hundred
-    thousand million billion trillion dozen first third fifth eighth ninth twelfth twentieth thirtieth fortieth fiftieth
-    sixtieth seventieth eightieth ninetieth one two three four five six seven eight nine ten eleven twelve thirteen
-    fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety
-"""  # with their plurals and, as in sixths, ordinals; a second is a unit
-MORE_THAN_A_UNIT = re.compile(
-    rf"^(?:squared|cubed|factorial)|(?<![a-z])(?:{'|'.join(NOT_UNITS.split())})(?:th)?s?(?![a-z])"
-    "|[或和与與及至到以之半打十百万萬亿億兆]|千(?![米克瓦卡])|^[零一二两三四五六七八九加减乘除]|[平立次]方$|阶乘$"
-)
-STOPS = " .。,;:"
-SEPARATOR = re.compile(r";|(?<![A-Za-z\\])(?:or|and)(?![A-Za-z])|\\(?:lor|land|vee|wedge|pm|mp|cup|cap)(?![a-zA-Z])")
-GROUPED_DIGITS = re.compile(r"(?<![0-9,.])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])")
-BRACKET = re.compile(r"[{}()\[\]]")
-BRACKET_OR_COMMA = re.compile(r"[{}()\[\],]")
-SIGN = r"(?:[A-Za-z0-9 _^{}()\[\]+\-*/\\|'=]|(?<=[0-9])\.(?=[0-9]))"
-EXPRESSION = re.compile(rf"(?!.*[0-9] +[A-Za-z]{{2}}){SIGN}*[A-Za-z]{SIGN}*")
-SYMBOL = re.compile(r"\\?[A-Za-z]+(?:_[A-Za-z0-9]|_\{[A-Za-z0-9]+\})?")
+STOPS = {".", ",", ";", ":", r"\\"}
+LEAD_IN = {"the", "my", "final", "answer", "is", "so", "thus", "hence", "therefore"}
+RELATIONS = {"=", "<", ">", r"\leq", r"\geq", r"\neq", r"\approx", r"\equiv", r"\sim", r"\cong", r"\in", r"\notin"}
+INEQUALITIES = {"<": ("<", False), r"\leq": ("<", True), ">": (">", False), r"\geq": (">", True)}
+INFINITY = ("constant", "infinity")
+WITHOUT_UNIT = COLLECTIONS | {"symbol", "based"}  # the letter of a choice, a tuple, a number with its base
+NAMING = {
+    r"\angle",
+    r"\triangle",
+    r"\overline",
+    r"\vec",
+    r"\sum",
+    r"\prod",
+    r"\int",
+    r"\lim",
+    r"\gcd",
+    r"\max",
+    r"\min",
+}
+QUANTITIES = """
+    area volume perimeter circumference length width height distance radius diameter sum total product difference
+    number value probability cost price time speed rate ratio average mean median mode of the is
+"""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer or label, normalised.
+    """One answer or label, as it was understood."""
 
-    Attributes:
-        text: its LaTeX without fonts, units and spacing commands.
-        right: what follows ``x =`` or another name for the number asked for; else all of the text.
-        value: the exact value of ``right`` where that is arithmetic, else None.
-        undefined: ``right`` is arithmetic, but divides by zero or leaves all bounds: equal to nothing.
-        parts: how many answers it states: 1, or more for "33 or 34", "33, 34", "\\pm 33".
-    """
+    statement: Statement
 
-    text: str
-    right: str
-    value: Fraction | None
-    undefined: bool
-    parts: int
+    @property
+    def parts(self) -> int:
+        r"""How many answers it states: 1, or more for "33 or 34", "33, 34", ``\pm 33``."""
+        return len(self.statement.items)
+
+    @property
+    def value(self) -> Fraction | None:
+        """Its exact value where it is one rational number."""
+        return _value(self.statement.items[0]) if self.parts == 1 else None
 
     @property
     def key(self) -> str:
         """The same for equal numbers, however written: what a majority vote counts."""
-        return self.text if self.value is None else str(self.value)
+        values = [(item, _value(item)) for item in self.statement.items]
+        return ", ".join(item.text if value is None else str(value) for item, value in values)
 
 
 def extract(response: str, think_block: Literal["required", "optional"]) -> tuple[str | None, str | None]:
     r"""The content of the last complete ``\boxed{}`` behind the reasoning, and else the reason why there is none.
 
+    The reasoning ends at its ``</think>``; one more behind it, that nothing opened, takes nothing away.
+
     Returns:
         ``(content, None)`` or ``(None, reason)``, reason being ``no_think_end`` (the reasoning never ended, or, with
         ``think_block="required"``, was never there) or ``no_box`` (no complete box behind it, or but empty ones).
     """
-    _, end, tail = response.rpartition("</think>")
-    if "<think>" in tail or (not end and think_block == "required"):
+    marks = list(THINK_MARK.finditer(response))
+    thinking, start, said = bool(marks) or think_block == "required", 0, []
+    for mark in marks:
+        if not thinking:
+            said.append(response[start : mark.start()])
+        thinking, start = not mark[1], mark.end()
+    if thinking:
         return None, "no_think_end"
-    content = last_box(tail)
+    content = last_box("\n".join([*said, response[start:]]))
     return (None, "no_box") if content is None else (content, None)
 
 
@@ -126,138 +105,196 @@ def last_box(text: str) -> str | None:
     return text[slice(*last)] if last else None
 
 
-def read_answer(raw: str, name: re.Pattern = EXPRESSION) -> Answer | None:
-    """Normalise an answer; None where it is longer than ``MAX_CHARACTERS``.
+def read_answer(raw: str, *, is_label: bool = False) -> Answer:
+    """What an answer states.
 
-    ``name`` says what may stand before an equals sign that is not itself a number: `EXPRESSION` for answers (``m + n =
-    33`` answers 33), `SYMBOL` for labels (``x = 33`` asks for 33, but ``x^2 + y^2 = 1`` for an equation).
+    A label is an equation where more than a symbol stands before its equals sign (``x^2 + y^2 = 1``); the same in an
+    answer may also be the name of what was asked for (``m + n = 33`` answers 33).
+
+    Raises:
+        rewards.latex.OutOfBounds: it is too long or nested too deep.
     """
-    if len(raw) > MAX_CHARACTERS:
+    tokens = _trimmed(tokenize(raw))
+    try:
+        members, between = split_list(tokens)
+    except Unreadable:
+        members, between = [tokens], set()
+    items = tuple(_read_item(_trimmed(member), is_label) for member in members)
+    if between == {"or"} and all(_is_ray(item) and item.name == items[0].name for item in items):
+        union = ("union", *(item.tree for item in items))  # x < 1 or x > 3
+        return Answer(Statement((Item(spelled(tokens), items[0].name, tree=union),)))
+    return Answer(Statement(items, tuple(sorted(between))))
+
+
+def _is_ray(item: Item) -> bool:
+    return item.relation is not None and item.tree is not None and item.tree[0] == "sequence"
+
+
+def _value(item: Item) -> Fraction | None:
+    return Fraction(*item.tree[1:]) if item.tree and item.tree[0] == "number" else None
+
+
+def _trimmed(tokens: list[Token]) -> list[Token]:
+    """Without full stops, words that lead in, braces around all of it, and the brackets of a choice, ``(A)``."""
+    while True:
+        shorter = unwrapped(tokens)
+        while shorter and shorter[-1].text in STOPS and [token.text for token in shorter[-2:]] != [".", "."]:
+            shorter = shorter[:-1]  # but 0.333... goes on
+        shorter = shorter[_lead_in(shorter) :]
+        if len(shorter) == 3 and shorter[0].text == "(" and shorter[2].text == ")" and shorter[1].kind == "word":
+            shorter = shorter[1:2]
+        if len(shorter) == len(tokens):
+            return tokens
+        tokens = shorter
+
+
+def _lead_in(tokens: list[Token]) -> int:
+    """How many tokens only lead in: ``The final answer is:``, ``=``."""
+    words = 0
+    while words < len(tokens) and tokens[words].text.lower() in LEAD_IN:
+        words += 1
+    if not any(token.text.lower() == "answer" for token in tokens[:words]):
+        words = 0
+    while words < len(tokens) and tokens[words].text in ((":", "=") if words else ("=", r"\therefore")):
+        words += 1
+    return words if words < len(tokens) else 0
+
+
+def _read_item(tokens: list[Token], is_label: bool) -> Item:
+    text = spelled(tokens)
+    sides, relations = _sides(tokens)
+    bare, units = zip(*map(split_unit, sides), strict=True)
+    trees, unit = [_tree(side) for side in bare], units[-1]
+    if bare[-1] != sides[-1] and trees[-1] and trees[-1][0] in WITHOUT_UNIT:
+        trees[-1] = None
+    if not relations:
+        return Item(text, unit=unit, tree=trees[0])
+    relation = ("relation", " ".join(relations), *trees) if None not in trees else None
+    name, tree = _stated(bare, trees, relations, is_label)
+    return Item(text, name, unit, tree, relation)
+
+
+def _tree(tokens: list[Token]) -> Tree | None:
+    """The expression with its arithmetic done; None where it is not understood, or divides by zero."""
+    try:
+        return fold(read_expression(tokens))
+    except (Unreadable, NoValue):
         return None
-    text = normalise(raw)
-    if len(text) > MAX_CHARACTERS:  # compatibility characters may unfold to many
-        return None
-    parts = _parts(text)
-    right, value, undefined = text, None, False
-    if parts == 1:
-        right = _right_hand_side(text, name)
-        try:
-            value = evaluate(right)
-        except NoValue:
-            undefined = True
-        except NotArithmetic:
-            pass
-    return Answer(text, right, value, undefined, parts)
 
 
-def normalise(text: str) -> str:
-    """One spelling for what prints the same: NFKC, signs, spaces, fonts, degrees, percent, currency, units."""
-    text = SUPERSCRIPTS.sub(lambda match: "^{" + unicodedata.normalize("NFKC", match[0]) + "}", text)
-    text = SUBSCRIPTS.sub(lambda match: "_{" + unicodedata.normalize("NFKC", match[0]) + "}", text)
-    text = VULGAR_FRACTION.sub(_latex_fraction, text).translate(DEGREE_SIGNS)
-    text = unicodedata.normalize("NFKC", text).translate(CHARACTERS)
-    text = "".join(character for character in text if unicodedata.category(character) != "Cf")
-    if "\\begin" not in text:  # a doubled backslash before a command is one too many, except between a matrix's rows
-        text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)
-    text = MARK.sub(" ", REMOVED.sub("", text)).replace("{,}", ",")
-    text = re.sub(r"\\[dtc](frac|binom)(?![a-zA-Z])", r"\\\1", text)
-    text = _trimmed(EMPTY_FONT.sub("", SPACE_COMMAND.sub(" ", text)))
-    text = _trimmed(LEAD_IN.sub("", FONT_COMMAND.sub("", text)))
-    return re.sub(r"^\(([A-Za-z])\)$", r"\1", text)
+def _sides(tokens: list[Token]) -> tuple[list[list[Token]], list[str]]:
+    """The tokens split at the relations outside of brackets, and these relations."""
+    sides, relations, start, position = [], [], 0, 0
+    while position < len(tokens):
+        if tokens[position].text in ("{", "(", "[", r"\{"):
+            position = closing(tokens, position) or position
+        elif tokens[position].text in RELATIONS:
+            sides.append(tokens[start:position])
+            relations.append(tokens[position].text)
+            start = position + 1
+        position += 1
+    return [*sides, tokens[start:]], relations
 
 
-def same_text(answer: str, label: str) -> bool:
-    """Whether two normalised texts differ in nothing but spaces, and the case of a word."""
-    answer, label = answer.replace(" ", ""), label.replace(" ", "")
-    if label.isalpha() and len(label) > 1:
-        answer, label = answer.casefold(), label.casefold()
-    return bool(label) and answer == label
+def _stated(
+    sides: Sequence[list[Token]], trees: list[Tree | None], relations: list[str], is_label: bool
+) -> tuple[str, Tree | None]:
+    """What a chain of relations says that something is, and the name of that; no tree where it says no such thing."""
+    kinds = set(relations)
+    *lefts, last = trees
+    if kinds == {r"\in"} and len(lefts) == 1 and _is_symbol(lefts[0]) and last and last[0] in COLLECTIONS:
+        return spelled(sides[0]), last
+    if kinds <= set(INEQUALITIES):
+        return _interval(trees, relations)
+    if kinds <= {"=", r"\approx"} and last and last[0] == "number" and all(left == last for left in lefts):
+        return "", last
+    if kinds != {"="} or last is None:
+        return "", None
+    if len(sides) == 2 and _is_symbol(last) and lefts[0] and not unknowns(lefts[0]):
+        return spelled(sides[1]), lefts[0]  # 33 = x
+    name = ""
+    for side, left in zip(sides, lefts, strict=False):
+        if left == last:
+            continue
+        further = bool(name) and left is not None and unknowns(left)  # S = \frac{1}{2}ab = 33
+        names = not is_label and not unknowns(last) and (further or _is_name(side, left))
+        if not (_is_symbol(left) or names):
+            return "", None
+        name = name or spelled(side)
+    return name, last
 
 
-def balanced(text: str) -> bool:
-    """Whether every bracket closes; of whatever kind, because half-open intervals mix them."""
-    depth = 0
-    for match in BRACKET.finditer(text):
-        depth += 1 if match[0] in "([{" else -1
-        if depth < 0:
-            return False
-    return depth == 0
+def _is_symbol(tree: Tree | None) -> bool:
+    """A letter, a function of letters, or a tuple of letters."""
+    if tree is None:
+        return False
+    return tree[0] == "symbol" or (tree[0] in ("apply", "sequence") and all(map(_is_symbol, _operands(tree))))
 
 
-def _latex_fraction(match: re.Match) -> str:
-    numerator, denominator = unicodedata.normalize("NFKC", match[0]).split("⁄")
-    return f"\\frac{{{numerator}}}{{{denominator}}}"
+def _operands(tree: Tree) -> list[Tree]:
+    return [operand for operand in tree[1:] if isinstance(operand, tuple)]
 
 
-def _trimmed(text: str) -> str:
-    """Without degrees, units, full stops and braces around all of it, in whatever order they come."""
-    while (shorter := _unwrapped(_without_unit(_without_degrees(text)).strip(STOPS))) != text:
-        text = shorter
-    return re.sub(" +", " ", text)
+def _is_name(tokens: list[Token], tree: Tree | None) -> bool:
+    r"""Whether an answer's left-hand side names what was asked for: ``m + n``, ``\angle ABC``, ``P(X = 3)``, ``[ABC]``.
+
+    ``2x`` and ``x + 1`` do not: an equation that is linear in its one unknown says what that is, not what ``2x`` is.
+    Nor does a multiple, ``33 ab``, which begins with another number than what it would be worth.
+    """
+    if tree is not None:
+        names = unknowns(tree)
+        multiple = tree[0] in ("negate", "degrees") or (
+            tree[0] == "multiply" and any(factor[0] == "number" for factor in tree[1:])
+        )
+        return not multiple and bool(names) and (len(names) > 1 or tree[0] == "apply" or _degree(tree) > 1)
+    if not tokens or tokens[0].kind == "number" or not balanced(tokens):
+        return False
+    words = [token for token in tokens if token.kind == "word" and (token.upright or not _is_letters(token))]
+    if any(word.text.lower() not in FUNCTIONS.union(QUANTITIES.split()) for word in words):
+        return False
+    applied = tokens[0].kind == "word" and len(tokens) > 1 and tokens[1].text in ("(", "'")
+    named = applied or bool(words) or tokens[0].text == "[" or any(token.text in NAMING for token in tokens)
+    return named and all(_may_name(token) for token in tokens)
 
 
-def _unwrapped(text: str) -> str:
-    """Without the one pair of braces that holds all of it, if there is such a pair."""
-    if not (text.startswith("{") and text.endswith("}")):
-        return text
-    depth = 0
-    for position, character in enumerate(text):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if not depth and position < len(text) - 1:
-            return text
-    return text[1:-1]
+def _is_letters(token: Token) -> bool:
+    return token.text.isascii() and (len(token.text) == 1 or token.text.isupper() or token.text in APPLIED)
 
 
-def _without_degrees(text: str) -> str:
-    """Drop the degrees of an angle; those in a sine say that it is not one of radians."""
-    return text if ANGLE_FUNCTION.search(text) else DEGREES.sub("", text)
+def _may_name(token: Token) -> bool:
+    if token.kind == "command":
+        known = NAMING | GREEK | {r"\frac", r"\sqrt", r"\binom", r"\pi", r"\infty", r"\to", r"\cup", r"\cap", r"\in"}
+        return token.text in known | RELATIONS or token.text[1:] in FUNCTIONS
+    return token.kind in ("word", "number") or token.text in {*"+-*/^_=<>()[]{}|',!", r"\{", r"\}"}
 
 
-def _without_unit(text: str) -> str:
-    """Drop the unit behind a number; words that say more than a unit stay, and with them the answer is wrong."""
-    for pattern in (TEXT_UNIT, PLAIN_UNIT, HAN_UNIT):
-        for match in pattern.finditer(text):
-            power = POWER_OF_UNIT.match(text, match.end())
-            ends = not text[power.end() if power else match.end() :].strip(STOPS)
-            if ends and not MORE_THAN_A_UNIT.search(match[1].strip(STOPS).lower()):
-                return text[: match.start()]
-    return text
+def _degree(tree: Tree) -> int:
+    """The degree of a polynomial in its unknowns, 2 standing for everything that is not linear."""
+    operation, *operands = tree
+    if operation in ("symbol", "apply"):
+        return 1
+    degrees = [_degree(operand) for operand in operands if isinstance(operand, tuple)] or [0]
+    if operation == "multiply":
+        return sum(degrees)
+    return max(degrees) if operation in ("add", "negate") else 2 * max(degrees)
 
 
-def _parts(text: str) -> int:
-    """How many answers a text states: one more than the separators outside of its brackets."""
-    separators, depth = len(SEPARATOR.findall(text)), 0
-    for match in BRACKET_OR_COMMA.finditer(GROUPED_DIGITS.sub("0", text)):
-        if match[0] == ",":
-            separators += depth <= 0
+def _interval(trees: list[Tree | None], relations: list[str]) -> tuple[str, Tree | None]:
+    r"""``-2 \le x < 7`` as ``[-2, 7)`` and ``x > 3`` as ``(3, \infty)``; no tree for other inequalities."""
+    symbols = [place for place, tree in enumerate(trees) if tree and tree[0] == "symbol"]
+    if None in trees or len(symbols) != 1 or len(trees) > 3 or (len(trees) == 3 and symbols != [1]):
+        return "", None
+    [place] = symbols
+    low, high = (("negate", INFINITY), False), (INFINITY, False)
+    for side, relation in enumerate(relations):
+        direction, closed = INEQUALITIES[relation]
+        bound = trees[side + (side >= place)]
+        if unknowns(bound):
+            return "", None
+        if (direction == "<") == (side >= place):
+            high = (bound, closed)
         else:
-            depth += 1 if match[0] in "([{" else -1
-    return 1 + separators
-
-
-def _right_hand_side(text: str, name: re.Pattern) -> str:
-    """What an equation says that its left hand is; all of the text where that is no name, nor the same number."""
-    *lefts, last = _sides(text)
-    for left in lefts:
-        try:
-            if evaluate(left) == evaluate(last):
-                continue
-            return text
-        except NoValue:
-            return text
-        except NotArithmetic:
-            if not name.fullmatch(left.strip()):
-                return text
-    return last.strip()
-
-
-def _sides(text: str) -> list[str]:
-    """The text split at the equals signs outside of its brackets."""
-    sides, start, depth = [], 0, 0
-    for match in re.finditer(r"[{}()\[\]]|(?<![<>!\\:])=", text):
-        if match[0] != "=":
-            depth += 1 if match[0] in "([{" else -1
-        elif depth <= 0:
-            sides.append(text[start : match.start()])
-            start = match.end()
-    return [*sides, text[start:]]
+            low = (bound, closed)
+    if len({INEQUALITIES[relation][0] for relation in relations}) > 1:
+        return "", None
+    return trees[place][1], ("sequence", "[" if low[1] else "(", "]" if high[1] else ")", low[0], high[0])

@@ -1,6 +1,5 @@
 """The rule-based math reward: 1 for a response whose one boxed answer is the label's, else 0."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -8,21 +7,11 @@ from types import TracebackType
 from typing import Self
 
 from configuration.schema import Reward
-from rewards.answers import SYMBOL, Answer, balanced, extract, read_answer, same_text
+from rewards.answers import Answer, extract, read_answer
+from rewards.arithmetic import MAX_BITS
+from rewards.comparison import Undecided, exactly, same_statement
+from rewards.latex import OutOfBounds
 from rewards.workers import Question, SympyWorkers
-
-MAX_SYMPY_CHARACTERS = 300  # of an answer that only sympy can read: longer ones are wrong
-
-CLOSED_COMMANDS = (
-    r"\\(?:frac|sqrt|cdot|times|div|binom|pi|log|ln|exp|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan"
-    r"|lfloor|rfloor|lceil|rceil)(?![a-zA-Z])"
-)
-CLOSED_FORM = re.compile(  # digits, operators, brackets, e, functions, the base of \log and the degree of \sqrt
-    rf"(?:[0-9.+\-*/^(){{}}! ]|(?<![a-zA-Z])e(?![a-zA-Z])|{CLOSED_COMMANDS}"
-    r"|(?<=\\log)\s*_\s*(?=[0-9{])|(?<=\\sqrt)\[[0-9]+\])+"
-)
-DECIMAL = re.compile(r"([0-9]*)\.([0-9]+)")
-BASED_NUMBER = re.compile(r"[0-9]\s*\}?\s*_")  # math-verify drops the base of 3_3
 
 
 @dataclass(frozen=True)
@@ -34,8 +23,8 @@ class Verdict:
         answer: what was answered, in a spelling that is the same for equal numbers (``33`` for ``33.0``); None where
             there is no answer.
         reason: ``correct``; ``wrong``; ``several_answers`` (a hedge such as "33 or 34"); ``no_think_end`` (the
-            reasoning never ended); ``no_box``; ``too_long``; ``grading_timeout`` or ``grading_error`` (sympy could
-            not tell in time, or at all).
+            reasoning never ended); ``no_box``; ``too_long`` or ``too_deep`` (beyond what any answer needs);
+            ``grading_timeout`` or ``grading_error`` (sympy could not tell in time, or at all).
     """
 
     correct: bool
@@ -71,13 +60,12 @@ class Grader:
         content, reason = extract(response, self.settings.think_block)
         if content is None:
             return Verdict(False, None, reason)
-        answer = read_answer(content)
-        if answer is None:
-            return Verdict(False, None, "too_long")
+        try:
+            answer = read_answer(content)
+        except OutOfBounds as error:
+            return Verdict(False, None, error.reason)
         wanted = _read_label(label)
-        if wanted is None:
-            return Verdict(False, answer.key, "wrong")
-        decided = _compare(answer, wanted)
+        decided = "wrong" if wanted is None else _compare(wanted, answer)
         if isinstance(decided, Question):
             return answer.key, decided
         return Verdict(decided == "correct", answer.key, decided)
@@ -85,39 +73,23 @@ class Grader:
 
 @lru_cache(maxsize=4096)
 def _read_label(label: str | int) -> Answer | None:
-    if isinstance(label, int) and label.bit_length() > 3000:  # Python refuses to print beyond 4,300 digits
+    """The label; None where it is longer or deeper than any answer, and so matches none."""
+    if isinstance(label, int) and label.bit_length() > MAX_BITS:
         return None
-    return read_answer(str(label), name=SYMBOL)
+    try:
+        return read_answer(str(label), is_label=True)
+    except OutOfBounds:
+        return None
 
 
-def _compare(answer: Answer, label: Answer) -> str | Question:
+def _compare(label: Answer, answer: Answer) -> str | Question:
     """``correct``, a reason why not, or what to ask sympy."""
-    if answer.value is not None and label.value is not None:
-        return "correct" if answer.value == label.value else "wrong"
-    as_text = label.value is None  # a number is not: without its space, 3 3 would be 33
-    if as_text and same_text(answer.text, label.text):
-        return "correct"
-    if answer.undefined:
-        return "wrong"
-    if answer.parts != label.parts:
-        return "several_answers" if answer.parts > label.parts else "wrong"
-    closed = [CLOSED_FORM.fullmatch(side) is not None for side in (label.right, answer.right)]
-    if as_text and all(closed) and same_text(answer.right, label.right):
-        return "correct"
-    if len(answer.text) > MAX_SYMPY_CHARACTERS:
-        return "too_long"
-    if not balanced(answer.text):
-        return "wrong"
-    if all(closed):
-        return Question(_exact(label.right), _exact(answer.right), closed=True)
-    if any(closed) or len(label.text) == 1 or BASED_NUMBER.search(answer.text) or BASED_NUMBER.search(label.text):
-        return "wrong"  # a number is no expression in unknowns, and the letter of a choice has its case
-    return Question(label.text, answer.text, closed=False)
-
-
-def _exact(text: str) -> str:
-    """Decimals as fractions: sympy would make floating point of them."""
-    return DECIMAL.sub(lambda match: f"(\\frac{{{int(match[1] + match[2])}}}{{{10 ** len(match[2])}}})", text)
+    try:
+        if same_statement(label.statement, answer.statement, exactly):
+            return "correct"
+    except Undecided:
+        return Question(label.statement, answer.statement)
+    return "several_answers" if answer.parts > max(1, label.parts) else "wrong"
 
 
 def _verdict(answer: str, told: str) -> Verdict:

@@ -1,72 +1,57 @@
-"""The confined process in which math-verify compares two expressions. Run as a script; it imports nothing of ours.
+"""The confined process in which sympy compares two answers. Run as a script.
 
-One JSON line in, one word out: ``equal``, ``different`` or ``error``. The first word, ``ready``, comes once math-verify
-is imported. The process has a bound on its memory and, for each question, on its processor time, writes no files,
-starts no processes, and is killed from outside when a question takes too long.
+One JSON line in, one word out: ``equal``, ``different`` or ``error``. The first word, once sympy is imported, is
+``ready``, or ``unfiltered`` where the kernel takes no seccomp filter. See `rewards.confinement` for what the process
+may do; it is killed from outside when a question takes too long.
 """
 
 import json
 import logging
 import os
-import resource
 import sys
+from pathlib import Path
+from typing import Any
 
-MEMORY_BYTES = 2**30
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[1]))  # at the end: nothing of ours hides a module that sympy imports
+
+from rewards.comparison import Item, Statement, same_statement
+from rewards.confinement import confine, limit_seconds
+
+WARM_UP = [  # imports and first uses, outside of any question's time
+    (("root", ("add", ("number", 4, 1), ("root", ("number", 12, 1), ("number", 2, 1))), ("number", 2, 1)),
+     ("add", ("number", 1, 1), ("root", ("number", 3, 1), ("number", 2, 1)))),
+    (("add", ("symbol", "x"), ("number", 1, 1)), ("add", ("number", 1, 1), ("symbol", "x"))),
+]  # fmt: skip
 
 
 def main() -> None:
+    from rewards.symbolic import equal  # here: whoever imports this script only to name it need not wait for sympy
+
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whatever a library prints is not an answer
     logging.disable(logging.CRITICAL)
-    same_number("\\sqrt{3} + 1", "\\sqrt{4 + 2 \\sqrt{3}}")  # import and warm up outside of any question's time
-    same_expression("x + 1", "x + 2")
-    for limit, value in (
-        (resource.RLIMIT_AS, MEMORY_BYTES),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_NPROC, 0),
-    ):
-        resource.setrlimit(limit, (value, value))
-    print("ready", file=answers)
+    for one, other in WARM_UP:
+        equal(one, other)
+    print("ready" if confine() else "unfiltered", file=answers)
     for line in sys.stdin:
         question = json.loads(line)
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        seconds = int(usage.ru_utime + usage.ru_stime + question["max_seconds"]) + 2
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
-        compare = same_number if question["closed"] else same_expression
+        limit_seconds(question["max_seconds"])
         try:
-            print("equal" if compare(question["label"], question["answer"]) else "different", file=answers)
-        except Exception:  # of antlr, sympy or the lack of memory: the parent counts it as a grading error
+            same = same_statement(_statement(question["label"]), _statement(question["answer"]), equal)
+            print("equal" if same else "different", file=answers)
+        except Exception:  # of sympy or the lack of memory: the parent counts it as a grading error
             print("error", file=answers)
 
 
-def parse(latex: str) -> list:
-    """What math-verify makes of one LaTeX answer: a list with one sympy object, or empty."""
-    from math_verify import LatexExtractionConfig
-    from math_verify import parse as parse_latex
-
-    boxed = [LatexExtractionConfig(boxed_match_priority=0)]
-    return parse_latex(f"\\boxed{{{latex}}}", boxed, fallback_mode="no_fallback", parsing_timeout=None)
+def _statement(loaded: list) -> Statement:
+    items, between = _tuples(loaded)
+    return Statement(tuple(Item(*item) for item in items), between)
 
 
-def same_number(label: str, answer: str) -> bool:
-    """Whether two closed forms are exactly the same number; math-verify itself would round to six decimals."""
-    import sympy
-
-    values = [parsed[0].doit() for text in (label, answer) if (parsed := parse(text))]
-    if len(values) != 2 or any(not isinstance(value, sympy.Expr) or value.free_symbols for value in values):
-        return False
-    difference = values[0] - values[1]
-    if abs(difference.evalf(50)) > 1e-40:
-        return False
-    return sympy.simplify(difference) == 0
-
-
-def same_expression(label: str, answer: str) -> bool:
-    """Whether math-verify holds two expressions, sets, intervals, matrices ... for the same."""
-    from math_verify import verify
-
-    return verify(parse(label), parse(answer), float_rounding=12, timeout_seconds=None)
+def _tuples(loaded: Any) -> Any:
+    """A tree again of what JSON made lists."""
+    return tuple(map(_tuples, loaded)) if isinstance(loaded, list) else loaded
 
 
 if __name__ == "__main__":

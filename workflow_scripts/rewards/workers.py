@@ -1,6 +1,7 @@
 """Processes that compare expressions with sympy, and may be killed at any time."""
 
 import json
+import logging
 import os
 import select
 import subprocess
@@ -8,11 +9,15 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from queue import SimpleQueue
+from queue import LifoQueue
 
 from common.errors import UserError
 from rewards import sympy_worker
+from rewards.comparison import Statement
+
+log = logging.getLogger(__name__)
 
 SCRIPT = Path(sympy_worker.__file__)  # imported to be found by whatever asks what the reward is made of
 STARTUP_SECONDS = 120  # importing sympy takes 1 to 3 s, more where the machine is busy
@@ -21,11 +26,15 @@ MAX_WORKERS = 4
 
 @dataclass(frozen=True)
 class Question:
-    """Is ``answer`` the same as ``label``; as exact numbers where ``closed``, else as math-verify sees it."""
+    """Does the answer state what the label states, as far as sympy can prove it."""
 
-    label: str
-    answer: str
-    closed: bool
+    label: Statement
+    answer: Statement
+
+    def as_json(self, max_seconds: float) -> bytes:
+        """The question as a worker reads it, a line."""
+        row = {"label": self.label, "answer": self.answer, "max_seconds": max_seconds}
+        return json.dumps(row).encode() + b"\n"
 
 
 class SympyWorkers:
@@ -34,7 +43,7 @@ class SympyWorkers:
     def __init__(self, max_seconds: float) -> None:
         self.max_seconds = max_seconds
         self.count = min(MAX_WORKERS, os.cpu_count() or 1)
-        self.idle: SimpleQueue[_Worker] = SimpleQueue()
+        self.idle: LifoQueue[_Worker] = LifoQueue()  # the last that answered is running already
         self.workers = [_Worker() for _ in range(self.count)]
         for worker in self.workers:
             self.idle.put(worker)
@@ -58,6 +67,11 @@ class SympyWorkers:
             self.idle.put(worker)
 
 
+@cache
+def _warn_once() -> None:
+    log.warning("the kernel takes no seccomp filter: the grader's workers are confined by limits of resources alone")
+
+
 class _Worker:
     """One process of ``sympy_worker.py``, spoken to by lines; a script of its own, so it never imports torch."""
 
@@ -67,7 +81,7 @@ class _Worker:
     def ask(self, question: Question, max_seconds: float) -> str:
         self.start()
         try:
-            self.process.stdin.write(json.dumps({**question.__dict__, "max_seconds": max_seconds}).encode() + b"\n")
+            self.process.stdin.write(question.as_json(max_seconds))
             word = self.read(max_seconds)
         except BrokenPipeError:
             word = ""
@@ -81,7 +95,12 @@ class _Worker:
         self.stop()
         keep = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
         self.process = subprocess.Popen(
-            [sys.executable, "-I", str(SCRIPT)],  # -I: rewards/ stays off the path, where math.py would hide Python's
+            [
+                sys.executable,
+                "-I",
+                "-B",
+                str(SCRIPT),
+            ],  # -I: rewards/math.py must not hide Python's; -B: writes no files
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -89,12 +108,15 @@ class _Worker:
             env={**keep, "OMP_NUM_THREADS": "1"},  # no tokens, no keys
             start_new_session=True,  # Ctrl-C is for the parent, which may want its last verdicts
         )
-        if self.read(STARTUP_SECONDS) != "ready":
+        word = self.read(STARTUP_SECONDS)
+        if word not in ("ready", "unfiltered"):
             self.stop()
             raise UserError(
-                f"{SCRIPT.name} does not start under {sys.executable}: is math-verify installed? Build the environment "
-                "from the lock file again"
+                f"{SCRIPT.name} does not start under {sys.executable}: is sympy installed? Build the environment from "
+                "the lock file again"
             )
+        if word == "unfiltered":
+            _warn_once()
 
     def read(self, seconds: float) -> str | None:
         """The next line; None when it did not come in time, an empty string when the process has ended."""
