@@ -5,8 +5,8 @@ from itertools import count
 import pytest
 
 from configuration import provenance
-from configuration.loading import load
 from configuration.code import code_digest
+from configuration.loading import load
 from configuration.provenance import Provenance
 
 

@@ -4,7 +4,7 @@ import importlib.metadata
 from collections.abc import Iterable
 
 SAMPLING = ("torch", "transformers", "sglang", "flash-linear-attention")
-GRADING = ("math-verify", "sympy", "latex2sympy2_extended")
+GRADING = ("sympy",)
 CONVERTING = ("torch", "megatron-core", "safetensors")
 TRAINING = (*SAMPLING, *GRADING, "megatron-core")
 STATISTICS = ("numpy", "scipy")
