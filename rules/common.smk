@@ -112,7 +112,7 @@ def write_job_files(jobs):
 def changes(stage):
     """What has changed since the result was made, in brackets, for a job's message."""
 
-    def of(wildcards):
+    def of(wildcards, output):
         found = provenance.why(stage, **which(wildcards))
         return f" ({found})" if found else ""
 

@@ -32,8 +32,8 @@ def main() -> None:
         )
     if len(made_by) > 1:
         print(f"{folder}: made by {told(made_by)}", file=sys.stderr)
-    parts = ("config", "inputs") if job["config"]["training"]["on_code_change"] == "continue" else None
-    if same := same_result(folder, job, parts) if parts else same_result(folder, job):
+    by = () if job["on_code_change"] == "continue" else ("code", "versions")
+    if same := same_result(folder, job, ("config", "inputs", *by)):
         print(f"{folder}: all {same.facts['rollouts']} rollouts are done: nothing to train", file=sys.stderr)
         write_manifest(arguments.manifest, same.kind, same.root, same.files, job, same.facts)
     print(folder)

@@ -120,7 +120,7 @@ class Provenance:
         stale = [*staleness.settings(before["config"], now["config"]), *self._changed_inputs(before, stage, **which)]
         stale += staleness.missing_files(path, made)
         by = staleness.makers(before, now)
-        if stage == "train" and now["config"]["training"]["on_code_change"] == "continue":
+        if stage == "train" and self._on_code_change(**which) == "continue":
             return State(made, tuple(stale), tuple(by))
         return State(made, (*stale, *by), ())
 
@@ -135,38 +135,42 @@ class Provenance:
         return digest([self.of(stage, **which) | {"upstream": upstream}, damage])
 
     def job(self, stage: str, **which: str) -> dict[str, Any]:
-        """What a job is given: the record, its key, and the commit of the code that runs."""
-        return self.of(stage, **which) | {"key": self.key(stage, **which), "commit": _commit(self._scripts)}
+        """What a job is given: the record, its key, the commit of the code that runs, and what else it must know."""
+        job = self.of(stage, **which) | {"key": self.key(stage, **which), "commit": _commit(self._scripts)}
+        return job | {"on_code_change": self._on_code_change(**which)} if stage == "train" else job
 
     def why(self, stage: str, **which: str) -> str:
         """What has changed since a result was made, for people; empty where nothing did, or nothing was made."""
-        changed = staleness.few(self.state(stage, **which).stale, ", ")
+        if (state := self.state(stage, **which)).fresh:
+            return ""
+        changed = staleness.few(state.stale, ", ")
         return self._why_training(changed, **which) if stage == "train" else changed
 
-    def run(self, model: str) -> Path | None:
+    def run(self, model: str, on_code_change: str | None = None) -> Path | None:
         """The folder of the run that a training would go on with, by what its inputs are now; None if it begins."""
         states = {name: self.state(of, **its) for name, (of, its) in self._parts("train", model=model).upstream.items()}
-        inputs = {name: content_of(state.made) for name, state in states.items() if state.made}
-        return runs.find(
-            self._manifest("train", {"model": model}).parent, self.of("train", model=model) | {"inputs": inputs}
-        )
+        job = self.of("train", model=model) | {
+            "inputs": {name: content_of(state.made) for name, state in states.items() if state.made},
+            "on_code_change": on_code_change or self._on_code_change(model),
+        }
+        return runs.find(self._manifest("train", {"model": model}).parent, job)
 
     def _why_training(self, changed: str, model: str) -> str:
-        """What has changed, whether the run goes on, and how to get the other where code alone decides."""
-        by = staleness.makers(made["provenance"], self.of("train", model=model)) if (made := self._made(model)) else []
+        """What has changed, whether the run goes on, and how to get the other where the code decides."""
         if run := self.run(model):
             goes_on = f"the run goes on after {runs.rollouts(run)} rollouts"
-            others = [maker["commit"] or maker["code"] for maker in runs.made_by(run)]
-            if staleness.makers(runs.made_by(run)[-1], self.of("train", model=model)):
-                goes_on += f" of {others[-1]}; training.on_code_change: new begins another"
+            last = runs.made_by(run)[-1]
+            if by := staleness.makers(last, self.of("train", model=model)):
+                goes_on += f", made by {last['commit'] or last['code']} ({staleness.few(by, ', ')})"
+                goes_on += "; training.on_code_change: new would begin another"
             return "; ".join(filter(None, [changed, goes_on]))
         if not changed:
             return ""
-        hint = "; training.on_code_change: continue would go on" if by else ""
+        hint = "; training.on_code_change: continue would go on" if self.run(model, "continue") else ""
         return f"{changed}; a new run begins, and the old one stays{hint}"
 
-    def _made(self, model: str) -> dict[str, Any] | None:
-        return self.state("train", model=model).made
+    def _on_code_change(self, model: str) -> str:
+        return self._configuration.models[model].training.on_code_change
 
     def _changed_inputs(self, before: dict[str, Any], stage: str, **which: str) -> list[str]:
         """What a result was made of and is no longer the same, in words."""
@@ -216,6 +220,7 @@ class Provenance:
     def _train(self, model: str) -> Parts:
         settings = self._configuration.models[model]
         config = {section: getattr(settings, section) for section in TRAIN_SECTIONS}
+        config["training"] = settings.training.model_dump(mode="json", exclude={"on_code_change"})  # see `job`
         config["hardware"] = settings.hardware.model_dump(mode="json", include={"gpus", "processes"})
         upstream = {
             "download": ("download", {"model": model}),

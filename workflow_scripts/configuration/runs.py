@@ -18,7 +18,7 @@ from configuration.code import digest
 # whoever lowers it after it ran out wants the rollouts that there are.
 CONTINUES = {
     "training": {
-        *("rollouts", "save_interval", "keep_checkpoints", "max_bad_steps", "wandb_project", "on_code_change"),
+        *("rollouts", "save_interval", "keep_checkpoints", "max_bad_steps", "wandb_project"),
         *("max_tokens_per_gpu", "recompute", "log_prob_chunk"),
     },
     "engine": {"mem_fraction_static", "max_running_requests", "cuda_graph_batch_sizes"},
@@ -76,6 +76,6 @@ def _goes_on(folder: Path, job: dict[str, Any]) -> bool:
         run = read_json(folder / FILE)
         last = run["made_by"][-1]
         same = {name: run[name] for name in ("config", "inputs")} == identity(job)
-        return same and (job["config"]["training"]["on_code_change"] == "continue" or not staleness.makers(last, job))
+        return same and (job["on_code_change"] == "continue" or not staleness.makers(last, job))
     except (UserError, KeyError, TypeError, OSError):
         return False  # no run of this version of the pipeline
