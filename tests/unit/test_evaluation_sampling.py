@@ -10,8 +10,9 @@ from dataclasses import replace
 import pytest
 
 import evaluate
-from checkpoints.manifest import read_manifest, versions, write_manifest
+from checkpoints.manifest import read_manifest, write_manifest
 from common.errors import UserError
+from common.versions import versions
 from configuration.schema import Engine, Evaluation, Reward, TinyModel
 from evaluation import sampling
 from evaluation.problems import load_problems
@@ -151,7 +152,6 @@ def test_less_memory_for_the_engine_keeps_the_samples(run, monkeypatch):
         ({"code": "other"}, False),
         ({"versions": {"torch": "0.1"}}, False),
         ({"versions": {"sglang": "0.1"}}, False),
-        ({"versions": {"snakemake": "0.1"}}, True),  # no sample depends on it
         ({"engine": {"speculation": {}}}, False),
         ({"engine": {"server_arguments": {"dtype": "half"}}}, False),
         ({"engine": {"max_running_requests": 2}}, True),
@@ -177,7 +177,7 @@ def test_samples_serve_again_only_where_all_that_made_them_is_the_same(
     if "code" in changes:
         monkeypatch.setattr(evaluate, "code_digest", lambda *_: changes["code"])
     if "versions" in changes:
-        monkeypatch.setattr(evaluate, "versions", lambda: versions() | changes["versions"])
+        monkeypatch.setattr(evaluate, "versions", lambda names: versions(names) | changes["versions"])
     asked = []
 
     def start(*_, **__):

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from checkpoints import manifest as manifests
 from checkpoints.manifest import read_manifest, write_manifest
+from common import versions
 from common.errors import UserError
 
 PROVENANCE = {"config": {"key": 1}, "code": "c", "upstream": {}}
@@ -69,12 +69,10 @@ def test_results_that_were_moved_together_are_still_vouched_for(made, tmp_path):
 
 
 def test_the_packages_that_decide_results_are_recorded(made, monkeypatch):
-    installed = {name: f"{number}.0" for number, name in enumerate(manifests.PACKAGES)}
-    installed |= {"pytest": "9.0"}
-    monkeypatch.setattr(manifests.importlib.metadata, "version", installed.__getitem__)
-    assert set(manifests.versions()) == {
-        *("torch", "megatron-core", "transformers", "sglang", "flash-linear-attention", "snakemake")
-    }
+    installed = {name: f"{number}.0" for number, name in enumerate(versions.RECORDED)} | {"pytest": "9.0"}
+    monkeypatch.setattr(versions.importlib.metadata, "version", installed.__getitem__)
+    recorded = {"torch", "megatron-core", "transformers", "sglang", "flash-linear-attention", "sympy", "snakemake"}
+    assert recorded <= set(versions.versions()) and "pytest" not in versions.versions()
     assert made.versions == json.loads(made.path.read_text())["versions"] and "torch" in made.versions
 
 

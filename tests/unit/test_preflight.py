@@ -104,7 +104,8 @@ def test_a_training_that_goes_on_needs_no_disk_for_the_checkpoints_it_has(root, 
     hold("of-other-settings", "checkpoint-000020", 2)
     with pytest.raises(UserError, match=f"the results need about {needed:.0f} GiB of disk"):
         check_jobs(jobs, configuration, provenance)
-    work = provenance.work("4B")
+    work = "the-run"
+    monkeypatch.setattr(provenance, "run", lambda model: tmp_path / model / "grpo/grpo" / work)
     hold(work, "checkpoint-000020", 0.3)
     hold(work, ".checkpoint-000040.partial", 0.3)  # removed when the training goes on
     check_jobs(jobs, configuration, provenance)

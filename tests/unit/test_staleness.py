@@ -1,73 +1,299 @@
-"""What a dry run says of a stale result: the settings that changed, by name and value."""
+"""Which results are stale, and what a dry run says of them: settings, code and versions, and content, not history."""
+
+import json
+import shutil
 
 import pytest
 
-from common.files import write_json
-from configuration import staleness
+from checkpoints.manifest import same_result, write_manifest
+from common.contents import content_of
+from common.errors import UserError
+from common.files import read_json, write_json
+from common.jobs import read_job
+from configuration import provenance, runs, staleness
+from configuration.loading import load
+from configuration.provenance import Provenance, State
 
-BEFORE = {
-    "config": {"training": {"rollouts": 60, "dtype": "float32"}, "engine": {"speculation": None, "arguments": {}}},
-    "code": "aaa",
-    "upstream": {"convert": "c1", "dataset": "d1"},
+STAGES = {
+    "dataset": [{"name": "sums-train"}, {"name": "sums-evaluation"}],
+    "download": [{"model": "tiny"}],
+    "convert": [{"model": "tiny"}],
+    "train": [{"model": "tiny"}],
+    "export": [{"model": "tiny"}],
+    "evaluate": [
+        {"model": "tiny", "dataset": "sums-evaluation", "weights": "base"},
+        {"model": "tiny", "dataset": "sums-evaluation", "weights": "grpo"},
+    ],
+    "plots": [{}],
 }
+NAMES = {"convert": "__0_0.distcp", "train": "checkpoint-000060/weights/__0_0.distcp"}
 
 
-def now(**changes):
-    return BEFORE | changes
+class Workflow:
+    """The pipeline's results for tiny as manifests and small files, and what it thinks of them today."""
 
+    def __init__(self, root, folder, monkeypatch):
+        self.root, self.folder, self.monkeypatch = root, folder, monkeypatch
+        self.code, self.versions, self.settings = "c1", {"torch": "2.0"}, {}
 
-def config(**sections):
-    return BEFORE["config"] | sections
+    def today(self) -> Provenance:
+        """As a new run of Snakemake sees it."""
+        overrides = {"models": ["tiny"], "results": str(self.folder), **self.settings}
+        configuration = load(self.root / "config/config.yaml", self.root / "config/models", overrides)
+        self.monkeypatch.setattr(provenance, "code_digest", lambda scripts, *names: f"{self.code} {names[0]}")
+        self.monkeypatch.setattr(provenance.versions, "versions", lambda packages: self.versions)
+        provenance._read.cache_clear()
+        return Provenance(configuration, self.root / "workflow_scripts")
+
+    def make(self, stage, content="x", **which):
+        """Do what a stage's job does as far as its manifest goes."""
+        today = self.today()
+        path = today._manifest(stage, which)
+        write_json(self.folder / "job.json", today.job(stage, **which))
+        job = read_job(self.folder / "job.json")
+        if stage == "train":
+            folder = runs.open_run(path.parent, job)
+            (folder / "checkpoint-000060").mkdir(exist_ok=True)
+        else:
+            folder = path.parent / f"{path.stem}-files"
+        file = folder / NAMES.get(stage, "file")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+        facts = {"prompt_key": "prompt"} if stage == "dataset" else {}
+        kind = "download" if stage == "dataset" else stage
+        write_manifest(path, kind, folder, [str(file.relative_to(folder))], job, facts)
+
+    def states(self) -> dict[str, State]:
+        today = self.today()
+        return {
+            " ".join([stage, which.get("name") or which.get("weights", "")]).strip(): today.state(stage, **which)
+            for stage, results in STAGES.items()
+            for which in results
+        }
+
+    def stale(self) -> dict[str, str]:
+        """What would be made again, and why."""
+        return {name: "; ".join(state.stale) for name, state in self.states().items() if not state.fresh}
+
+    def keys(self) -> dict[str, str]:
+        today = self.today()
+        return {f"{stage} {which}": today.key(stage, **which) for stage, results in STAGES.items() for which in results}
 
 
 @pytest.fixture
-def manifest(tmp_path):
-    write_json(tmp_path / "train.json", {"kind": "train", "provenance": BEFORE})
-    return tmp_path / "train.json"
+def workflow(root, tmp_path, monkeypatch):
+    """A finished one."""
+    made = Workflow(root, tmp_path, monkeypatch)
+    for stage, results in STAGES.items():
+        for which in results:
+            made.make(stage, **which)
+    return made
+
+
+AFTER_TRAINING = {"export", "evaluate grpo", "plots"}
+
+
+def test_what_was_just_made_is_fresh_and_keeps_its_key(workflow):
+    assert workflow.stale() == {}
+    assert workflow.keys() == workflow.keys()
 
 
 @pytest.mark.parametrize(
-    ("today", "said"),
+    ("settings", "name", "said", "others"),
     [
-        (now(), ""),
+        ({"optimizer": {"learning_rate": 1e-3}}, "train", "optimizer.learning_rate: 0.0001 -> 0.001", AFTER_TRAINING),
+        ({"training": {"rollouts": 70}}, "train", "training.rollouts: 60 -> 70", AFTER_TRAINING),
         (
-            now(config=config(training={"rollouts": 200, "dtype": "float32"}), code="bbb"),
-            "training.rollouts: 60 -> 200, its code",
+            {"conversion": {"mtp_num_layers": 0}},
+            "convert",
+            "conversion.mtp_num_layers: 1 -> 0",
+            {"train", *AFTER_TRAINING},
         ),
-        (
-            now(config=config(engine={"speculation": {"steps": 2}, "arguments": {"seed": 1}})),
-            'engine.arguments.seed: nothing -> 1, engine.speculation: null -> {"steps": 2}',
-        ),
-        (now(config=config(engine=None)), 'engine: {"speculation": null, "argume... -> null'),
-        (now(upstream={"convert": "c2", "dataset": "d2"}), "another result of convert and dataset"),
-        (now(upstream={"convert": "c1"}), "another result of dataset"),
-        (
-            now(config=config(training={f"key_{number}": number for number in range(5)})),
-            'training.dtype: "float32" -> nothing, training.key_0: nothing -> 0, training.key_1: nothing -> 1, 4 more',
-        ),
-        (
-            now(config=config(training={"rollouts": "x" * 99, "dtype": "float32"})),
-            f'training.rollouts: 60 -> "{"x" * 28}...',
-        ),
+        ({"training": {"on_code_change": "continue"}}, None, "", set()),
     ],
 )
-def test_what_differs_is_named(manifest, today, said):
-    assert staleness.changes(manifest, today) == said
+def test_a_setting_is_named_and_what_is_made_of_the_result_waits(workflow, settings, name, said, others):
+    before = workflow.keys()
+    workflow.settings = {"per_model": {"tiny": settings}}
+    stale = workflow.stale()
+    assert set(stale) == ({name} if name else set()) | others
+    assert stale.get(name, "") == said
+    changed = {result for result, key in workflow.keys().items() if key != before[result]}
+    assert len(changed) == len(stale)
+
+
+def test_other_code_and_versions_are_named(workflow):
+    workflow.code, workflow.versions = "c2", {"torch": "2.1", "sglang": "0.6"}
+    assert workflow.stale()["convert"] == (
+        "download made again; its code; sglang not installed -> 0.6; torch 2.0 -> 2.1"
+    )
+
+
+def test_a_download_made_again_with_the_same_files_makes_nothing_else_stale(workflow):
+    workflow.code = "c2"
+    assert "download made again" in workflow.stale()["convert"]  # as long as nobody knows what it will give
+    workflow.make("download", model="tiny")
+    workflow.code = "c1"
+    assert set(workflow.stale()) == {"download"} | {"convert", "train", "evaluate base"} | AFTER_TRAINING
+    workflow.make("download", model="tiny")
+    assert workflow.stale() == {}
+    workflow.make("download", content="y", model="tiny")
+    assert workflow.stale()["convert"] == "another result of download"
+
+
+def test_the_same_tensors_converted_again_leave_the_training_fresh(workflow):
+    """torch_dist's other files differ from save to save."""
+    path = workflow.folder / "tiny/convert.json"
+    manifest = read_json(path)
+    before = content_of(manifest)
+    manifest["files"][".metadata"] = {"bytes": 1, "sha256": "random"}
+    assert content_of(manifest) == before
+    manifest["files"]["__0_0.distcp"]["sha256"] = "other"
+    assert content_of(manifest) != before
+
+
+def test_a_data_set_is_also_how_prompts_are_made_of_it(workflow):
+    path = workflow.folder / "data/sums-train.json"
+    manifest = read_json(path)
+    before = content_of(manifest)
+    manifest["provenance"]["config"]["dataset"] |= {"instruction": "Box it."}
+    assert content_of(manifest) != before
+    manifest = read_json(path)
+    manifest["provenance"]["config"]["dataset"] |= {"revision": "another, of the same files"}
+    assert content_of(manifest) == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda files: shutil.rmtree(files), "grpo-files is missing"),
+        (lambda files: (files / "file").unlink(), "file is missing"),
+        (lambda files: (files / "file").write_text("longer"), "file has another size"),
+    ],
+)
+def test_files_that_are_gone_or_cut_short_make_just_their_result_stale(workflow, damage, said):
+    before = workflow.keys()
+    damage(workflow.folder / "tiny/hf/grpo-files")
+    stale = workflow.stale()
+    assert stale["export"].endswith(said) and set(stale) == {"export", "evaluate grpo", "plots"}
+    assert workflow.keys() != before
+    workflow.make("export", model="tiny")
+    assert workflow.stale() == {}
 
 
 @pytest.mark.parametrize("content", [None, "{}", "[]", '{"provenance": {"config": 1}}', "not JSON"])
-def test_without_a_result_there_is_nothing_to_say(tmp_path, content):
-    if content is not None:
-        (tmp_path / "train.json").write_text(content)
-    assert staleness.changes(tmp_path / "train.json", now()) == ""
+def test_without_a_result_there_is_nothing_to_say(workflow, content):
+    path = workflow.folder / "tiny/hf/grpo.json"
+    path.unlink() if content is None else path.write_text(content)
+    state = workflow.states()["export"]
+    assert not state.fresh and state.stale == ()
 
 
-def test_a_training_says_whether_it_goes_on(manifest, tmp_path):
-    changed, work = now(code="bbb"), tmp_path / "work"
-    assert staleness.of_training(manifest, changed, work) == "its code; a new run begins, and the old one stays"
-    assert staleness.of_training(tmp_path / "none.json", changed, work) == ""
-    (work / "checkpoint-000040").mkdir(parents=True)
-    assert staleness.of_training(manifest, changed, work) == "its code; the run goes on"
-    assert staleness.of_training(tmp_path / "none.json", changed, work) == "the run goes on"
-    (work / "checkpoint-000080").mkdir()
-    assert "the run has 80 rollouts: ask for at least as many" in staleness.of_training(manifest, changed, work)
+def test_the_first_changes_are_named_and_the_others_counted():
+    before, now = {"a": {f"k{number}": 0 for number in range(6)}}, {"a": {f"k{number}": 1 for number in range(6)}}
+    assert staleness.few(staleness.settings(before, now), ", ") == "a.k0: 0 -> 1, a.k1: 0 -> 1, a.k2: 0 -> 1, 3 more"
+    assert list(staleness.settings({"a": "x" * 99}, {})) == [f'a: "{"x" * 28}... -> nothing']
+
+
+# ---- runs of a training ---------------------------------------------------------------------------------------------
+
+
+def why(workflow):
+    return workflow.today().why("train", model="tiny")
+
+
+def test_a_training_says_whether_it_goes_on_and_how_to_get_the_other(workflow):
+    assert why(workflow) == ""
+    workflow.settings = {"per_model": {"tiny": {"training": {"rollouts": 70}}}}
+    assert why(workflow) == "training.rollouts: 60 -> 70; the run goes on after 60 rollouts"
+    workflow.settings = {"per_model": {"tiny": {"optimizer": {"learning_rate": 1e-3}}}}
+    begins = "; a new run begins, and the old one stays"
+    assert why(workflow) == f"optimizer.learning_rate: 0.0001 -> 0.001{begins}"
+    workflow.settings, workflow.code = {}, "c2"
+    for stage in ("dataset", "download", "convert"):  # of which the contents stay
+        for which in STAGES[stage]:
+            workflow.make(stage, **which)
+    assert why(workflow) == f"its code{begins}; training.on_code_change: continue would go on"
+
+
+def test_under_continue_other_code_leaves_a_finished_training_and_goes_on_with_another(workflow):
+    workflow.settings = {"training": {"on_code_change": "continue"}}
+    workflow.code, workflow.versions = "c2", {"torch": "2.1"}
+    for stage in ("dataset", "download", "convert"):
+        for which in STAGES[stage]:
+            workflow.make(stage, **which)
+    state = workflow.states()["train"]
+    assert state.fresh and state.tolerated == ("its code", "torch 2.0 -> 2.1")
+    workflow.settings["per_model"] = {"tiny": {"training": {"rollouts": 70}}}
+    commit = runs.made_by(workflow.today().run("tiny"))[0]["commit"]
+    said = f"made by {commit} (its code, torch 2.0 -> 2.1); training.on_code_change: new would begin another"
+    assert why(workflow) == f"training.rollouts: 60 -> 70; the run goes on after 60 rollouts, {said}"
+    workflow.make("train", model="tiny")
+    (folder,) = (workflow.folder / "tiny/grpo/grpo").glob("*/run.json")
+    makers = json.loads(folder.read_text())["made_by"]
+    assert [(maker["from_rollout"], maker["versions"]) for maker in makers] == [
+        (1, {"torch": "2.0"}),
+        (61, {"torch": "2.1"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "goes_on"),
+    [
+        ({"training": {"rollouts": 5000, "save_interval": 3}}, True),
+        ({"training": {"max_tokens_per_gpu": 4608, "recompute": "full"}}, True),  # as after running out of memory
+        ({"engine": {"mem_fraction_static": 0.4}}, True),
+        ({"validation": {"interval": 0}}, True),
+        ({"optimizer": {"learning_rate": 1e-5}}, False),
+        ({"engine": {"server_arguments": {"attention_backend": "triton"}}}, False),
+    ],
+)
+def test_what_continues_a_run_and_what_begins_another(workflow, changes, goes_on):
+    was = workflow.today().run("tiny")
+    workflow.settings = {"per_model": {"tiny": changes}}
+    assert was and workflow.today().run("tiny") == (was if goes_on else None)
+
+
+@pytest.mark.parametrize(("stage", "which"), [("download", {"model": "tiny"}), ("dataset", {"name": "sums-train"})])
+def test_other_weights_or_prompts_begin_another_run(workflow, stage, which):
+    workflow.make(stage, content="other", **which)
+    assert workflow.today().run("tiny") is None
+
+
+def test_of_two_runs_that_could_go_on_the_furthest_does(workflow):
+    workflow.settings = {"training": {"on_code_change": "continue"}}
+    first = workflow.today().run("tiny")
+    second = shutil.copytree(first, first.with_name("second"))
+    assert workflow.today().run("tiny") in (first, second)
+    (second / "checkpoint-000080").mkdir()
+    assert workflow.today().run("tiny") == second
+
+
+# ---- results that are there already ---------------------------------------------------------------------------------
+
+
+def test_a_folder_serves_again_only_where_all_that_made_it_is_the_same(tmp_path):
+    from checkpoints.manifest import keep_manifest
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "file").write_text("x")
+    job = {"config": {"a": 1}, "code": "c", "versions": {}, "inputs": {"download": "d"}}
+    keep_manifest(write_manifest(tmp_path / "made.json", "convert", folder, ["file"], job))
+    (tmp_path / "made.json").unlink()  # as Snakemake does before a job runs
+    assert same_result(folder, job).files.keys() == {"file"}
+    for part, other in {"config": {"a": 2}, "code": "d", "versions": {"torch": "2"}, "inputs": {}}.items():
+        assert same_result(folder, job | {part: other}) is None
+        assert same_result(folder, job | {part: other}, tuple({*job} - {part})) is not None
+    (folder / "file").write_text("longer")
+    assert same_result(folder, job) is None
+
+
+def test_a_job_knows_what_its_inputs_hold(tmp_path, workflow):
+    job = workflow.today().job("convert", model="tiny")
+    write_json(tmp_path / "job.json", job)
+    inputs = read_job(tmp_path / "job.json")["inputs"]
+    assert inputs == {"download": content_of(read_json(workflow.folder / "tiny/download.json"))}
+    (workflow.folder / "tiny/download.json").unlink()
+    with pytest.raises(UserError, match="no such file"):
+        read_job(tmp_path / "job.json")
