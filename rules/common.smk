@@ -1,15 +1,20 @@
 # The checked configuration, where results lie, and the functions that the rules call.
+import atexit
 import os
 import sys
 from pathlib import Path
 from shlex import quote
 
+from snakemake.logging import logger
+
 sys.path.insert(0, f"{workflow.basedir}/workflow_scripts")
 
 from common.errors import UserError
+from common.failed_jobs import FailedJobs
 from common.files import write_json
 from common.working_folder import claim
 from configuration import staleness
+from configuration.gpus import visible_gpus
 from configuration.layout import processes
 from configuration.loading import load, user_settings
 from configuration.preflight import check_jobs, table
@@ -25,8 +30,11 @@ def complain(function, *arguments):
 
 
 # Jobs that an executor sends elsewhere belong to the run that sends them.
-if not workflow.remote_exec and not workflow.subprocess_exec:
+if workflow.is_main_process:
     claimed = claim(Path(".snakemake"))
+    failed_jobs = FailedJobs(workflow)
+    logger.addFilter(failed_jobs)
+    atexit.register(failed_jobs.say)
 
 BASE = Path(workflow.basedir)
 settings = complain(
@@ -50,6 +58,21 @@ shell.prefix(
     "PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false "
     "THP_MEM_ALLOC_ENABLE=1; "  # torch takes memory in large pages: Adam's states are there twice as fast
 )
+
+# Jobs with GPUs share this machine's GPUs and memory, whatever profile or --resources a run is started with; which GPUs
+# each takes is for with_gpus.py to decide. On other machines an executor sees to it.
+if (
+    workflow.is_main_process
+    and workflow.resource_settings.nodes is None
+    and not workflow.output_settings.dryrun
+):
+    capacity = {
+        "gpu": len(visible_gpus()) or 1,
+        "gpu_host_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30,
+    }
+    for resource, available in capacity.items():
+        if resource not in workflow.global_resources:
+            workflow.register_resource(resource, available)
 
 # Compiled kernels are kept from run to run, beside the results unless the user says where.
 for variable in (
@@ -89,8 +112,13 @@ def which(wildcards):
 
 
 def key(stage):
-    """The one param whose change runs a job again. The others ask for the output, so Snakemake does not mind them."""
+    """The one param whose change runs a job again."""
     return lambda wildcards: provenance.key(stage, **which(wildcards))
+
+
+def untracked(function):
+    """A param whose change runs nothing again: Snakemake ignores the params that depend on the output."""
+    return lambda wildcards, output: function(wildcards)
 
 
 def job_file(wildcards, output):
@@ -131,9 +159,10 @@ def gpus(wildcards):
     return of_model(wildcards).hardware.gpus
 
 
-def gpu_node(wildcards):
-    """1 for a job with GPUs: a node has room for one, since each takes the first ones that it sees."""
-    return min(gpus(wildcards), 1)
+def gpu_host_gib(wildcards):
+    """Host memory of a job with GPUs, in GiB."""
+    model = of_model(wildcards)
+    return model.hardware.host_memory_gib if model.hardware.gpus else 0
 
 
 def cores(wildcards):
@@ -151,9 +180,18 @@ def launched(by, count):
     return f"python -m torchrun --standalone --nproc-per-node={count} -m"
 
 
+def training_processes(wildcards):
+    return processes(of_model(wildcards).hardware)
+
+
 def training_launch(wildcards):
-    count = processes(of_model(wildcards).hardware)
+    count = training_processes(wildcards)
     return launched("torchrun" if count > 1 else "python", count)
+
+
+def conversion_launch(wildcards):
+    conversion = of_model(wildcards).conversion
+    return launched(conversion.launcher, conversion.processes)
 
 
 # ---- where things lie --------------------------------------------------------------------------------------------

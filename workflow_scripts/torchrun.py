@@ -21,6 +21,7 @@ from types import FrameType
 import torch.distributed as dist
 from torch.distributed import run
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -30,6 +31,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.launcher import api
 
 from common import loopback
+from common.errors import USER_ERROR
 from common.interrupts import ECHO_SECONDS
 
 PATIENCE = 24 * 60 * 60  # seconds
@@ -95,7 +97,12 @@ def main(arguments: list[str]) -> None:
     arguments = [argument for argument in arguments if argument != "--standalone"]  # would choose torch's rendezvous
     with tempfile.TemporaryDirectory(prefix="milepost-") as folder:
         os.environ[loopback.STORE] = folder
-        run.main(["--nnodes=1", "--rdzv-backend=one-machine", *arguments])
+        try:
+            run.main(["--nnodes=1", "--rdzv-backend=one-machine", *arguments])
+        except ChildFailedError as error:
+            if error.get_first_failure()[1].exitcode == USER_ERROR:
+                sys.exit(USER_ERROR)  # the process has said why; the traceback would hide it
+            raise
 
 
 if __name__ == "__main__":

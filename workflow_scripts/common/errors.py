@@ -1,11 +1,14 @@
 """Faults that a user can mend end in one line, not in a traceback."""
 
+import contextlib
 import errno
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+USER_ERROR = 65  # exit status (sysexits' EX_DATAERR) of a script that a user's mistake ended: a retry does not help
 
 
 class UserError(Exception):
@@ -22,7 +25,9 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call an entry script's ``main``; a `UserError` or a full disk becomes one line on stderr and exit status 1.
+    """Call an entry script's ``main``; a `UserError` or a full disk becomes one line and the exit status `USER_ERROR`.
+
+    The line goes to the file that JOB_ERROR names, for the workflow to show when all jobs have ended, else to stderr.
 
     Of several processes that torchrun started on a machine only the first to fail says its line. The others often fail
     in the same way, or, since that one has left, in a collective: a RuntimeError, whose traceback would hide the line.
@@ -36,19 +41,24 @@ def run(main: Callable[[], None]) -> None:
             where = getattr(error, "filename", None) or "the results folder"
             _end(f"error: {where}: the disk is full: make room and run again")
         if isinstance(error, RuntimeError) and (told := _told()) and told.exists():
-            sys.exit(1)
+            sys.exit(USER_ERROR)
         raise
 
 
 def _end(line: str) -> NoReturn:
-    """End with status 1, and with ``line`` on stderr unless another process of this launch has said one."""
+    """End with ``line``, unless another process of this launch has said one."""
     if told := _told():
         try:
             told.touch(exist_ok=False)
         except FileExistsError:
-            sys.exit(1)
+            sys.exit(USER_ERROR)
+    if error := os.environ.get("JOB_ERROR"):
+        with contextlib.suppress(OSError):  # a full disk, say
+            Path(error).write_text(f"{line}\n")
+            sys.exit(USER_ERROR)
     below_the_bar = "\n" if os.environ.get("RANK", "0") != "0" else ""  # the first process's progress bar
-    sys.exit(below_the_bar + line)
+    print(f"{below_the_bar}{line}", file=sys.stderr)
+    sys.exit(USER_ERROR)
 
 
 def _told() -> Path | None:
