@@ -1,11 +1,13 @@
 # The checked configuration, where results lie, and the functions that the rules call.
 import atexit
+import functools
 import os
 import sys
 from pathlib import Path
 from shlex import quote
 
 from snakemake.logging import logger
+from snakemake_interface_logger_plugins.common import LogEvent
 
 sys.path.insert(0, f"{workflow.basedir}/workflow_scripts")
 
@@ -14,9 +16,10 @@ from common.failed_jobs import FailedJobs
 from common.files import write_json
 from common.working_folder import claim
 from configuration import staleness
+from configuration.early import check_inputs, mistyped
 from configuration.gpus import visible_gpus
 from configuration.layout import processes
-from configuration.loading import load, user_settings
+from configuration.loading import load, user_layers
 from configuration.preflight import check_jobs, table
 from configuration.provenance import Provenance
 
@@ -42,22 +45,29 @@ settings = complain(
     BASE / "config/config.yaml",
     BASE / "config/models",
     complain(
-        user_settings,
+        user_layers,
         [Path(file) for file in workflow.config_settings.configfiles or ()],
         workflow.config_settings.config or {},
+        Path(workflow.workdir_init),
     ),
 )
 provenance = Provenance(settings, BASE / "workflow_scripts")
 RESULTS = settings.results
 
 # Jobs run with the interpreter that runs Snakemake and see no other modules than this project's.
-shell.prefix(
+scripts = BASE / "workflow_scripts"
+if ":" in f"{scripts}{sys.executable}":
+    sys.exit(
+        f"error: {BASE}: a colon ends a folder's name in PATH and PYTHONPATH: move the clone"
+    )
+prefix = (
     "set -euo pipefail; "
-    f"source '{BASE}/rules/job.sh'; "
-    f"export PATH='{Path(sys.executable).parent}':$PATH PYTHONPATH='{BASE}/workflow_scripts' "
+    f"source {quote(str(BASE / 'rules/job.sh'))}; "
+    f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH PYTHONPATH={quote(str(scripts))} "
     "PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false "
     "THP_MEM_ALLOC_ENABLE=1; "  # torch takes memory in large pages: Adam's states are there twice as fast
 )
+shell.prefix(prefix.replace("{", "{{").replace("}", "}}"))  # Snakemake formats it
 
 # Jobs with GPUs share this machine's GPUs and memory, whatever profile or --resources a run is started with; which GPUs
 # each takes is for with_gpus.py to decide. On other machines an executor sees to it.
@@ -130,9 +140,9 @@ def job_file(wildcards, output):
     )
 
 
-def write_job_files(jobs):
+def write_job_files():
     """Leave for each job what `key` is the digest of: it takes its settings from it, and its manifest keeps it."""
-    for job in jobs:
+    for job in workflow.dag.needrun_jobs():
         if "job" in job.params.keys():
             stage = {"page": "report"}.get(job.rule.name, job.rule.name)
             write_json(job.params.job, provenance.of(stage, **which(job.wildcards)))
@@ -150,6 +160,37 @@ def changes(stage):
         return f" ({found})" if found else ""
 
     return of
+
+
+# ---- before the first job ----------------------------------------------------------------------------------------
+
+
+def due():
+    """(rule, wildcards) of every job that is about to run."""
+    return [(job.rule.name, dict(job.wildcards)) for job in workflow.dag.needrun_jobs()]
+
+
+@functools.cache
+def check_before_the_first_job():
+    complain(check_inputs, due(), settings, provenance)
+
+
+def watch(record):
+    """A filter of what Snakemake logs, for two moments that it has no handler for."""
+    event = getattr(record, "event", None)
+    if (
+        event == LogEvent.RUN_INFO and workflow.dryrun
+    ):  # which jobs would run is known; onstart is for real runs
+        check_before_the_first_job()
+    if event == LogEvent.ERROR and record.exception == "MissingRuleException":
+        rules = [rule.name for rule in workflow.rules]
+        if line := mistyped(workflow.dag_settings.targets, rules, record.getMessage()):
+            sys.exit(f"error: {line}")
+    return True
+
+
+if workflow.is_main_process:
+    logger.addFilter(watch)
 
 
 # ---- what a job takes --------------------------------------------------------------------------------------------

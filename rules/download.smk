@@ -32,6 +32,7 @@ rule dataset:
         f"{RESULTS}/logs/data/{{name}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/data/{{name}}.tsv"
+    priority: 100  # no training starts on a machine before all problem sets are there, and read
     threads: 1
     resources:
         mem_mb=4096,

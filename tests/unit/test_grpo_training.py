@@ -139,8 +139,9 @@ def test_a_training_whose_engine_or_grader_fails_saves_what_it_has(prepared, tmp
         if gradings == grading:
             raise UserError("the servers are out of breath")
 
-    assert mistake(command_line, fail) == "error: the servers are out of breath"
+    assert ended(command_line, fail) == USER_ERROR
     told, said = "warning: the servers are out of breath: the run is saved", capsys.readouterr().err
+    assert said.endswith("\nerror: the servers are out of breath\n")
     assert (
         0 <= said.find(told) < said.find("stopped after")
     )  # the reason is told before a save that may take minutes, or fail
