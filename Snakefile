@@ -28,16 +28,10 @@ rule all:
         [f"{RESULTS}/{model}/hf/{settings.run}.json" for model in settings.listed],
 
 
+# Only the run that a user starts comes here, not those that an executor starts for single jobs on other nodes.
 onstart:
-    # Only the run that a user starts comes here, not those that an executor starts for single jobs on other nodes.
     if not workflow.touch:
-        jobs = [*workflow.dag.needrun_jobs()]
-        if workflow.local_exec:
-            # Before anything runs: does this machine have what the jobs that are about to run need?
-            complain(
-                check_jobs,
-                [(job.rule.name, dict(job.wildcards)) for job in jobs],
-                settings,
-                provenance,
-            )
-        write_job_files(jobs)
+        check_before_the_first_job()
+        if workflow.local_exec:  # does this machine have what the jobs need?
+            complain(check_jobs, due(), settings, provenance)
+        write_job_files()

@@ -1,16 +1,24 @@
 # The checked configuration, where results lie, and the functions that the rules call.
+import atexit
+import functools
 import os
 import sys
 from pathlib import Path
 from shlex import quote
 
+from snakemake.logging import logger
+from snakemake_interface_logger_plugins.common import LogEvent
+
 sys.path.insert(0, f"{workflow.basedir}/workflow_scripts")
 
 from common.errors import UserError
+from common.failed_jobs import FailedJobs
 from common.files import write_json
 from common.working_folder import claim
+from configuration.early import check_inputs, mistyped
+from configuration.gpus import visible_gpus
 from configuration.layout import processes
-from configuration.loading import load, user_settings
+from configuration.loading import load, user_layers
 from configuration.preflight import check_jobs, table
 from configuration.provenance import Provenance
 
@@ -24,8 +32,11 @@ def complain(function, *arguments):
 
 
 # Jobs that an executor sends elsewhere belong to the run that sends them.
-if not workflow.remote_exec and not workflow.subprocess_exec:
+if workflow.is_main_process:
     claimed = claim(Path(".snakemake"))
+    failed_jobs = FailedJobs(workflow)
+    logger.addFilter(failed_jobs)
+    atexit.register(failed_jobs.say)
 
 BASE = Path(workflow.basedir)
 settings = complain(
@@ -33,22 +44,44 @@ settings = complain(
     BASE / "config/config.yaml",
     BASE / "config/models",
     complain(
-        user_settings,
+        user_layers,
         [Path(file) for file in workflow.config_settings.configfiles or ()],
         workflow.config_settings.config or {},
+        Path(workflow.workdir_init),
     ),
 )
 provenance = Provenance(settings, BASE / "workflow_scripts")
 RESULTS = settings.results
 
 # Jobs run with the interpreter that runs Snakemake and see no other modules than this project's.
-shell.prefix(
+scripts = BASE / "workflow_scripts"
+if ":" in f"{scripts}{sys.executable}":
+    sys.exit(
+        f"error: {BASE}: a colon ends a folder's name in PATH and PYTHONPATH: move the clone"
+    )
+prefix = (
     "set -euo pipefail; "
-    f"source '{BASE}/rules/job.sh'; "
-    f"export PATH='{Path(sys.executable).parent}':$PATH PYTHONPATH='{BASE}/workflow_scripts' "
+    f"source {quote(str(BASE / 'rules/job.sh'))}; "
+    f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH PYTHONPATH={quote(str(scripts))} "
     "PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false "
     "THP_MEM_ALLOC_ENABLE=1; "  # torch takes memory in large pages: Adam's states are there twice as fast
 )
+shell.prefix(prefix.replace("{", "{{").replace("}", "}}"))  # Snakemake formats it
+
+# Jobs with GPUs share this machine's GPUs and memory, whatever profile or --resources a run is started with; which GPUs
+# each takes is for with_gpus.py to decide. On other machines an executor sees to it.
+if (
+    workflow.is_main_process
+    and workflow.resource_settings.nodes is None
+    and not workflow.output_settings.dryrun
+):
+    capacity = {
+        "gpu": len(visible_gpus()) or 1,
+        "gpu_host_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30,
+    }
+    for resource, available in capacity.items():
+        if resource not in workflow.global_resources:
+            workflow.register_resource(resource, available)
 
 # Compiled kernels are kept from run to run, beside the results unless the user says where.
 for variable in (
@@ -88,8 +121,13 @@ def which(wildcards):
 
 
 def key(stage):
-    """The one param whose change runs a job again. The others ask for the output, so Snakemake does not mind them."""
+    """The one param whose change runs a job again."""
     return lambda wildcards: provenance.key(stage, **which(wildcards))
+
+
+def untracked(function):
+    """A param whose change runs nothing again: Snakemake ignores the params that depend on the output."""
+    return lambda wildcards, output: function(wildcards)
 
 
 def job_file(wildcards, output):
@@ -101,9 +139,9 @@ def job_file(wildcards, output):
     )
 
 
-def write_job_files(jobs):
+def write_job_files():
     """Leave for each job what `key` is the digest of: it takes its settings from it, and its manifest keeps it."""
-    for job in jobs:
+    for job in workflow.dag.needrun_jobs():
         if "job" in job.params.keys():
             stage = {"page": "report"}.get(job.rule.name, job.rule.name)
             write_json(job.params.job, provenance.job(stage, **which(job.wildcards)))
@@ -119,6 +157,37 @@ def changes(stage):
     return of
 
 
+# ---- before the first job ----------------------------------------------------------------------------------------
+
+
+def due():
+    """(rule, wildcards) of every job that is about to run."""
+    return [(job.rule.name, dict(job.wildcards)) for job in workflow.dag.needrun_jobs()]
+
+
+@functools.cache
+def check_before_the_first_job():
+    complain(check_inputs, due(), settings, provenance)
+
+
+def watch(record):
+    """A filter of what Snakemake logs, for two moments that it has no handler for."""
+    event = getattr(record, "event", None)
+    if (
+        event == LogEvent.RUN_INFO and workflow.dryrun
+    ):  # which jobs would run is known; onstart is for real runs
+        check_before_the_first_job()
+    if event == LogEvent.ERROR and record.exception == "MissingRuleException":
+        rules = [rule.name for rule in workflow.rules]
+        if line := mistyped(workflow.dag_settings.targets, rules, record.getMessage()):
+            sys.exit(f"error: {line}")
+    return True
+
+
+if workflow.is_main_process:
+    logger.addFilter(watch)
+
+
 # ---- what a job takes --------------------------------------------------------------------------------------------
 
 
@@ -126,9 +195,10 @@ def gpus(wildcards):
     return of_model(wildcards).hardware.gpus
 
 
-def gpu_node(wildcards):
-    """1 for a job with GPUs: a node has room for one, since each takes the first ones that it sees."""
-    return min(gpus(wildcards), 1)
+def gpu_host_gib(wildcards):
+    """Host memory of a job with GPUs, in GiB."""
+    model = of_model(wildcards)
+    return model.hardware.host_memory_gib if model.hardware.gpus else 0
 
 
 def cores(wildcards):
@@ -146,9 +216,18 @@ def launched(by, count):
     return f"python -m torchrun --standalone --nproc-per-node={count} -m"
 
 
+def training_processes(wildcards):
+    return processes(of_model(wildcards).hardware)
+
+
 def training_launch(wildcards):
-    count = processes(of_model(wildcards).hardware)
+    count = training_processes(wildcards)
     return launched("torchrun" if count > 1 else "python", count)
+
+
+def conversion_launch(wildcards):
+    conversion = of_model(wildcards).conversion
+    return launched(conversion.launcher, conversion.processes)
 
 
 # ---- where things lie --------------------------------------------------------------------------------------------

@@ -18,18 +18,17 @@ rule convert:
         key=key("convert"),
         job=job_file,
         changes=changes("convert"),
-        processes=lambda wildcards: of_model(wildcards).conversion.processes,
-        launch=lambda wildcards: launched(
-            of_model(wildcards).conversion.launcher,
-            of_model(wildcards).conversion.processes,
-        ),
-        mtp_num_layers=lambda wildcards: of_model(wildcards).conversion.mtp_num_layers,
+        processes=lambda wildcards, output: of_model(wildcards).conversion.processes,
+        launch=untracked(conversion_launch),
+        mtp_num_layers=lambda wildcards, output: of_model(
+            wildcards
+        ).conversion.mtp_num_layers,
         folder=subpath(output[0], strip_suffix="convert.json"),
     message:
         "{wildcards.model}: convert to Megatron torch_dist{params.changes}"
     shell:
-        "use_gpus 0; OMP_NUM_THREADS=$(share {threads} {params.processes}) {params.launch} convert --job {params.job:q} --hub {input.hub:q}"
-        " --mtp-num-layers {params.mtp_num_layers} --folder {params.folder:q}torch_dist --manifest {output:q} |& logged {log:q}"
+        "begin {log:q}; CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=$(share {threads} {params.processes}) {params.launch} convert --job {params.job:q} --hub {input.hub:q}"
+        " --mtp-num-layers {params.mtp_num_layers} --folder {params.folder:q}torch_dist --manifest {output:q} |& logged"
 
 
 rule export:
@@ -39,9 +38,9 @@ rule export:
     output:
         f"{RESULTS}/{{model}}/hf/{settings.run}.json",
     log:
-        f"{RESULTS}/logs/{{model}}/export.log",
+        f"{RESULTS}/logs/{{model}}/export-{settings.run}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/{{model}}/export.tsv"
+        f"{RESULTS}/benchmarks/{{model}}/export-{settings.run}.tsv"
     threads: 2
     resources:
         mem_mb=host_memory_mb,
@@ -54,5 +53,5 @@ rule export:
     message:
         "{wildcards.model}: export the trained weights in the Hub's format{params.changes}"
     shell:
-        "use_gpus 0; python -m export --job {params.job:q} --hub {input.hub:q} --weights {input.weights:q}"
-        " --folder {params.folder:q} --manifest {output:q} |& logged {log:q}"
+        "begin {log:q}; CUDA_VISIBLE_DEVICES= python -m export --job {params.job:q} --hub {input.hub:q} --weights {input.weights:q}"
+        " --folder {params.folder:q} --manifest {output:q} |& logged"

@@ -16,13 +16,13 @@ rule download:
         key=key("download"),
         job=job_file,
         changes=changes("download"),
-        script=lambda wildcards: of_model(wildcards).source.script,
+        script=lambda wildcards, output: of_model(wildcards).source.script,
         hub=f"{RESULTS}/hub",
     message:
         "{wildcards.model}: fetch the starting weights{params.changes}"
     shell:
-        "use_gpus 0; python -m {params.script} --job {params.job:q} --name {wildcards.model}"
-        " --folder {params.hub:q} --manifest {output:q} |& logged {log:q}"
+        "begin {log:q}; CUDA_VISIBLE_DEVICES= python -m {params.script} --job {params.job:q} --name {wildcards.model}"
+        " --folder {params.hub:q} --manifest {output:q} |& logged"
 
 
 rule dataset:
@@ -32,6 +32,7 @@ rule dataset:
         f"{RESULTS}/logs/data/{{name}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/data/{{name}}.tsv"
+    priority: 100  # no training starts on a machine before all problem sets are there, and read
     threads: 1
     resources:
         mem_mb=4096,
@@ -40,10 +41,10 @@ rule dataset:
         key=key("dataset"),
         job=job_file,
         changes=changes("dataset"),
-        script=lambda wildcards: settings.datasets[wildcards.name].script,
+        script=lambda wildcards, output: settings.datasets[wildcards.name].script,
         folder=subpath(output[0], parent=True),
     message:
         "{wildcards.name}: fetch the problem set{params.changes}"
     shell:
-        "python -m {params.script} --job {params.job:q} --name {wildcards.name}"
-        " --folder {params.folder:q} --manifest {output:q} |& logged {log:q}"
+        "begin {log:q}; python -m {params.script} --job {params.job:q} --name {wildcards.name}"
+        " --folder {params.folder:q} --manifest {output:q} |& logged"

@@ -14,16 +14,17 @@ rule evaluate:
     threads: cores
     resources:
         gpu=gpus,
-        gpu_node=gpu_node,
+        gpu_host_gib=gpu_host_gib,
         mem_mb=host_memory_mb,
         runtime=24 * 60,
     params:
         key=key("evaluate"),
+        gpus=untracked(gpus),
         job=job_file,
         changes=changes("evaluate"),
         samples=subpath(output[0], strip_suffix=".json"),
     message:
         "{wildcards.model}: evaluate the {wildcards.weights} weights on {wildcards.dataset}{params.changes}"
     shell:
-        "use_gpus {resources.gpu}; python -m evaluate --job {params.job:q} --model {input.model:q} --data {input.data:q}"
-        " --samples {params.samples:q}.jsonl --manifest {output:q} |& logged {log:q}"
+        "begin {log:q}; python -m with_gpus {params.gpus} python -m evaluate --job {params.job:q} --model {input.model:q} --data {input.data:q}"
+        " --samples {params.samples:q}.jsonl --manifest {output:q} |& logged"

@@ -31,8 +31,8 @@ rule tables:
     message:
         "write the tables"
     shell:
-        "python -m make_tables --job {params.job:q} --scores {input.scores:q} --csv {output.csv:q}"
-        " --differences {output.differences:q} --markdown {output.markdown:q} --html {output.html:q} |& logged {log:q}"
+        "begin {log:q}; python -m make_tables --job {params.job:q} --scores {input.scores:q} --csv {output.csv:q}"
+        " --differences {output.differences:q} --markdown {output.markdown:q} --html {output.html:q} |& logged"
 
 
 rule plots:
@@ -58,8 +58,8 @@ rule plots:
     message:
         "draw the plots{params.changes}"
     shell:
-        "python -m make_plots --job {params.job:q} --scores {input.scores:q}"
-        " --trainings {input.trainings:q} --folder {params.folder:q} --manifest {output:q} |& logged {log:q}"
+        "begin {log:q}; python -m make_plots --job {params.job:q} --scores {input.scores:q}"
+        " --trainings {input.trainings:q} --folder {params.folder:q} --manifest {output:q} |& logged"
 
 
 rule page:
@@ -86,5 +86,5 @@ rule page:
     message:
         "write the report"
     shell:
-        "python -m make_report --job {params.job:q} --scores {input.scores:q}"
-        " --trainings {input.trainings:q} --plots {input.plots:q} --sources {input.sources:q} --html {output:q} |& logged {log:q}"
+        "begin {log:q}; python -m make_report --job {params.job:q} --scores {input.scores:q}"
+        " --trainings {input.trainings:q} --plots {input.plots:q} --sources {input.sources:q} --html {output:q} |& logged"

@@ -11,21 +11,22 @@ rule train:
     output:
         f"{RESULTS}/{{model}}/grpo/{settings.run}/train.json",
     log:
-        f"{RESULTS}/logs/{{model}}/train.log",
+        f"{RESULTS}/logs/{{model}}/train-{settings.run}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/{{model}}/train.tsv"
+        f"{RESULTS}/benchmarks/{{model}}/train-{settings.run}.tsv"
     threads: cores
     resources:
         gpu=gpus,
-        gpu_node=gpu_node,
+        gpu_host_gib=gpu_host_gib,
         mem_mb=host_memory_mb,
         runtime=7 * 24 * 60,
     params:
         key=key("train"),
+        gpus=untracked(gpus),
         job=job_file,
         changes=changes("train"),
-        processes=lambda wildcards: processes(of_model(wildcards).hardware),
-        launch=training_launch,
+        processes=untracked(training_processes),
+        launch=untracked(training_launch),
         runs=subpath(output[0], parent=True),
         validation=lambda wildcards, input: (
             f"--validation {quote(str(input.validation))}" if input.validation else ""
@@ -33,6 +34,6 @@ rule train:
     message:
         "{wildcards.model}: train with GRPO{params.changes}"
     shell:
-        "use_gpus {resources.gpu}; {{ work=$(python -m open_run --job {params.job:q} --runs {params.runs:q} --manifest {output:q}); [ -e {output:q} ] ||"
-        " OMP_NUM_THREADS=$(share {threads} {params.processes}) {params.launch} train --job {params.job:q} --hub {input.hub:q} --weights {input.weights:q}"
-        ' --data {input.data:q} {params.validation} --work "$work" --manifest {output:q}; }} |& logged {log:q}'
+        "begin {log:q}; {{ work=$(python -m open_run --job {params.job:q} --runs {params.runs:q} --manifest {output:q}); [ -e {output:q} ] ||"
+        " OMP_NUM_THREADS=$(share {threads} {params.processes}) python -m with_gpus {params.gpus} {params.launch} train --job {params.job:q} --hub {input.hub:q} --weights {input.weights:q}"
+        ' --data {input.data:q} {params.validation} --work "$work" --manifest {output:q}; }} |& logged'

@@ -15,6 +15,7 @@ from checkpoints.safetensors_io import HubCheckpoint
 from common.errors import UserError, run
 from common.files import hold
 from common.jobs import job_parser
+from configuration.layout import conversion_fault
 from configuration.schema import Conversion, Parallel
 from qwen3_5.architecture import Architecture
 from qwen3_5.build import build_model, finalize, initialize
@@ -75,16 +76,9 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def layout(architecture: Architecture, processes: int) -> Parallel:
     """How the processes share the model: experts, or for a dense model every matrix."""
-    if architecture.is_moe:
-        if architecture.num_experts % processes:
-            raise UserError(f"{processes} processes: the number does not divide the {architecture.num_experts} experts")
-        return Parallel(expert=processes)
-    if architecture.num_query_groups % processes or architecture.linear_num_key_heads % processes:
-        raise UserError(
-            f"{processes} processes: the number does not divide the {architecture.num_query_groups} key-value groups"
-            f" and {architecture.linear_num_key_heads} linear-attention heads"
-        )
-    return Parallel(tensor=processes)
+    if fault := conversion_fault(architecture, processes):
+        raise UserError(f"conversion.processes: {fault}")
+    return Parallel(expert=processes) if architecture.is_moe else Parallel(tensor=processes)
 
 
 def progress(what: str, share: int) -> tqdm:

@@ -40,9 +40,10 @@ def download(arguments: argparse.Namespace) -> None:
         dataset = Dataset.model_validate(settings["dataset"])
         if dataset.folder:
             snapshot = dataset_from_folder(Path(dataset.folder), dataset.file, arguments.name, arguments.folder)
+            path = Path(dataset.folder).expanduser() / dataset.file  # the user's own, not the copy, where a row is bad
         else:
             snapshot = dataset_from_hub(dataset.repo, dataset.revision, dataset.file, arguments.folder)
-        path = snapshot.root / dataset.file
+            path = snapshot.root / dataset.file
         problems, bad = load_problem_set(path, dataset.model_copy(update={"instruction": None}))
         for kind in kinds_of(bad):
             print(f"warning: {path}: set aside: {kind}", file=sys.stderr)

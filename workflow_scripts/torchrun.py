@@ -32,7 +32,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher import api
 
-from common.errors import LAUNCH, TOLD
+from common.errors import LAUNCH, TOLD, end
 from common.interrupts import ECHO_SECONDS
 
 PATIENCE = 24 * 60 * 60  # seconds
@@ -103,16 +103,14 @@ def main(arguments: list[str]) -> None:
         try:
             run.main(["--nnodes=1", "--rdzv-backend=one-machine", *arguments])
         except ChildFailedError as error:
-            sys.exit(_ending(Path(folder, TOLD), *error.get_first_failure()))
+            told = Path(folder, TOLD)
+            if told.exists():
+                end(told.read_text())
+            sys.exit(_ending(*error.get_first_failure()))
 
 
-def _ending(told: Path, rank: int, failure: ProcessFailure) -> int | str:
-    """What to end with after the failure of a process: the line that it left, or that a signal ended it.
-
-    It has shown anything else itself.
-    """
-    if told.exists():
-        return told.read_text()
+def _ending(rank: int, failure: ProcessFailure) -> int | str:
+    """What to end with after the failure of a process: it has said why, unless a signal ended it."""
     if failure.exitcode >= 0:
         return failure.exitcode
     name = signal.Signals(-failure.exitcode).name

@@ -18,7 +18,7 @@ def test_a_fault_is_one_line_whichever_process_has_it(root, tmp_path, environmen
         ended = subprocess.run(
             [*launcher(2), worker, failing, *command_line], capture_output=True, text=True, env=environment, timeout=200
         )
-        assert ended.returncode == 1
+        assert ended.returncode == 65
         said = [line for line in ended.stderr.splitlines() if "error: " in line]
         assert said in [[f"error: rank {rank}: no room"] for rank in failing.split(",")], ended.stderr[-4000:]
         # Neither the other's broken connection nor the launcher buries the line under a traceback.

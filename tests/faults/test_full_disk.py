@@ -46,7 +46,7 @@ def on_a_disk(environment, tmp_path):
         env = environment | {"TQDM_DISABLE": "1"} | more
         subprocess.run(["unshare", "-m", "bash", "-c", script], env=env, check=True, timeout=300)
         first, second = (tmp_path / f"{name}.log" for name in ("first", "second"))
-        assert (tmp_path / "first.code").read_text() == "1\n", first.read_text()
+        assert (tmp_path / "first.code").read_text() == "65\n", first.read_text()
         assert "Traceback" not in first.read_text()
         assert (tmp_path / "second.code").read_text() == "0\n", second.read_text()
         return first.read_text().strip().splitlines()[-1], tmp_path / "kept"

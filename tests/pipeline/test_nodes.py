@@ -1,10 +1,13 @@
-"""Which jobs share a node: on this one, of jobs with GPUs one at a time; through Slurm each training has its own.
+"""Which jobs share a node: on this one each job with GPUs has its own; through Slurm each training has a node.
 
 Commands that take Slurm's place write down what Snakemake asks of it.
 """
 
+import itertools
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,13 +75,89 @@ def begin(root, downloaded):
     return call
 
 
-def test_two_jobs_with_gpus_never_run_at_once_on_a_node(begin):
+@pytest.mark.parametrize("flags", [(), ("--resources", "mem_mb=100000000"), ("--workflow-profile", "none")])
+def test_jobs_that_need_all_gpus_never_start_at_once(begin, flags):
     said = begin(
         lambda said: re.search(r"^Execute \d+ jobs", said, flags=re.MULTILINE),
-        *("--cores", "256", "--config", "preflight=warn", "per_model={4B: {hardware: {gpus: 4}}}"),
+        *("--cores", "256", *flags, "--config", "preflight=warn", "per_model={4B: {hardware: {gpus: 4}}}"),
         *("--allowed-rules", "evaluate", "--", *(f"results/{model}/eval/aime-2024/base.json" for model in MODELS)),
     )
     assert re.findall(r"^Execute (\d+) jobs", said, flags=re.MULTILINE) == ["1"]
+
+
+SETS = ("aime-2024", "dapo-math-17k", "sums-train", "sums-evaluation")
+NVIDIA_SMI = """#!/bin/sh
+for gpu in GPU-aaaa GPU-bbbb; do case "$*" in *memory*) echo "$gpu, 81559";; *) echo "$gpu";; esac; done
+"""
+RECORDER = """
+import json, os, sys, time
+manifest = sys.argv[sys.argv.index("--manifest") + 1]
+began = time.time()
+time.sleep(2)
+with open(manifest, "w") as file:
+    json.dump({"gpus": os.environ["CUDA_VISIBLE_DEVICES"].split(","), "began": began, "ended": time.time()}, file)
+"""
+
+
+@pytest.fixture
+def spans(root, tmp_path):
+    """Evaluate tiny_gpu on four data sets with two GPUs and a script that only records which GPUs it had, and when."""
+    workflow = tmp_path / "workflow"
+    workflow.mkdir()
+    for part in ("Snakefile", "rules", "config", "profiles", "workflow_scripts"):
+        (shutil.copytree if (root / part).is_dir() else shutil.copy)(root / part, workflow / part)
+    (workflow / "workflow_scripts/evaluate.py").write_text(RECORDER)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvidia-smi").write_text(NVIDIA_SMI)
+    (tmp_path / "bin/nvidia-smi").chmod(0o755)
+    for path in ("tiny_gpu/download.json", *(f"data/{name}.json" for name in SETS)):
+        (workflow / "results" / path).parent.mkdir(parents=True, exist_ok=True)
+        (workflow / "results" / path).touch()
+
+    def run(*flags, gpus=1, **variables):
+        environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+        environment |= {"PATH": f"{tmp_path / 'bin'}:{environment['PATH']}"} | variables
+        given = f"per_model={{tiny_gpu: {{hardware: {{gpus: {gpus}, host_memory_gib: 1, cores: 1}}}}}}"
+        targets = [f"results/tiny_gpu/eval/{name}/base.json" for name in SETS]
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "snakemake", "--cores", "16", "--rerun-triggers", "mtime"),
+                *(*flags, "--config", "preflight=warn", given, "--allowed-rules", "evaluate", "--", *targets),
+            ],
+            cwd=workflow,
+            env=environment,
+            text=True,
+            capture_output=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [json.loads((workflow / target).read_text()) for target in targets]
+
+    return run
+
+
+def overlaps(spans):
+    """Of each two jobs that ran at the same time, the GPUs of both."""
+    return [
+        (one["gpus"], other["gpus"])
+        for one, other in itertools.combinations(spans, 2)
+        if one["began"] < other["ended"] and other["began"] < one["ended"]
+    ]
+
+
+def test_jobs_with_one_gpu_run_side_by_side_each_on_its_own(spans):
+    found = overlaps(spans("--resources", "mem_mb=100000000"))
+    assert found and all(sorted(one + other) == ["0", "1"] for one, other in found)
+
+
+def test_the_visible_gpus_limit_the_choice(spans):
+    found = spans(CUDA_VISIBLE_DEVICES="GPU-b")
+    assert {tuple(job["gpus"]) for job in found} == {("GPU-b",)} and not overlaps(found)
+
+
+def test_no_gpu_is_shared_even_where_a_run_is_told_that_there_are_more(spans):
+    found = spans("--resources", "gpu=64", "gpu_host_gib=1000", gpus=2)
+    assert all(job["gpus"] == ["0", "1"] for job in found) and not overlaps(found)
 
 
 def test_every_training_is_sent_to_a_node_of_its_own(begin, root, slurm):
@@ -100,16 +179,24 @@ def test_every_training_is_sent_to_a_node_of_its_own(begin, root, slurm):
         assert not any(word.startswith("--ntasks") for word in asked)
 
 
-def test_a_failed_job_is_tried_again(root, tmp_path, environment):
-    where = ("--snakefile", str(root / "Snakefile"), "--directory", str(tmp_path), "--cores", "1")
-    (tmp_path / "damaged.jsonl").write_text("no JSON")
-    broken = f"datasets={{broken: {{folder: {tmp_path}, file: damaged.jsonl}}}}"
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", *where, "--config", broken, "--", "results/data/broken.json"],
-        env=environment,
-        cwd=root,
-        text=True,
-        capture_output=True,
+def test_a_crashed_job_is_tried_again_and_its_logs_and_times_are_kept(snakemake, root, tmp_path):
+    blocked = tmp_path / "results/data/sums"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("a file where the job needs a folder")
+    arguments = (
+        *("--directory", str(tmp_path), "--cores", "1"),
+        *("--config", "datasets={sums: {problems: {split: train, rows: 3}, file: sums.jsonl}}"),
+        *("--", "results/data/sums.json"),
     )
-    assert done.returncode != 0
-    assert done.stderr.count("Job 0: broken") == 3, done.stderr
+    crashed = snakemake(*arguments, snakefile=root / "Snakefile")
+    assert crashed.returncode != 0
+    assert crashed.stderr.count("Job 0: sums") == 3, crashed.stderr
+    blocked.unlink()
+    snakemake(*arguments, snakefile=root / "Snakefile", check=True)
+    logs = tmp_path / "results/logs/data"
+    assert (logs / "sums.history.log").read_text().count("FileExistsError: ") == 3
+    assert (logs / "sums.history.log").read_text().count("----") == 4
+    attempts = [line.split("\t") for line in (logs / "sums.attempts.tsv").read_text().splitlines()]
+    assert attempts[0] == ["began", "host", "status", "seconds", "total_seconds"]
+    assert [row[2] for row in attempts[1:]] == ["1", "1", "1", "0"]
+    assert int(attempts[-1][4]) == sum(int(row[3]) for row in attempts[1:])

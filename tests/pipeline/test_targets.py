@@ -104,7 +104,7 @@ def test_preflight_can_be_asked_by_itself(snakemake):
 def test_a_mistake_in_the_configuration_ends_in_one_line(snakemake):
     done = snakemake("-n", "--config", "optimizer={lr: 1}", "--", "train_9B")
     assert done.returncode == 1
-    assert "error: --config/--configfile: optimizer.lr: unknown key, did you mean 'learning_rate'?" in said(done)
+    assert "error: --config: optimizer.lr: unknown key, did you mean 'learning_rate'?" in said(done)
     assert "Traceback" not in said(done)
 
 

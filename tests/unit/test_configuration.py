@@ -9,7 +9,7 @@ import yaml
 
 from common.errors import UserError
 from configuration.json_schema import derived
-from configuration.loading import load, merge, user_settings
+from configuration.loading import load, merge, user_layers
 from configuration.memory import beside, estimate
 from configuration.preflight import Machine, check_jobs, shortcomings
 from configuration.provenance import Provenance
@@ -112,7 +112,7 @@ def test_a_mistake_is_one_line_that_says_where(root, overrides, line):
         configured(root, overrides)
     assert line in str(error.value)
     assert "\n" not in str(error.value)
-    assert str(error.value).startswith("--config/--configfile: ")
+    assert str(error.value).startswith("--config: ")
 
 
 @pytest.mark.parametrize("number", [".inf", "-.inf", ".nan"])
@@ -120,8 +120,10 @@ def test_a_number_that_is_not_finite_is_refused_wherever_it_is_written(root, tmp
     written = tmp_path / "mine.yaml"
     written.write_text(f"optimizer: {{learning_rate: {number}}}")
     in_a_file, on_the_command_line = [written], {"optimizer": {"learning_rate": number}}  # Snakemake leaves it as text
-    for settings in (user_settings(in_a_file, {}), user_settings([], on_the_command_line)):
-        with pytest.raises(UserError, match=rf"--configfile: optimizer\.learning_rate: .* not -?{number[-3:]}"):
+    for settings in (user_layers(in_a_file, {}), user_layers([], on_the_command_line)):
+        with pytest.raises(
+            UserError, match=rf"({written}|^--config): optimizer\.learning_rate: .* not -?{number[-3:]}"
+        ):
             configured(root, settings)
 
 
@@ -146,7 +148,7 @@ def test_a_section_that_stands_twice_in_a_file_is_refused(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("algorithm: {clip_high: 0.4}\nrun: x\nalgorithm: {use_kl_loss: false}\n")
     with pytest.raises(UserError, match=r"config.yaml: not valid YAML: a second 'algorithm' .*line 3"):
-        user_settings([file], {})
+        user_layers([file], {})
 
 
 @pytest.mark.parametrize(
@@ -163,10 +165,8 @@ def test_a_section_that_stands_twice_in_a_file_is_refused(tmp_path):
     ],
 )
 def test_what_config_nests_is_typed_as_yaml_types_a_word(text, value):
-    assert user_settings([], {"section": {"key": text, "list": [text]}, "run": text}) == {
-        "section": {"key": value, "list": [value]},
-        "run": text,
-    }
+    (layer,) = user_layers([], {"section": {"key": text, "list": [text]}, "run": text})
+    assert layer.content == {"section": {"key": value, "list": [value]}, "run": text}
 
 
 @pytest.mark.parametrize("name", ["all", "data", "my model", "-x"])

@@ -158,7 +158,7 @@ def test_a_number_of_processes_that_does_not_divide_the_model_is_named(tmp_path,
     if allowed:
         assert convert.layout(architecture, processes).tensor == processes
     else:
-        with pytest.raises(UserError, match=f"^{processes} processes: the number does not divide"):
+        with pytest.raises(UserError, match=f"^conversion.processes: {processes} does not divide"):
             convert.layout(architecture, processes)
 
 

@@ -99,7 +99,7 @@ class Run:
 
     def fails(self, result: subprocess.CompletedProcess, *words: str) -> None:
         """One line, at the end, that holds ``words``; and no manifest."""
-        assert result.returncode == 1, result.stderr
+        assert result.returncode == 65, result.stderr
         assert "Traceback" not in result.stderr
         last = result.stderr.strip().splitlines()[-1]
         assert last.startswith("error: ") and all(word in last for word in words), last

@@ -1,5 +1,7 @@
 """Whole trainings on a tiny random model: what stops one, by whatever means, leaves no trace once it has gone on."""
 
+import contextlib
+import io
 import itertools
 import json
 import math
@@ -16,7 +18,7 @@ import torch
 
 import grpo_run
 from checkpoints.manifest import describe, read_manifest
-from common.errors import UserError
+from common.errors import USER_ERROR, UserError
 from grpo import run_state
 from grpo.learner import Learner
 from qwen3_5.build import finalize
@@ -41,6 +43,13 @@ def ended(command_line, hook=None):
         grpo_run.run(command_line, hook)
     finalize()
     return stopped.value.code
+
+
+def mistake(command_line, hook=None):
+    """The line with which a mistake of the user's ends a training."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert ended(command_line, hook) == USER_ERROR
+    return said.getvalue().strip().splitlines()[-1]
 
 
 def lines(work, name="metrics.jsonl"):
@@ -130,8 +139,9 @@ def test_a_training_whose_engine_or_grader_fails_saves_what_it_has(prepared, tmp
         if gradings == grading:
             raise UserError("the servers are out of breath")
 
-    assert ended(command_line, fail) == "error: the servers are out of breath"
+    assert ended(command_line, fail) == USER_ERROR
     told, said = "warning: the servers are out of breath: the run is saved", capsys.readouterr().err
+    assert said.endswith("\nerror: the servers are out of breath\n")
     assert (
         0 <= said.find(told) < said.find("stopped after")
     )  # the reason is told before a save that may take minutes, or fail
@@ -147,7 +157,7 @@ def test_where_gpu_memory_ran_out_is_one_line_and_nothing_that_was_saved_is_lost
         if gradings == GRADINGS_BEFORE_ROLLOUT_4:
             raise torch.OutOfMemoryError("CUDA out of memory. 64 MiB are free. Of the allocated memory 1 is")
 
-    said = ended(command_line, run_out)
+    said = mistake(command_line, run_out)
     assert re.fullmatch(
         r"error: rank 0: CUDA out of memory\. 64 MiB are free\. \(grpo/\w+\.py, line \d+\): lower"
         r" training\.max_tokens_per_gpu or engine\.mem_fraction_static and run again; .*",
@@ -165,7 +175,7 @@ def test_a_finished_training_goes_on_when_rollouts_grow_and_refuses_when_they_sh
     (tmp_path / "run.json").unlink()
     grpo_run.run(grpo_run.arguments(prepared, work))  # nothing to do but to vouch for it again
     read_manifest(tmp_path / "run.json").require(digests=True)
-    assert "holds 4 rollouts, training.rollouts is 3" in ended(
+    assert "holds 4 rollouts, training.rollouts is 3" in mistake(
         grpo_run.arguments(prepared, work, training={"rollouts": 3})
     )
 
@@ -190,7 +200,7 @@ def test_bad_steps_in_a_row_end_the_run_once_what_was_learned_before_is_saved(pr
 
     monkeypatch.setattr(Learner, "learn", go_wrong)
     settings = {"training": {"rollouts": 9, "max_bad_steps": 2}, "validation": {"interval": 0}}
-    message = ended(grpo_run.arguments(prepared, work, **settings))
+    message = mistake(grpo_run.arguments(prepared, work, **settings))
     assert "2 steps in a row" in message and "saved (checkpoint-000005)" in message and "\n" not in message
     assert [line["loss"] for line in lines(work)][3:] == [None, None]
     saved = run_state.newest(work)
@@ -243,7 +253,7 @@ def test_a_flipped_bit_in_the_starting_weights_is_found_and_named(prepared, tmp_
     file = next(file for file in (prepared / "torch_dist").iterdir() if file.suffix == ".distcp")
     whole = flip_a_bit(file)
     try:
-        assert f"{file.name}: its sha256 is not the one" in ended(grpo_run.arguments(prepared, tmp_path / "work"))
+        assert f"{file.name}: its sha256 is not the one" in mistake(grpo_run.arguments(prepared, tmp_path / "work"))
     finally:
         file.write_bytes(whole)
 
@@ -254,11 +264,11 @@ def test_a_run_goes_on_with_the_prompts_that_it_began_with_or_not_at_all(prepare
     was, vouched = rows.read_text(), manifest.read_text()
     try:
         rows.write_text(was.replace("What is 10", "What is 11", 1))
-        assert "its sha256 is not the one" in ended(grpo_run.arguments(prepared, tmp_path / "other"))
+        assert "its sha256 is not the one" in mistake(grpo_run.arguments(prepared, tmp_path / "other"))
         content = json.loads(vouched)
         content["files"]["rows.jsonl"] = describe(rows)
         manifest.write_text(json.dumps(content))
-        message = ended(grpo_run.arguments(prepared, tmp_path / "run"))
+        message = mistake(grpo_run.arguments(prepared, tmp_path / "run"))
         assert "begun with prompts that have changed" in message and "move that folder away" in message
     finally:
         rows.write_text(was)
@@ -270,5 +280,5 @@ def test_a_run_goes_on_with_the_prompts_that_it_began_with_or_not_at_all(prepare
 
 
 def test_weights_and_biases_without_its_package_is_an_error_in_one_line(prepared, tmp_path):
-    message = ended(grpo_run.arguments(prepared, tmp_path / "run", training={"wandb_project": "mine"}))
+    message = mistake(grpo_run.arguments(prepared, tmp_path / "run", training={"wandb_project": "mine"}))
     assert message.startswith("error: training.wandb_project") and "\n" not in message

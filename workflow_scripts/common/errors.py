@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+USER_ERROR = 65  # exit status (sysexits' EX_DATAERR) of a script that a user's mistake ended: a retry does not help
 # The environment variable by which a launcher names a private folder to its processes, and the file there that holds
 # the line to end with.
 LAUNCH, TOLD = "MILEPOST_LAUNCH", "error"
@@ -27,7 +28,9 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call an entry script's ``main``; a `UserError` or a full disk becomes one line on stderr and exit status 1.
+    """Call an entry script's ``main``; a `UserError` or a full disk becomes one line and the exit status `USER_ERROR`.
+
+    The line goes to the file that JOB_ERROR names, for the workflow to show when all jobs have ended, else to stderr.
 
     Of several processes the first to fail leaves its line to their launcher, which says it when all have ended. The
     others often fail in the same way, or, since that one has left, in a collective: a RuntimeError, whose traceback
@@ -42,17 +45,27 @@ def run(main: Callable[[], None]) -> None:
             where = getattr(error, "filename", None) or "the results folder"
             _end(f"error: {where}: the disk is full: make room and run again")
         if isinstance(error, RuntimeError) and (told := _told()) and told.exists():
-            sys.exit(1)
+            sys.exit(USER_ERROR)
         raise
 
 
 def _end(line: str) -> NoReturn:
-    """End with status 1, and with ``line`` as the last thing on the screen."""
+    """End with ``line``; one of several processes leaves it to their launcher, which says the first."""
     if told := _told():
         with contextlib.suppress(FileExistsError), told.open("x") as file:
             file.write(line)
-        sys.exit(1)
-    sys.exit(line)
+        sys.exit(USER_ERROR)
+    end(line)
+
+
+def end(line: str) -> NoReturn:
+    """End a job with ``line``: left for the workflow where it asks for that, else on stderr."""
+    if error := os.environ.get("JOB_ERROR"):
+        with contextlib.suppress(OSError):  # a full disk, say
+            Path(error).write_text(f"{line}\n")
+            sys.exit(USER_ERROR)
+    print(line, file=sys.stderr)
+    sys.exit(USER_ERROR)
 
 
 def _told() -> Path | None:

@@ -88,6 +88,8 @@ def _rules(model: Model) -> Iterator[Rule]:
         )
     yield "parallel.pipeline", "training takes 1; use tensor, context or expert parallelism", parallel.pipeline != 1
     architecture = architecture_of(model)
+    if architecture and (found := conversion_fault(architecture, model.conversion.processes)):
+        yield "conversion.processes", found, True
     yield (
         "engine.replay_routing",
         "needs a mixture of experts",
@@ -95,6 +97,19 @@ def _rules(model: Model) -> Iterator[Rule]:
     )
     if architecture and (found := shape_fault(architecture, parallel, model.experts, on_gpu=hardware.gpus > 0)):
         yield *found, True
+
+
+def conversion_fault(architecture: Architecture, processes: int) -> str | None:
+    """Why so many processes can't share a model's conversion: its experts, or a dense model's matrices; or None."""
+    if architecture.is_moe:
+        if architecture.num_experts % processes:
+            return f"{processes} does not divide the {architecture.num_experts} experts"
+    elif architecture.num_query_groups % processes or architecture.linear_num_key_heads % processes:
+        return (
+            f"{processes} does not divide the {architecture.num_query_groups} key-value groups"
+            f" and {architecture.linear_num_key_heads} linear-attention heads"
+        )
+    return None
 
 
 def shape_fault(architecture: Architecture, parallel: Parallel, experts: Experts, *, on_gpu: bool) -> Fault | None:

@@ -13,8 +13,9 @@ Every fault is a `UserError` of one line that names the file, the key, the value
 import copy
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -72,17 +73,18 @@ class Configuration:
     plots: Plots
 
 
-def load(shared: Path, models_folder: Path, overrides: dict[str, Any]) -> Configuration:
+def load(shared: Path, models_folder: Path, user: Sequence[Layer] | dict[str, Any]) -> Configuration:
     """Read and check everything.
 
     Args:
         shared: config/config.yaml.
         models_folder: config/models, one file a model.
-        overrides: the user's own settings (`user_settings`).
+        user: the user's own settings (`user_layers`), or a mapping of what ``--config`` alone says.
     """
     base = Layer(_name(shared), read_yaml(shared))
-    user = Layer("--config/--configfile", overrides)
-    root = _check(Root, [base, user], base)
+    if isinstance(user, dict):
+        user = [Layer("--config", user)]
+    root = _check(Root, [base, *user], base)
     known = {file.stem: file for file in sorted(models_folder.glob("*.yaml"))}
     for name, file in known.items():
         if name in TAKEN or not re.match(NAME, name):
@@ -90,7 +92,7 @@ def load(shared: Path, models_folder: Path, overrides: dict[str, Any]) -> Config
     for key in [*(("models", name) for name in root.models), *(("per_model", name) for name in root.per_model)]:
         if key[1] not in known:
             raise UserError(
-                f"{_origin([base, user], key)}: {key[0]}: unknown model {key[1]!r}{_nearest(key[1], known)}"
+                f"{_origin([base, *user], key)}: {key[0]}: unknown model {key[1]!r}{nearest(key[1], known)}"
             )
     models, faults = {}, {}
     for name, file in known.items():
@@ -103,8 +105,10 @@ def load(shared: Path, models_folder: Path, overrides: dict[str, Any]) -> Config
     return Configuration(root.models, root.run, root.results, root.preflight, root.datasets, models, faults, root.plots)
 
 
-def user_settings(files: Sequence[Path], given: dict[str, Any]) -> dict[str, Any]:
-    """What the user's ``--configfile`` say, one over the other, and over them ``given``, Snakemake's ``--config``.
+def user_layers(files: Sequence[Path], given: dict[str, Any], folder: Path | None = None) -> list[Layer]:
+    """The user's ``--configfile``, each over the one before, and over them ``given``, Snakemake's ``--config``.
+
+    Files below ``folder``, where the user is, are called by their path from there.
 
     What stands within something in ``--config`` Snakemake leaves as text: it is read as YAML would read it.
     """
@@ -117,12 +121,12 @@ def user_settings(files: Sequence[Path], given: dict[str, Any]) -> dict[str, Any
         plain = isinstance(value, str) and yaml.resolver.Resolver().resolve(yaml.ScalarNode, value, (True, False))
         return yaml.safe_load(value) if value and plain in RETYPED else value
 
-    settings: dict[str, Any] = {}
-    for file in files:
-        settings = merge(settings, read_yaml(file))
-    return merge(
-        settings, {key: typed(value) if isinstance(value, dict | list) else value for key, value in given.items()}
-    )
+    layers = [
+        Layer(str(file.relative_to(folder) if folder and file.is_relative_to(folder) else file), read_yaml(file))
+        for file in files
+    ]
+    content = {key: typed(value) if isinstance(value, dict | list) else value for key, value in given.items()}
+    return [*layers, Layer("--config", content)] if content else layers
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -150,18 +154,21 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _model(name: str, own: Layer, base: Layer, user: Layer, datasets: dict[str, Dataset]) -> Model:
-    layers = [Layer(base.origin, {key: base.content[key] for key in SHARED if key in base.content})]
-    layers.append(own)
-    layers.append(Layer(user.origin, {key: user.content[key] for key in SHARED if key in user.content}))
-    for layer in (base, user):
+def _model(name: str, own: Layer, base: Layer, user: Sequence[Layer], datasets: dict[str, Dataset]) -> Model:
+    def shared(layer: Layer) -> Layer:
+        return Layer(layer.origin, {key: layer.content[key] for key in SHARED if key in layer.content})
+
+    layers = [shared(base), own, *map(shared, user)]
+    for layer in (base, *user):
         particular = (layer.content.get("per_model") or {}).get(name)
         if particular is not None:
             layers.append(Layer(f"{layer.origin}: per_model: {name}", particular))
     model = _check(Model, layers, own)
     if fault := layout.fault(model):
-        origin = _origin(layers, tuple(fault.key.split(".")))
-        raise UserError(f"{origin}: {fault} (of {name}; settings of one model alone belong to per_model)")
+        where = _culprit(layers, lambda content: layout.fault(Model.model_validate(content)) is not None)
+        where = where or f"{_origin(layers, tuple(fault.key.split('.')))}: {fault.key}"
+        said = fault.message if where.endswith(f": {fault.key}") else str(fault)
+        raise UserError(f"{where}: {said} (of {name}; settings of one model alone belong to per_model)")
     for key, names in (
         (("training", "dataset"), [model.training.dataset]),
         (("validation", "dataset"), [model.validation.dataset]),
@@ -169,8 +176,9 @@ def _model(name: str, own: Layer, base: Layer, user: Layer, datasets: dict[str, 
     ):
         for dataset in names:
             if dataset not in datasets:
-                nearest = _nearest(dataset, datasets)
-                raise UserError(f"{_origin(layers, key)}: {'.'.join(key)}: unknown dataset {dataset!r}{nearest}")
+                raise UserError(
+                    f"{_origin(layers, key)}: {'.'.join(key)}: unknown dataset {dataset!r}{nearest(dataset, datasets)}"
+                )
     return model
 
 
@@ -192,6 +200,50 @@ def _check(kind: type[BaseModel], layers: list[Layer], home: Layer) -> Any:
         raise UserError(f"{origin}: {'.'.join(key) or kind.__name__}: {_say(first, key, known)}") from None
 
 
+def _culprit(layers: list[Layer], is_wrong: Callable[[dict[str, Any]], bool]) -> str | None:
+    """The layer with which settings that fit until then become wrong, and the one key of it that does it.
+
+    Settings that do not fit together were all written by somebody: to blame is who wrote last. None where the project's
+    own files are wrong already, or are not whole without the user's.
+    """
+
+    def wrong(layers: list[Layer]) -> bool:
+        merged: dict[str, Any] = {}
+        for layer in layers:
+            merged = merge(merged, layer.content)
+        return is_wrong(merged)
+
+    try:
+        for count in range(2, len(layers)):
+            if wrong(layers[:count]):
+                return None
+            layer = layers[count]
+            if wrong(layers[: count + 1]):
+                for key in _leaves(layer.content):
+                    if not wrong([*layers[:count], Layer(layer.origin, _without(layer.content, key))]):
+                        return f"{layer.origin}: {'.'.join(key)}"
+                return layer.origin
+    except ValidationError:
+        pass
+    return None
+
+
+def _leaves(content: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The keys of all values that are no sections."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*above, key))
+        else:
+            yield (*above, key)
+
+
+def _without(content: dict[str, Any], key: tuple[str, ...]) -> dict[str, Any]:
+    first, *rest = key
+    if not rest:
+        return {name: value for name, value in content.items() if name != first}
+    return content | {first: _without(content[first], tuple(rest))}
+
+
 def _written(place: tuple[int | str, ...], content: Any) -> tuple[str, ...]:
     """The key of a fault without what pydantic adds of its own: which of several types it tried."""
     key: list[str] = []
@@ -207,12 +259,15 @@ def _written(place: tuple[int | str, ...], content: Any) -> tuple[str, ...]:
 def _say(error: dict[str, Any], key: tuple[str, ...], known: list[str]) -> str:
     if error["type"] == "extra_forbidden":
         homes = [section for section in SHARED if len(key) == 1 and key[0] in _keys(Model, (section,))]
-        return f"unknown key, did you mean {homes[0]}.{key[0]}?" if homes else f"unknown key{_nearest(key[-1], known)}"
+        return f"unknown key, did you mean {homes[0]}.{key[0]}?" if homes else f"unknown key{nearest(key[-1], known)}"
     if error["type"] == "missing":
         return "missing"
+    if error["type"] == "string_type" and isinstance(error["input"], bool | int | float | date):
+        return f"text is expected, and YAML reads {error['input']!s} as something else: put it in double quotes"
     message = EXPECTED.get(error["type"]) or error["msg"].removeprefix("Value error, ")
     shown = error["input"]
-    says_it = error["type"] == "too_short" or isinstance(shown, dict | BaseModel)
+    of_the_whole = error["type"] == "value_error" and isinstance(shown, list)
+    says_it = error["type"] == "too_short" or of_the_whole or isinstance(shown, dict | BaseModel)
     return message if says_it else f"{message}, not {shown!r}"
 
 
@@ -238,9 +293,11 @@ def _origin(layers: list[Layer], key: tuple[str, ...]) -> str:
     return layers[0].origin
 
 
-def _nearest(name: str, known: Any) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``, did you mean 'rollouts'?``: the one of ``known`` that ``name`` stands for; a list of them where none does."""
+    known = [*known]
     short = [key for key in known if key.startswith(name) or "".join(word[0] for word in key.split("_")) == name]
-    close = short or difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = short or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 

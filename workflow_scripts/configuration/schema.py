@@ -5,6 +5,7 @@ slice it, and entry scripts are handed the slices back as these types.
 """
 
 import os
+import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -33,6 +34,27 @@ def _not_none_at_all(top_k: int) -> int:
 TopK = Annotated[int, Field(ge=-1), AfterValidator(_not_none_at_all)]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
+
+
+def _each_once(values: list) -> list:
+    if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+        raise ValueError(f"{', '.join(map(str, twice))}: given twice")
+    return values
+
+
+EachOnce = AfterValidator(_each_once)
+
+
+def _is_color(value: str) -> str:
+    if not re.fullmatch("#[0-9A-Fa-f]{6}", value):
+        from matplotlib.colors import is_color_like  # takes a while to import
+
+        if not is_color_like(value):
+            raise ValueError("no colour: give one like '#0b7285' or 'teal' (matplotlib's names)")
+    return value
+
+
+Color = Annotated[str, AfterValidator(_is_color)]
 
 
 class Section(BaseModel):
@@ -342,7 +364,7 @@ class Reward(Section):
 class Evaluation(Section):
     """AIME-2024 or any problem set of the same schema."""
 
-    datasets: list[Name] = Field(["aime-2024"], min_length=1)
+    datasets: Annotated[list[Name], EachOnce] = Field(["aime-2024"], min_length=1)
     samples_per_problem: PositiveInt = 16
     max_response_tokens: PositiveInt = 16384
     temperature: NonNegative = 1.0
@@ -355,7 +377,7 @@ class Evaluation(Section):
         description="of the samples and the bootstrap; SGLang's samples heed it only under engine: {server_arguments:"
         " {enable_deterministic_inference: true}}",
     )
-    pass_at: list[PositiveInt] = Field([1, 4, 16], min_length=1)
+    pass_at: Annotated[list[PositiveInt], EachOnce] = Field([1, 4, 16], min_length=1)
     mem_fraction_static: Share = Field(
         0.85, description="in place of the engine's own: no training shares the GPUs here, so more answers run at once"
     )
@@ -377,8 +399,8 @@ class Hardware(Section):
 
 
 class Plots(Section):
-    color_base: str = "#8a8f98"
-    color_trained: str = "#0b7285"
+    color_base: Color = "#8a8f98"
+    color_trained: Color = "#0b7285"
     dpi: PositiveInt = 150
 
 
@@ -417,12 +439,11 @@ def _without_braces(folder: str) -> str:
 class Root(Section):
     """config/config.yaml beside the sections of `Model` that all models share."""
 
-    models: list[Name] = Field(
+    models: Annotated[list[Name], EachOnce] = Field(
         min_length=1, description="the models that download_all ... eval_all and the report cover"
     )
     run: Annotated[Name, AfterValidator(_not_base)] = Field(
         "grpo",
-        coerce_numbers_to_str=True,
         description="name of the training run; another name keeps the old one's results",
     )
     results: Annotated[str, AfterValidator(_without_braces)] = Field(

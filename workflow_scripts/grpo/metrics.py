@@ -1,6 +1,5 @@
 """What a run reports: metrics.jsonl and samples.jsonl, TensorBoard, and Weights & Biases where it is asked for."""
 
-import importlib.util
 import json
 import math
 import os
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import json_line
+from configuration.early import require_wandb
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 SHOWN, TAIL = 3, 160  # samples that a warning shows, and characters of each
@@ -157,11 +157,7 @@ def warn(message: str) -> None:
 
 
 def _start_wandb(project: str, work: Path) -> Any:
-    if importlib.util.find_spec("wandb") is None:
-        raise UserError(
-            "training.wandb_project is set, but wandb is not installed: unset the key, or run"
-            " `.venv-uv/bin/uv pip install --python .venv/bin/python wandb`"
-        )
+    require_wandb()
     import wandb
 
     log = wandb.init(project=project, id=work.name, dir=work, resume="allow")

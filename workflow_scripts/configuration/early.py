@@ -1,0 +1,90 @@
+"""Mistakes that can be known before the first job: a run and a dry run look for them alike.
+
+What a machine lacks is for `configuration.preflight` to say, which only a run asks.
+"""
+
+import importlib.util
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from common.errors import UserError
+from common.problems import load_problem_set
+from configuration.loading import Configuration, nearest
+from configuration.provenance import Provenance
+from configuration.schema import Dataset
+
+Job = tuple[str, dict[str, str]]  # its rule, its wildcards
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def mistyped(targets: Iterable[str], rules: Sequence[str], said: str) -> str:
+    """What to say of the one of ``targets`` that nothing makes, as ``said`` by Snakemake; empty where it is another."""
+    for target in targets:
+        if f"No rule to produce {target} " in said and target not in rules:
+            close = nearest(target, rules).partition(";")[0]  # not all that there are
+            return f"nothing makes {target!r}{close}: snakemake --list-target-rules lists the targets"
+    return ""
+
+
+def check_inputs(jobs: Sequence[Job], configuration: Configuration, provenance: Provenance) -> None:
+    """Refuse (`UserError`) jobs that would fail on what the user's own files and settings already show.
+
+    Args:
+        jobs: every job that is about to run.
+    """
+    for rule, wildcards in jobs:
+        if rule == "dataset":
+            _check_rows(wildcards["name"], configuration.datasets[wildcards["name"]])
+        elif rule == "download":
+            _check_folder(wildcards["model"], configuration)
+        elif rule == "train":
+            _check_training(wildcards["model"], configuration, provenance)
+    made = {wildcards["name"] for rule, wildcards in jobs if rule == "dataset"}
+    for rule, wildcards in jobs:
+        if rule == "evaluate" and wildcards["dataset"] in made:  # a score needs every row
+            name = wildcards["dataset"]
+            _check_rows(name, configuration.datasets[name].model_copy(update={"max_bad_share": 0.0}))
+
+
+def _check_rows(name: str, dataset: Dataset) -> None:
+    if dataset.folder:
+        folder = Path(dataset.folder).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder: correct datasets.{name}.folder")
+        if not (folder / dataset.file).is_file():
+            raise UserError(f"{folder / dataset.file}: no such file: correct datasets.{name}.folder or .file")
+        load_problem_set(folder / dataset.file, dataset)
+
+
+def _check_folder(model: str, configuration: Configuration) -> None:
+    source = configuration.models[model].source
+    if source.folder:
+        folder = Path(source.folder).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder: correct source.folder of {model}")
+        for pattern in ("config.json", "*.safetensors"):
+            if not any(folder.glob(pattern)):
+                raise UserError(f"{folder}: has no {pattern}: correct source.folder of {model}, or complete the folder")
+
+
+def _check_training(model: str, configuration: Configuration, provenance: Provenance) -> None:
+    training = configuration.models[model].training
+    if training.wandb_project:
+        require_wandb()
+    work = Path(configuration.results, model, "grpo", configuration.run, provenance.work(model))
+    done = max((int(found[1]) for path in work.glob("*") if (found := CHECKPOINT.fullmatch(path.name))), default=0)
+    if done > training.rollouts:
+        raise UserError(
+            f"{model}: training.rollouts is {training.rollouts} and the run {configuration.run!r} has {done} already:"
+            " ask for at least as many, or give another run a name of its own (run: ...)"
+        )
+
+
+def require_wandb() -> None:
+    """Refuse (`UserError`) to log to Weights & Biases where its package is missing."""
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "training.wandb_project is set, but wandb is not installed: unset the key, or run"
+            " `.venv-uv/bin/uv pip install --python .venv/bin/python wandb`"
+        )
