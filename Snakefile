@@ -29,14 +29,13 @@ rule all:
 
 
 onstart:
-    # Before anything runs: does this machine have what the jobs that are about to run need?
-    if workflow.local_exec and not workflow.touch:
+    # Before anything runs: is there what the jobs that are about to run need, here or where they are sent?
+    if not workflow.touch:
+        waiting = [*workflow.dag.needrun_jobs()]
         complain(
             check_jobs,
-            [
-                (job.rule.name, dict(job.wildcards))
-                for job in workflow.dag.needrun_jobs()
-            ],
+            [(job.rule.name, dict(job.wildcards)) for job in waiting],
             settings,
             provenance,
+            None if workflow.local_exec else partitions(waiting),
         )

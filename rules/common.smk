@@ -10,6 +10,7 @@ sys.path.insert(0, f"{workflow.basedir}/workflow_scripts")
 from common.errors import UserError
 from common.working_folder import claim
 from configuration import staleness
+from configuration.cgroups import usable_cores
 from configuration.layout import processes
 from configuration.loading import load, user_settings
 from configuration.preflight import check_jobs, table
@@ -127,11 +128,18 @@ def gpu_node(wildcards):
 
 
 def cores(wildcards):
-    return of_model(wildcards).hardware.cores
+    """As configured, and here no more than a container leaves of the machine's time, of which Snakemake knows nothing."""
+    wanted = of_model(wildcards).hardware.cores
+    return min(wanted, usable_cores()) if workflow.local_exec else wanted
 
 
 def host_memory_mb(wildcards):
     return of_model(wildcards).hardware.host_memory_gib * 1024
+
+
+def partitions(jobs):
+    """Rule -> the Slurm partition that its jobs are sent to."""
+    return {job.rule.name: job.resources.get("slurm_partition") for job in jobs}
 
 
 def launched(by, count):
