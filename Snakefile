@@ -32,6 +32,7 @@ rule all:
 onstart:
     if not workflow.touch:
         check_before_the_first_job()
-        if workflow.local_exec:  # does this machine have what the jobs need?
-            complain(check_jobs, due(), settings, provenance)
+        # Is there what the jobs need, here or where they are sent?
+        sent = None if workflow.local_exec else partitions(workflow.dag.needrun_jobs())
+        complain(check_jobs, due(), settings, provenance, sent)
         write_job_files()

@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.failed_jobs import FailedJobs
 from common.files import write_json
 from common.working_folder import claim
+from configuration.cgroups import usable_cores
 from configuration.early import check_inputs, mistyped
 from configuration.gpus import visible_gpus
 from configuration.layout import processes
@@ -202,11 +203,18 @@ def gpu_host_gib(wildcards):
 
 
 def cores(wildcards):
-    return of_model(wildcards).hardware.cores
+    """As configured, and here no more than a container leaves of the machine's time, of which Snakemake knows nothing."""
+    wanted = of_model(wildcards).hardware.cores
+    return min(wanted, usable_cores()) if workflow.local_exec else wanted
 
 
 def host_memory_mb(wildcards):
     return of_model(wildcards).hardware.host_memory_gib * 1024
+
+
+def partitions(jobs):
+    """Rule -> the Slurm partition that its jobs are sent to."""
+    return {job.rule.name: job.resources.get("slurm_partition") for job in jobs}
 
 
 def launched(by, count):

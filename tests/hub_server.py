@@ -40,7 +40,8 @@ class Hosted:
 class Fault:
     """What goes wrong with the next ``times`` requests whose "METHOD path" matches ``request``.
 
-    A ``status`` is answered instead; without one the answer holds ``content``, or is cut after ``cut`` bytes.
+    A ``status`` is answered instead, with ``headers`` and ``content``; without one the answer holds ``content``, or is
+    cut after ``cut`` bytes.
     """
 
     request: str
@@ -65,6 +66,7 @@ class HubServer:
         self.address = f"http://127.0.0.1:{port}"
         self.content_address = f"http://localhost:{port}"  # another host name: the client must send no token there
         self.repositories: dict[str, Hosted] = {}  # "models/owner/name" or "datasets/owner/name"
+        self.prefix = ""  # of every path, for a mirror that is not alone on its host
         self.token = "hf_goodtoken"
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
@@ -121,11 +123,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub: HubServer = self.server.hub
-        path = unquote(urlsplit(self.path).path)
+        path = unquote(urlsplit(self.path).path).removeprefix(hub.prefix)
         hub.requests.append(Request(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}))
         fault = hub.fault_of(self.command, path)
         if fault and fault.status:
-            return self.answer(fault.status, b"", fault.headers)
+            return self.answer(fault.status, fault.content or b"", fault.headers)
         if match := re.fullmatch(r"/content/([0-9a-f]{64})", path):
             return self.content(match[1], fault)
         if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/(revision|tree)/(.+)", path):

@@ -13,7 +13,7 @@ from common.labels import BOX
 from common.problems import Problem, asks_for_a_box, kinds_of, load_problem_set
 from configuration.schema import Architecture, Dataset, ModelSource, Section
 from configuration.shape import require_shape
-from hub.snapshot import dataset_from_folder, dataset_from_hub, model_from_folder, model_from_hub
+from hub import environment
 
 
 class ModelSettings(Section):
@@ -34,8 +34,11 @@ def main() -> None:
 
 
 def download(arguments: argparse.Namespace) -> None:
-    settings = arguments.job["config"]
+    environment.require_importable()
+    # Here, since huggingface_hub reads the environment when it is imported.
+    from hub.snapshot import dataset_from_folder, dataset_from_hub, model_from_folder, model_from_hub
 
+    settings = arguments.job["config"]
     if "dataset" in settings:
         dataset = Dataset.model_validate(settings["dataset"])
         if dataset.folder:

@@ -164,8 +164,8 @@ def test_every_training_is_sent_to_a_node_of_its_own(begin, root, slurm):
     environment, submitted = slurm
     begin(
         lambda _: submitted.exists() and submitted.read_text().count("\n") == len(MODELS),
-        *("--workflow-profile", str(root / "profiles" / "slurm"), "--allowed-rules", "train", "train_all"),
-        *("--", "train_all"),
+        *("--workflow-profile", str(root / "profiles" / "slurm"), "--config", "preflight=warn"),
+        *("--allowed-rules", "train", "train_all", "--", "train_all"),
         environment=environment,
     )
     jobs = submitted.read_text().splitlines()
@@ -177,6 +177,27 @@ def test_every_training_is_sent_to_a_node_of_its_own(begin, root, slurm):
         # One task with all of its node's cores: more tasks, one a GPU say, would ask for so many times the cores.
         assert {"--nodes=1", "--gpus=8", "--cpus-per-task=64", "--exclusive", "--signal=TERM@1800"} <= set(asked)
         assert not any(word.startswith("--ntasks") for word in asked)
+
+
+def test_a_training_that_no_node_of_its_partition_can_hold_is_not_sent(root, downloaded, slurm):
+    environment, submitted = slurm
+    (downloaded / "bin/sinfo").write_text("#!/bin/sh\necho 'main*|gpu:h100:4|2063937|128'\n")
+    where = ("--snakefile", str(root / "Snakefile"), "--directory", str(downloaded), "--rerun-triggers", "mtime")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "snakemake", *where, "--workflow-profile", str(root / "profiles" / "slurm")),
+            *("--allowed-rules", "train", "train_9B", "--", "train_9B"),
+        ],
+        env=environment,
+        cwd=root,
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 1
+    assert "error: 9B asks for 8 GPUs (hardware.gpus), and the nodes of Slurm's partition main have at most 4" in (
+        done.stdout + done.stderr
+    )
+    assert not submitted.exists()
 
 
 def test_a_crashed_job_is_tried_again_and_its_logs_and_times_are_kept(snakemake, root, tmp_path):

@@ -3,48 +3,17 @@
 import hashlib
 import json
 import os
-import re
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from checkpoints.manifest import read_manifest
 from common.errors import UserError
 from configuration.schema import Architecture
 from configuration.shape import text_config
 from evaluation.problems import load_problems
-from hub_server import Fault, HubServer, serve
-from stages import job_arguments
+from hub_runs import LFS, MODEL, SCRIPTS, TOKEN, WANTED, WEIGHTS, Run
+from hub_server import Fault, serve
 
-SCRIPTS = Path(__file__).parents[2] / "workflow_scripts"
-# The script as it is, less patient between its tries.
-IMPATIENT = (
-    "import sys, runpy, hub.client; hub.client.WAITS = (0, 0.1, 0.2);"
-    f"sys.argv[0] = 'download.py'; runpy.run_path({str(SCRIPTS / 'download.py')!r}, run_name='__main__')"
-)
-TOKEN = "hf_goodtoken"
-WEIGHTS = bytes(range(256)) * 4096  # 1 MiB
-MODEL = {
-    "config.json": b'{"model_type": "qwen3_5"}',
-    "tokenizer.json": b'{"version": "1.0"}',
-    "chat_template.jinja": b"{{ messages }}",
-    "model-00001-of-00002.safetensors": WEIGHTS,
-    "model-00002-of-00002.safetensors": WEIGHTS[::-1],
-    "model.safetensors.index.json": json.dumps(
-        {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    ).encode(),
-    "extra/vocab.json": b"{}",
-    "README.md": b"# hello",
-    "modeling_evil.py": b"import os",
-    "pytorch_model.bin": b"pickle",
-    "pytorch_model.bin.index.json": b"{}",
-    "extra/optimizer.pt": b"pickle",
-}
-WANTED = {name for name in MODEL if not re.search(r"README|\.py$|\.bin|\.pt$", name)}
-LFS = {name for name in MODEL if name.endswith(".safetensors")} | {"tokenizer.json", "pytorch_model.bin"}
 SHAPE = {"layers": 32, "hidden": 2560, "ffn": 9216, "attention_heads": 16, "key_value_groups": 4, "head_dim": 256}
 SHAPE |= {"linear_key_heads": 16, "linear_value_heads": 32, "linear_head_dim": 128, "tied_embeddings": True}
 ROWS = b"".join(
@@ -57,57 +26,6 @@ ROWS = b"".join(
 def hub():
     with serve() as server:
         yield server
-
-
-class Run:
-    """Runs of download.py in one folder, with one Hub cache."""
-
-    def __init__(self, folder: Path, hub: HubServer | None) -> None:
-        self.folder, self.home = folder, folder / "home"
-        self.endpoint = hub.address if hub else "http://127.0.0.1:9"  # nothing listens there
-        self.manifest = folder / "results" / "tiny" / "download.json"
-
-    def __call__(self, config: dict, **environment: str) -> subprocess.CompletedProcess:
-        """Run the script; whatever happens, its output must not hold a token."""
-        result = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                IMPATIENT,
-                *job_arguments(config),
-                *("--name", "tiny", "--folder", str(self.folder / "results/hub")),
-                "--manifest",
-                str(self.manifest),
-            ],
-            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(SCRIPTS), "HF_HOME": str(self.home)}
-            | {"HF_ENDPOINT": self.endpoint, "HOME": str(self.folder)}
-            | environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        written = self.manifest.read_text() if self.manifest.exists() else ""
-        assert TOKEN not in result.stdout + result.stderr + written
-        return result
-
-    def model(self, repo: str = "Qwen/tiny", revision: str = "main", **environment: str) -> subprocess.CompletedProcess:
-        return self({"source": {"repo": repo, "revision": revision}}, **environment)
-
-    def succeeds(self, result: subprocess.CompletedProcess):
-        assert result.returncode == 0, result.stderr
-        return read_manifest(self.manifest).require(digests=True)
-
-    def fails(self, result: subprocess.CompletedProcess, *words: str) -> None:
-        """One line, at the end, that holds ``words``; and no manifest."""
-        assert result.returncode == 65, result.stderr
-        assert "Traceback" not in result.stderr
-        last = result.stderr.strip().splitlines()[-1]
-        assert last.startswith("error: ") and all(word in last for word in words), last
-        assert not self.manifest.exists()
-
-    @property
-    def cached(self) -> list[str]:
-        return [file.name for file in self.home.rglob("blobs/*")]
 
 
 @pytest.fixture
@@ -266,6 +184,52 @@ def test_weights_that_are_pickles_only_are_refused_before_any_is_fetched(hub, do
 def test_weights_that_the_index_names_and_nobody_has_are_refused(hub, download):
     hub.host("Qwen/tiny", {name: MODEL[name] for name in MODEL if name != "model-00002-of-00002.safetensors"}, LFS)
     download.fails(download.model(), "names model-00002-of-00002.safetensors", "incomplete")
+    assert not hub.asked("resolve/.*model-00001")
+
+
+def test_only_the_weights_that_the_index_names_are_fetched(hub, download):
+    """Not those of a training's checkpoints or of another format, nor their index; files beside them are."""
+    others = {
+        "checkpoint-100/model.safetensors": WEIGHTS[1:],
+        "checkpoint-100/model.safetensors.index.json": json.dumps(
+            {"weight_map": {"a": "nowhere.safetensors"}}
+        ).encode(),
+        "original/consolidated.safetensors": WEIGHTS[2:],
+        "consolidated.safetensors": WEIGHTS[3:],
+    }
+    hub.host("Qwen/tiny", MODEL | others | {"original/params.json": b"{}"}, LFS | set(others))
+    for offline in ("0", "1"):
+        manifest = download.succeeds(download.model(HF_HUB_OFFLINE=offline))
+        assert set(manifest.files) == WANTED | {"original/params.json"}
+    assert not any(hub.asked(f"resolve/.*/{name}") for name in ("checkpoint-100", "consolidated"))
+
+
+def test_without_an_index_the_weights_of_the_top_folder_are_fetched(hub, download):
+    files = {"config.json": b"{}", "model.safetensors": WEIGHTS, "checkpoint-100/model.safetensors": WEIGHTS[1:]}
+    hub.host("Qwen/tiny", files, {"model.safetensors", "checkpoint-100/model.safetensors"})
+    manifest = download.succeeds(download.model())
+    assert set(manifest.files) == {"config.json", "model.safetensors"}
+    hub.host("Qwen/tiny", {name: files[name] for name in files if name != "model.safetensors"})
+    download.manifest.unlink()
+    download.fails(download.model(), "in subfolders alone (checkpoint-100/model.safetensors)", "beside config.json")
+
+
+def test_a_name_that_a_pattern_would_not_fit_is_fetched(hub, download):
+    files = {"config.json": b"{}", "model[1].safetensors": WEIGHTS}
+    hub.host("Qwen/tiny", files, {"model[1].safetensors"})
+    for offline in ("0", "1"):
+        assert set(download.succeeds(download.model(HF_HUB_OFFLINE=offline)).files) == set(files)
+
+
+@pytest.mark.parametrize("index", [b"[]", b"{}", b'{"weight_map": {}}', b"not JSON"])
+def test_an_index_that_names_no_weights_is_refused_before_they_are_fetched(hub, download, index):
+    hub.host("Qwen/tiny", MODEL | {"model.safetensors.index.json": index}, LFS)
+    download.fails(
+        download.model(),
+        "model.safetensors.index.json",
+        "holds no weight_map" if index[:1] in b"[{" else "not valid JSON",
+    )
+    assert not hub.asked("/content/.*")
 
 
 def test_a_name_that_leaves_the_folder_is_refused(hub, download):
@@ -273,13 +237,13 @@ def test_a_name_that_leaves_the_folder_is_refused(hub, download):
     download.fails(download.model(), "../../outside.json")
 
 
-def test_a_download_larger_than_the_disk_is_refused_before_its_first_byte(hub, download):
+def test_a_download_larger_than_the_disk_is_refused_before_its_weights_first_byte(hub, download):
     hub.host("Qwen/tiny", MODEL, LFS)
     sitecustomize = download.folder / "sitecustomize.py"
     sitecustomize.write_text("import shutil; shutil.disk_usage = lambda path: shutil._ntuple_diskusage(9, 9, 2**20)")
     path = f"{download.folder}:{SCRIPTS}"
     download.fails(download.model(PYTHONPATH=path), "1.0 MiB free", "make room", "HF_HOME")
-    assert not hub.asked("resolve")
+    assert not hub.asked("/content/.*")
 
 
 def test_partial_files_of_killed_downloads_do_not_pile_up(hub, download):

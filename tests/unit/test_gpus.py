@@ -70,8 +70,9 @@ def node(tmp_path, monkeypatch):
     tool.write_text(
         f"""#!/bin/sh
 case "$*" in
-  "--query-gpu=uuid,memory.total --format=csv,noheader,nounits")
-    echo "{FIRST}, 81920"; echo "{SECOND}, 40960" ;;
+  "--query-gpu=uuid,memory.total,mig.mode.current --format=csv,noheader,nounits")
+    echo "{FIRST}, ${{FIRST_MEMORY:-81920}}, ${{FIRST_MODE:-Disabled}}"
+    echo "{SECOND}, 40960, ${{SECOND_MODE:-Enabled}}" ;;
   -L)
     echo "GPU 0: NVIDIA H100 80GB HBM3 (UUID: {FIRST})"
     echo "GPU 1: NVIDIA A100-SXM4-40GB (UUID: {SECOND})"
@@ -90,25 +91,52 @@ esac
 @pytest.mark.parametrize(
     ("visible", "memory"),
     [
-        (None, (80, 40)),
+        (None, (20,)),  # of a GPU in slices CUDA enumerates the first slice, and then no whole GPU
         ("", ()),
         ("-1", ()),
-        ("1", (40,)),
-        ("1,0", (40, 80)),
-        ("1,-1,0", (40,)),
+        ("0", (80,)),
+        ("1", (20,)),
+        ("1,0", (20,)),
+        ("1,-1,0", (20,)),
         ("0,0", ()),
-        ("GPU-e5", (40,)),
-        (f"{SECOND},{FIRST}", (40, 80)),
+        ("GPU-e5", (20,)),
+        (f"{SECOND},{FIRST}", (20,)),
         (SLICES[0], (20,)),
         ("MIG-5c", (5,)),
         (",".join(SLICES), (20,)),  # CUDA enumerates one slice
         ("MIG-unknown", ()),
     ],
 )
-def test_the_visible_gpus_are_counted_with_their_memory(node, monkeypatch, visible, memory):
+def test_where_a_gpu_is_in_slices_one_slice_is_all(node, monkeypatch, visible, memory):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert visible_gpus() == memory
+
+
+@pytest.mark.parametrize("mode", ["Disabled", "[N/A]"])
+@pytest.mark.parametrize(
+    ("visible", "memory"), [(None, (80, 40)), ("1,0", (40, 80)), ("GPU-e5", (40,)), (f"{SECOND},GPU-ee", (40, 80))]
+)
+def test_whole_gpus_are_counted_with_their_memory(node, monkeypatch, visible, memory, mode):
+    """Whether they could be cut into slices, or not at all."""
+    monkeypatch.setenv("SECOND_MODE", mode)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_gpus() == memory
+
+
+def test_a_gpu_that_waits_for_its_slices_is_not_counted(node, monkeypatch):
+    monkeypatch.setenv("FIRST_MODE", "Enabled")
+    monkeypatch.setenv("SECOND_MODE", "Disabled")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert visible_gpus() == ()
+
+
+@pytest.mark.parametrize("untold", ["[N/A]", "[Not Supported]", "[Unknown Error]"])
+def test_a_gpu_whose_memory_is_not_told_is_still_counted(node, monkeypatch, untold):
+    monkeypatch.setenv("FIRST_MEMORY", untold)
+    monkeypatch.setenv("SECOND_MODE", "Disabled")
+    assert visible_gpus() == (None, 40)
 
 
 @pytest.mark.parametrize("fault", ["absent", "failing"])

@@ -1,7 +1,10 @@
 """Preflight refuses what would fail hours later, and nothing that would have passed."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -11,8 +14,8 @@ import pytest
 from common.errors import UserError
 from common.files import write_json
 from configuration.loading import load, read_yaml
-from configuration.memory import GIB, disk_gib
-from configuration.preflight import Machine, check_jobs, shortcomings, table
+from configuration.memory import GIB, disk_gib, host_gib
+from configuration.preflight import Machine, check_jobs, hub_cache, shortcomings, table
 from configuration.provenance import Provenance
 from configuration.shape import text_config
 
@@ -217,4 +220,132 @@ def test_the_table_says_what_the_readme_does(root, monkeypatch):
         (line,) = [line for line in lines if line.startswith(f"{name} ")]
         ready = "ready" if int(disk) <= 600 else "lacks what is named below"
         assert re.search(rf" {memory} +{disk} +{ready}$", line), line
-    assert f"27B: needs {rows['27B'][1]} GiB of disk" in lines and not any("9B: needs" in line for line in lines)
+    assert f"27B: the results need about {rows['27B'][1]} GiB of disk and 600 are free" in lines
+    assert not any(line.startswith("9B: ") for line in lines)
+
+
+def test_the_table_says_whether_the_gpus_of_other_nodes_would_do(root, monkeypatch):
+    """Also where there are none here, with the recomputation that it takes there."""
+    monkeypatch.setattr(Machine, "here", lambda results: replace(node(141), gpus=()))
+    lines = table(configured(root, {"models": ["4B", "27B", "tiny"]})).splitlines()
+    assert re.search(r"recompute +8 x 80 GB +8 x 141 GB +host", lines[2])
+    four, twenty_seven, tiny = lines[3:6]
+    assert re.search(r" yes, none +yes, none +128 ", four)
+    assert re.search(r" no +yes, selective +448 ", twenty_seven)
+    assert "yes" not in tiny and tiny.endswith("ready")
+    (reason,) = [line for line in lines if line.startswith("27B: on 8 x 80 GB: ")]
+    assert "needs 50.1 GiB of each GPU for the engine's weights" in reason
+
+
+def test_a_gpu_whose_memory_is_not_told_is_taken_to_be_as_configured(root):
+    untold = replace(node(141), gpus=(None,) * 8)
+    faults = {
+        gib: shortcomings(
+            configured(root, {"per_model": {"27B": {"hardware": {"gpu_memory_gib": gib}}}}).models["27B"], untold
+        )
+        for gib in (80, 141)
+    }
+    assert faults[141] == []
+    assert "gives the engine 40.0 of 80" in faults[80][0]
+    told = replace(untold, gpus=(None, 141.0))
+    assert told.gpu_memory_gib(configured(root).models["27B"]) == 141
+
+
+def test_a_conversion_and_an_export_need_host_memory_for_the_weights(root):
+    """As much as was measured of both, and little more."""
+    lines = map(json.loads, (root / "benchmarks/results/conversion.jsonl").read_text().splitlines())
+    measured = [(line["model"], line["value"]) for line in lines if line["name"] == "host_memory_gib"]
+    models = configured(root).models
+    assert {name for name, _ in measured} == {"4B", "27B"}
+    for name, gib in measured:
+        assert gib < host_gib(models[name], "convert") < 1.25 * gib
+    laptop = Machine((), 40, 4000, (), is_limited=True)
+    for stage in ("convert", "export"):
+        (fault,) = shortcomings(models["27B"], laptop, {stage})
+        assert fault == f"needs 54 GiB of memory to {stage} and there are 40, the cgroup's limit"
+        assert shortcomings(models["27B"], replace(laptop, host_memory_gib=54), {stage}) == []
+    (fault,) = shortcomings(models["4B"], replace(node(141), host_memory_gib=100), {"convert", "train"})
+    assert fault == "needs 128 GiB of memory and there are 100"
+
+
+def test_a_container_s_limit_counts_instead_of_the_machine_s_memory(monkeypatch):
+    monkeypatch.setattr("configuration.preflight.memory_limit", lambda: 2**30)
+    machine = Machine.here("results")
+    assert (machine.host_memory_gib, machine.is_limited) == (1, True)
+    monkeypatch.setattr("configuration.preflight.memory_limit", lambda: 2**60)
+    machine = Machine.here("results")
+    assert machine.host_memory_gib > 1 and not machine.is_limited
+
+
+def test_the_hub_s_cache_has_a_disk_of_its_own(root, tmp_path, monkeypatch):
+    """4B's weights are 8.06 GiB: fetched into the cache, and converted beside the results."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    configuration = configured(root, {"results": str(tmp_path)})
+    jobs = [("download", {"model": "4B"}), ("convert", {"model": "4B"})]
+
+    def check(results, cache):
+        machine = replace(node(141, free_disk_gib=results), free_cache_gib=cache)
+        monkeypatch.setattr(Machine, "here", lambda results: machine)
+        check_jobs(jobs, configuration, Provenance(configuration, root / "workflow_scripts"))
+
+    check(8.1, 8.1)
+    check(16.2, None)
+    with pytest.raises(UserError, match=r"^the results need about 16 GiB of disk and 16 are free"):
+        check(16.0, None)
+    with pytest.raises(UserError, match=r"^the results need about 8 GiB of disk and 8 are free"):
+        check(8.0, 100)
+    with pytest.raises(
+        UserError, match=r"^the downloads need about 8 GiB .* 8 are free in the Hub's cache .*/home/hub"
+    ):
+        check(100, 8.0)
+    blob = hub_cache() / "models--Qwen--Qwen3.5-4B/blobs/1f"
+    blob.parent.mkdir(parents=True)
+    with blob.open("wb") as file:
+        file.truncate(8 * GIB)  # takes no room itself
+    check(100, 0.1)
+    blob.rename(f"{blob}.12345678.incomplete")  # fetched anew
+    with pytest.raises(UserError, match="the downloads need about 8 GiB"):
+        check(100, 0.1)
+
+
+def test_a_local_folder_s_weights_take_no_disk(root, tmp_path):
+    model = configured(root, {"per_model": {"4B": {"source": {"folder": str(tmp_path)}}}}).models["4B"]
+    assert disk_gib(model, "download") == 0 < disk_gib(model, "convert")
+
+
+def test_the_cache_s_disk_is_told_from_the_results_disk(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "not there yet"))
+    assert Machine.here(str(tmp_path / "results")).free_cache_gib is None
+    monkeypatch.setenv("HF_HOME", "/proc")  # a file system of its own, without room
+    assert Machine.here(str(tmp_path / "results")).free_cache_gib == 0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"XDG_CACHE_HOME": "/cache"},
+        {"HF_HOME": "~/hf"},
+        {"HF_HOME": "$PLACE/hf", "XDG_CACHE_HOME": "/cache"},
+        {"HUGGINGFACE_HUB_CACHE": "/old", "HF_HOME": "/home"},
+        {"HF_HUB_CACHE": "~/new", "HUGGINGFACE_HUB_CACHE": "/old"},
+    ],
+    ids=str,
+)
+def test_the_cache_is_where_the_client_has_it(monkeypatch, given):
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (given | {"PLACE": "/place"}).items():
+        monkeypatch.setenv(name, value)
+    asked = [sys.executable, "-c", "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"]
+    said = subprocess.run(asked, env=os.environ, text=True, capture_output=True, check=True).stdout
+    assert str(hub_cache()) == said.strip()
+
+
+def test_more_gpus_than_a_node_has_are_refused_as_the_settings_are_read(root):
+    with pytest.raises(
+        UserError, match=r"9B: hardware\.gpus: a training takes the GPUs of one node, 8 at most, not 16"
+    ):
+        configured(root, {"per_model": {"9B": {"hardware": {"gpus": 16}}}})

@@ -90,7 +90,7 @@ def require_room(folder: Path | str, needed: int) -> None:
 def free_bytes(folder: Path | str) -> int:
     """Room on the disk that ``folder`` lies on, or will lie on."""
     folder = Path(folder).absolute()
-    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if os.path.exists(place))).free
 
 
 def in_mib(number: int) -> str:

@@ -5,21 +5,47 @@ import re
 import subprocess
 from collections.abc import Sequence
 
-SLICE = re.compile(r"MIG \S*\b(\d+)gb\b.*\(UUID: (MIG-[^)]+)\)")  # MIG 1g.10gb  Device  0: (UUID: MIG-...)
+UUID = re.compile(r"\(UUID: ((?:GPU|MIG)-[^)]+)\)")  # of nvidia-smi -L: MIG 1g.10gb  Device  0: (UUID: MIG-...)
+SLICE = re.compile(r"MIG \S*\b(\d+)gb\b")
 
 
-def visible_gpus() -> tuple[float, ...]:
-    """Memory in GiB of each GPU that CUDA would enumerate, in that order; none where no driver answers."""
-    answer = _nvidia_smi("--query-gpu=uuid,memory.total", "--format=csv,noheader,nounits")
-    rows = [line.split(", ") for line in answer.splitlines() if line.count(",") == 1]
-    gpus = {uuid: float(mebibytes) / 1024 for uuid, mebibytes in rows}
+def visible_gpus() -> tuple[float | None, ...]:
+    """Memory in GiB of each GPU that CUDA would enumerate, in that order; none where no driver answers.
+
+    None stands for a GPU whose memory the driver does not tell (it says ``[N/A]``), as of one that shares the host's.
+    Where a visible GPU is cut into MIG slices, CUDA enumerates the first of them and nothing else (MIG user guide,
+    "CUDA Device Enumeration"); a GPU in MIG mode without slices is not enumerated.
+    """
+    answer = _nvidia_smi("--query-gpu=uuid,memory.total,mig.mode.current", "--format=csv,noheader,nounits")
+    rows = [line.split(", ") for line in answer.splitlines() if line.startswith("GPU-") and line.count(", ") == 2]
+    gpus = {uuid: _gib(mebibytes) for uuid, mebibytes, _ in rows}
+    cut = {uuid for uuid, _, mode in rows if mode == "Enabled"}
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is None:
-        return tuple(gpus.values())
-    if listed.startswith("MIG-"):
-        slices = {uuid: float(gigabytes) for gigabytes, uuid in SLICE.findall(_nvidia_smi("-L"))}
-        return tuple(slices[uuid] for uuid in select(listed, [*slices])[:1])  # a process sees one slice at most
-    return tuple(gpus[uuid] for uuid in select(listed, [*gpus]))
+    slices = _slices() if cut or (listed or "").startswith("MIG-") else {}
+    sizes = {uuid: gib for of_gpu in slices.values() for uuid, gib in of_gpu.items()}
+    if listed is not None and listed.startswith("MIG-"):
+        return tuple(sizes[uuid] for uuid in select(listed, [*sizes])[:1])
+    seen = [*gpus] if listed is None else select(listed, [*gpus])
+    of_seen = [gib for uuid in seen for gib in slices.get(uuid, {}).values()]
+    return tuple(of_seen[:1] or (gpus[uuid] for uuid in seen if uuid not in cut))
+
+
+def _gib(mebibytes: str) -> float | None:
+    return float(mebibytes) / 1024 if mebibytes.strip().isdecimal() else None
+
+
+def _slices() -> dict[str, dict[str, float]]:
+    """The MIG slices of each GPU: UUID of the GPU -> UUID of the slice -> memory in GiB."""
+    slices: dict[str, dict[str, float]] = {}
+    of_gpu: dict[str, float] = {}
+    for line in _nvidia_smi("-L").splitlines():
+        if not (uuid := UUID.search(line)):
+            continue
+        if size := SLICE.search(line):
+            of_gpu[uuid[1]] = float(size[1])
+        else:
+            of_gpu = slices.setdefault(uuid[1], {})
+    return slices
 
 
 def select(listed: str, uuids: Sequence[str]) -> list[str]:

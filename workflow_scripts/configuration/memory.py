@@ -13,6 +13,7 @@ GIB = 2**30
 CONTEXT_GIB = 1.5  # CUDA context, NCCL's buffers and kernels of one process
 SYNC_GIB = 5.0  # to send weights: two buckets, and one layer's tensors as they are gathered and put together
 BESIDE_GIB = 20.0  # what an engine takes beside its static memory: graphs, activations, workspaces, its context
+PROCESS_GIB = 3.0  # host memory of a conversion's or an export's process beside the weights; measured: 1.1 to 2.6
 LEFT_FREE = 0.2  # of a GPU: the first step, which tunes kernels, took 10 GiB more; and the engine keeps CUDA graphs
 
 
@@ -144,8 +145,23 @@ def beside(engine: schema.Engine, taken_gib: float, gpu_memory_gib: float) -> sc
     return engine.model_copy(update={"mem_fraction_static": fraction})
 
 
+def host_gib(model: schema.Model, stage: str) -> float:
+    """Host memory that one stage takes: a conversion and an export hold the bf16 weights once, over all processes."""
+    if stage in ("train", "evaluate"):
+        return model.hardware.host_memory_gib
+    if stage not in ("convert", "export") or (architecture := architecture_of(model)) is None:
+        return 0.0
+    count = model.conversion.processes if stage == "convert" else 1
+    return 2 * architecture.parameters(mtp_num_layers=1) / GIB + PROCESS_GIB * count
+
+
 def disk_gib(model: schema.Model, stage: str) -> float:
-    """Disk that one stage's results take: bf16 weights, and for training the checkpoints with fp32 Adam states."""
+    """Disk that one stage's results take: bf16 weights, and for training the checkpoints with fp32 Adam states.
+
+    A download's are in the Hub's cache; a local folder's are linked.
+    """
+    if stage == "download" and not model.source.repo:
+        return 0.0
     if (architecture := architecture_of(model)) is None:
         return 0.0
     parameters = architecture.parameters(mtp_num_layers=1)

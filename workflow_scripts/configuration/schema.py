@@ -390,8 +390,21 @@ class Evaluation(Section):
         return self
 
 
+GPUS_OF_A_NODE = 8
+
+
+def _of_one_node(gpus: int) -> int:
+    if gpus > GPUS_OF_A_NODE:
+        raise ValueError(f"a training takes the GPUs of one node, {GPUS_OF_A_NODE} at most")
+    return gpus
+
+
 class Hardware(Section):
-    gpus: Annotated[int, Field(ge=0)] = Field(8, description="GPUs of the one node that training takes; 0 is the CPU")
+    gpus: Annotated[int, Field(ge=0), AfterValidator(_of_one_node)] = Field(
+        8,
+        description=f"GPUs of the one node that training takes, at most {GPUS_OF_A_NODE}; 0 is the CPU",
+        json_schema_extra={"maximum": GPUS_OF_A_NODE},
+    )
     processes: PositiveInt | None = Field(None, description="training processes; None is one a GPU, or one on CPU")
     gpu_memory_gib: NonNegative = Field(80.0, description="memory of one GPU, for the preflight estimate")
     host_memory_gib: PositiveInt = Field(256, description="host memory that training takes, checked before it starts")

@@ -1,44 +1,29 @@
-"""What is asked of the Hub, through its own client: tried again where that helps, explained in one line where not."""
+"""Hub requests, through the Hub's own client: retried when transient, otherwise a one-line error."""
 
 import contextlib
-import sys
-import time
-from collections.abc import Callable
+import glob
+import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from json import JSONDecodeError
 from pathlib import Path
-from typing import NoReturn
 
 import httpx
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    FileMetadataError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, get_token, hf_hub_download, snapshot_download
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, HFValidationError, LocalEntryNotFoundError, OIDCError
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import filter_repo_objects, logging
+from huggingface_hub.utils import logging
 from tqdm import tqdm
 
-from common.errors import UserError, is_disk_full
+from common.errors import UserError
 from common.files import atomic_write, free_bytes, in_mib
+from hub import environment
+from hub.faults import explain, hub_address, with_retries
 
-WAITS = (1, 2, 4, 8, 16, 30)  # seconds before each further try
-LONGEST_WAIT = 600  # seconds; a server that asks for more is given up
 WORKERS = 8
-PICKLES = [
-    f"*.{ending}{index}" for ending in ("bin", "pt", "pth", "pkl", "pickle", "ckpt") for index in ("", ".index.json")
-]
+SHOWN = 2**20  # bytes from which a download shows its progress
 STALE = 3600  # seconds since the last byte after which a partial file has no writer any more
-TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
 
 # The client warns with addresses, some of them signed; what matters is said here, without them.
 logging.set_verbosity_error()
@@ -64,6 +49,11 @@ class Repository:
         """Its folder in the user's Hub cache."""
         return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.name, repo_type=self.kind)
 
+    @property
+    def page(self) -> str:
+        """The address at which a person finds it."""
+        return f"{hub_address()}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
+
     def __str__(self) -> str:
         return f"{self.kind} {self.name}"
 
@@ -76,70 +66,107 @@ class Listing:
     commit: str
     files: dict[str, RemoteFile]
 
+    def only(self, names: Iterable[str]) -> "Listing":
+        """The same of fewer files."""
+        return replace(self, files={name: self.files[name] for name in names})
+
 
 def resolve(repository: Repository, revision: str) -> Listing:
-    """Resolve ``revision`` (branch, tag or commit) to a commit, and list what it holds.
+    """Resolve ``revision`` (branch, tag or commit) to a commit, and list what it holds: from the cache when offline.
 
     The commit is remembered in the cache, so that an offline run resolves the same name to it.
     """
-    info = persistently(
-        lambda: HfApi().repo_info(
-            repository.name, repo_type=repository.kind, revision=revision, files_metadata=True, timeout=30
-        ),
-        repository,
-        f"revision {revision}",
+    environment.require_cache(Path(constants.HF_HUB_CACHE))
+    if constants.is_offline_mode():
+        return _resolve_offline(repository, revision)
+    environment.require_usable(constants.ENDPOINT)
+    _require_token()
+    not_a_hub = (
+        f"{hub_address()} does not list commits, sizes and digests as a Hub does: check HF_ENDPOINT and the proxy"
     )
-    if revision != info.sha:
-        atomic_write(repository.cache / "refs" / revision, info.sha)
+    try:
+        info = with_retries(
+            lambda: HfApi().repo_info(
+                repository.name, repo_type=repository.kind, revision=revision, files_metadata=True, timeout=30
+            ),
+            repository,
+            f"revision {revision}",
+        )
+    except (AttributeError, LookupError, TypeError):  # JSON of another kind
+        raise UserError(not_a_hub) from None
     files = {}
-    for file in info.siblings:
+    for file in info.siblings or ():
         if file.rfilename.startswith("/") or ".." in file.rfilename.split("/"):
             raise UserError(f"{repository}: holds a file named {file.rfilename!r}: not a name to write to")
         files[file.rfilename] = (
             RemoteFile(file.lfs.size, file.lfs.sha256) if file.lfs else RemoteFile(file.size, file.blob_id)
         )
+    if not info.sha or any(file.bytes is None or not file.digest for file in files.values()):
+        raise UserError(not_a_hub)
+    if revision != info.sha:
+        with contextlib.suppress(OSError):  # a cache that is read-only, or whose disk is full, may hold all files
+            atomic_write(repository.cache / "refs" / revision, info.sha)
     return Listing(repository, info.sha, files)
 
 
-def resolve_offline(repository: Repository, revision: str, patterns: list[str]) -> Listing:
-    """The same from the user's cache alone, of the files that match ``patterns``.
-
-    The cache names a blob by the digest that the Hub gave for it, so even offline the content can be checked.
-    """
+def _require_token() -> None:
+    """Refuse (`UserError`) a token that can't be read or made; that there is none is no fault."""
     try:
-        folder = Path(
-            snapshot_download(
-                repository.name,
-                repo_type=repository.kind,
-                revision=revision,
-                allow_patterns=patterns,
-                ignore_patterns=PICKLES,
-                local_files_only=True,
-            )
-        )
-    except LocalEntryNotFoundError:
+        get_token()
+    except (OIDCError, httpx.HTTPError) as error:
+        raise UserError(f"HF_OIDC_RESOURCE is set and gives no token: {error}") from None
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
         raise UserError(
-            f"{repository} at {revision}: HF_HUB_OFFLINE is set and the cache {constants.HF_HUB_CACHE} does not hold"
-            " all of it: run once without HF_HUB_OFFLINE, or bring the cache of a machine that did"
+            f"the token's file {constants.HF_TOKEN_PATH} can't be read ({reason}): mend it, or set HF_TOKEN"
         ) from None
+
+
+def _resolve_offline(repository: Repository, revision: str) -> Listing:
+    """The same from the user's cache alone.
+
+    The cache keeps the listing of a commit that was downloaded whole. Without it, as in a cache that an older client
+    made, the files that are there are listed; the cache names a file's blob by the digest that the Hub gave for it.
+    """
+    asked = {"repo_type": repository.kind, "revision": revision}
+    try:
+        folder = Path(snapshot_download(repository.name, **asked, allow_patterns=[], local_files_only=True))
+        tree = get_cached_repo_tree(repository.name, **asked)
+        files = {file.path: RemoteFile(file.size, file.lfs.sha256 if file.lfs else file.blob_id) for file in tree}
+    except LocalEntryNotFoundError:
+        raise _lacking(repository, f"revision {revision}") from None
+    except CachedRepoTreeNotFoundError:
+        files = {
+            file.relative_to(folder).as_posix(): RemoteFile(
+                file.stat().st_size, file.readlink().name if file.is_symlink() else ""
+            )
+            for file in folder.rglob("*")
+            if file.is_file()
+        }
     except HFValidationError as error:
-        _explain(error, repository, revision)
-    files = {}
-    for file in folder.rglob("*"):
-        if file.is_file():
-            digest = file.readlink().name if file.is_symlink() else ""
-            files[file.relative_to(folder).as_posix()] = RemoteFile(file.stat().st_size, digest)
+        explain(error, repository, revision)
     return Listing(repository, folder.name, files)
 
 
-def matching(names: list[str], patterns: list[str]) -> list[str]:
-    """The ``names`` that match a pattern and are no pickle, as the Hub's client matches (a star crosses folders)."""
-    return sorted(filter_repo_objects(names, allow_patterns=patterns, ignore_patterns=PICKLES))
+def _lacking(repository: Repository, what: str) -> UserError:
+    return UserError(
+        f"{repository}: {what}: {environment.offline_variable()} is set and the cache {constants.HF_HUB_CACHE} does not"
+        f" hold all of it: run once without {environment.offline_variable()}, or bring the cache of a machine that did"
+    )
 
 
-def fetch(listing: Listing, patterns: list[str]) -> None:
-    """Bring the files of ``listing`` into the user's cache, after checking that the disk has room for them."""
+def cached(listing: Listing) -> Path:
+    """The folder in the user's cache with the files of ``listing``, fetched unless offline.
+
+    What is missing is fetched after checking that the disk has room for it.
+    """
     repository, commit = listing.repository, listing.commit
+    folder = repository.cache / "snapshots" / commit
+    if constants.is_offline_mode():
+        for name in listing.files:
+            if not (folder / name).is_file():
+                raise _lacking(repository, name)
+        return folder
     blobs = repository.cache / "blobs"
     _remove_stale(blobs)
     missing = {name: file for name, file in listing.files.items() if not (blobs / file.digest).exists()}
@@ -147,7 +174,7 @@ def fetch(listing: Listing, patterns: list[str]) -> None:
     _require_space(repository, needed)
     with (
         tqdm(
-            desc=repository.name, total=needed, unit="B", unit_scale=True, mininterval=1, disable=not needed
+            desc=repository.name, total=needed, unit="B", unit_scale=True, mininterval=1, disable=needed < SHOWN
         ) as progress,
         ThreadPoolExecutor(WORKERS) as workers,
     ):
@@ -159,19 +186,19 @@ def fetch(listing: Listing, patterns: list[str]) -> None:
         except BaseException:
             workers.shutdown(wait=False, cancel_futures=True)
             raise
-    # Nothing is left to fetch: this keeps the commit's listing, by which an offline run knows that nothing is missing.
-    persistently(
+    # Nothing is left to fetch: this keeps the commit's listing, by which an offline run knows what belongs to it.
+    with_retries(
         lambda: snapshot_download(
             repository.name,
             repo_type=repository.kind,
             revision=commit,
-            allow_patterns=patterns,
-            ignore_patterns=PICKLES,
+            allow_patterns=[glob.escape(name) for name in listing.files],
             tqdm_class=partial(tqdm, disable=True),
         ),
         repository,
         "its listing",
     )
+    return folder
 
 
 def _fetch_file(repository: Repository, commit: str, name: str, progress: tqdm) -> None:
@@ -187,7 +214,7 @@ def _fetch_file(repository: Repository, commit: str, name: str, progress: tqdm) 
             progress.update(-counter.counted)
             raise
 
-    persistently(attempt, repository, name)
+    with_retries(attempt, repository, name)
 
 
 def _counter(progress: tqdm) -> type:
@@ -234,111 +261,16 @@ def _require_space(repository: Repository, needed: int) -> None:
     if needed > free:
         raise UserError(
             f"{repository}: {in_mib(needed)} to download and {in_mib(free)} free in {cache}:"
-            " make room, or set HF_HOME to a folder on a larger disk"
+            f" make room, or set {environment.cache_variable()} to a folder on a larger disk"
         )
 
 
 def _remove_stale(blobs: Path) -> None:
-    """Remove the partial files of killed downloads: the client names them anew each time and never returns to one."""
+    """Remove the partial files of killed downloads: the client names them anew each time and never returns to one.
+
+    Their age is by the clock of the disk, which may be another machine's than this one.
+    """
     for file in blobs.glob("*.incomplete"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - file.stat().st_mtime > STALE:
+        with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=blobs) as now:
+            if Path(now.name).stat().st_mtime - file.stat().st_mtime > STALE:
                 file.unlink()
-
-
-def persistently[Result](call: Callable[[], Result], repository: Repository, what: str) -> Result:
-    """Call until it succeeds, waiting longer each time (or as long as the server asks); then give up in one line."""
-    for wait in (*WAITS, None):
-        try:
-            return call()
-        except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
-            fault = _origin(error)
-            asked = _asked_wait(fault)
-            if wait is None or asked > LONGEST_WAIT or not _is_transient(fault):
-                _explain(fault, repository, what)
-            wait = max(wait, asked)
-            tqdm.write(f"{repository}: {what}: {_brief(fault)}: again in {wait} s", file=sys.stderr)
-            time.sleep(wait)
-    raise AssertionError("the last try returns or raises")
-
-
-def _origin(error: Exception) -> Exception:
-    """The fault behind the client's "not in the cache either"."""
-    while isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    return error
-
-
-def _status(error: Exception) -> int | None:
-    """The HTTP status of an answer that was refused; None where there was no answer."""
-    return error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
-
-
-def _asked_wait(error: Exception) -> int:
-    """The seconds that the server asked to wait for, or 0."""
-    asked = error.response.headers.get("Retry-After", "") if _status(error) else ""
-    return int(asked) if asked.isdigit() else 0
-
-
-def _is_transient(error: Exception) -> bool:
-    """Whether trying again may help: the connection or the server failed, not the request."""
-    if _status(error):
-        return _status(error) in TRANSIENT_STATUSES
-    if isinstance(error, httpx.TransportError):
-        return not isinstance(error, httpx.ProxyError | httpx.UnsupportedProtocol | httpx.LocalProtocolError)
-    if isinstance(error, OfflineModeIsEnabled) or is_disk_full(error):
-        return False
-    # The rest are the client's own: a file of the wrong length, or the Xet service's connection.
-    return isinstance(error, ConnectionError | TimeoutError | RuntimeError) or "Consistency check" in str(error)
-
-
-def _brief(error: Exception) -> str:
-    """An error in a few words, without addresses."""
-    if _status(error):
-        return f"the Hub answers {_status(error)}"
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def _explain(error: Exception, repository: Repository, what: str) -> NoReturn:
-    """Raise the `UserError` for a fault that no further try will mend; one of this program is raised as it is."""
-    page = f"{constants.ENDPOINT}/{'datasets/' if repository.kind == 'dataset' else ''}{repository.name}"
-    cache = constants.HF_HUB_CACHE
-    status = _status(error)
-    if isinstance(error, GatedRepoError) or status == 403:
-        message = (
-            f"{repository}: access is gated: accept its licence at {page} with your account, and set HF_TOKEN"
-            " to a token of that account"
-        )
-    elif isinstance(error, RevisionNotFoundError):
-        message = f"{repository}: {what} is not a branch, tag or commit there: see {page}/tree/main"
-    elif isinstance(error, RemoteEntryNotFoundError):
-        message = f"{repository}: {what} is not there at this commit: see {page}/tree/main"
-    elif isinstance(error, RepositoryNotFoundError) or status == 404:
-        message = (
-            f"{repository}: no such repository at {constants.ENDPOINT}: check its name;"
-            " if it is private, set HF_TOKEN to a token that may read it"
-        )
-    elif status == 401:
-        message = f"{repository}: the Hub refuses the token: check HF_TOKEN, or unset it for a public repository"
-    elif isinstance(error, HFValidationError):
-        message = f"{repository}: not the name of a repository: it reads owner/name"
-    elif isinstance(error, httpx.LocalProtocolError | UnicodeError):  # its text may hold the token
-        message = "HF_TOKEN holds a character that no token has: set it again, or unset it for a public repository"
-    elif isinstance(error, FileMetadataError | JSONDecodeError | httpx.UnsupportedProtocol):
-        message = f"{constants.ENDPOINT} does not answer as a Hub does: check HF_ENDPOINT and the proxy"
-    elif is_disk_full(error):
-        message = f"{repository}: {what}: no space left in {cache}: make room and run again, or set HF_HOME elsewhere"
-    elif status == 429 or (status and status >= 500):
-        message = f"{repository}: {what}: {_brief(error)} again and again: run again later; whole files are kept"
-    elif _is_transient(error) or isinstance(error, httpx.ProxyError):
-        message = (
-            f"{repository}: {what}: no answer from {constants.ENDPOINT} ({_brief(error)}): check the network and run"
-            " again (whole files are kept), or set HF_HUB_OFFLINE=1 to use what the cache holds"
-        )
-    elif isinstance(error, PermissionError) and error.filename:
-        message = f"{error.filename}: not writable: set HF_HOME to a folder that is"
-    elif status:
-        message = f"{repository}: {what}: {_brief(error)}: see {page}"
-    else:
-        raise error
-    raise UserError(message) from None

@@ -3,22 +3,26 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from fnmatch import fnmatch
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.errors import UserError, is_disk_full
 from common.files import atomic_path, read_json, sha256_of_all
-from hub.client import PICKLES, Listing, RemoteFile, Repository, fetch, matching, resolve, resolve_offline
+from hub.client import Listing, RemoteFile, Repository, cached, resolve
 
-# Weights as safetensors, and what reads them: never a pickle, never code.
-MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "LICENSE*"]
+# What is taken of a model beside its weights: never a pickle, never code.
+SIDE_FILES = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "LICENSE*"]
+PICKLES = [f"*.{ending}" for ending in ("bin", "pt", "pth", "pkl", "pickle", "ckpt")]
+INDICES = ["*.bin.index.json", "*.safetensors.index.json"]  # of weights; the model's own is taken with them
+WEIGHTS = ".safetensors"
+INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 CHUNK = 8 * 2**20  # bytes read at a time
 
@@ -34,100 +38,141 @@ class Snapshot:
     facts: dict[str, str]
 
 
+@contextmanager
+def _files_explained() -> Iterator[None]:
+    """A file or folder, of the source, the cache or the results, that can't be read or written ends in one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or is_disk_full(error):
+            raise
+        raise UserError(f"{error.filename}: {error.strerror}: check who may read and write it") from None
+
+
+@_files_explained()
 def model_from_hub(repo: str, revision: str, hub: Path, inspect: Inspect | None = None) -> Snapshot:
     """Fetch a model's files at ``revision`` and link them below ``hub``; a `UserError` if it has only pickles.
 
     ``inspect`` is asked once config.json is there, before the weights are fetched.
     """
-    return _from_hub(Repository("model", repo), revision, MODEL_FILES, hub, inspect)
-
-
-def dataset_from_hub(repo: str, revision: str, file: str, hub: Path) -> Snapshot:
-    """Fetch the one ``file`` of a dataset at ``revision`` and link it below ``hub``."""
-    return _from_hub(Repository("dataset", repo), revision, [file], hub)
-
-
-def model_from_folder(folder: Path, name: str, hub: Path, inspect: Inspect | None = None) -> Snapshot:
-    """Link a model's files in a local ``folder`` below ``hub``, in a folder named ``name`` and after their digests."""
-    return _from_folder(folder, MODEL_FILES, name, hub, link, inspect)
-
-
-def dataset_from_folder(folder: Path, file: str, name: str, hub: Path) -> Snapshot:
-    """The same of a dataset's one ``file``, copied: it is small, and who edits it in place must not edit the copy."""
-    return _from_folder(folder, [file], name, hub, copy)
-
-
-def _from_folder(
-    folder: Path,
-    patterns: list[str],
-    name: str,
-    hub: Path,
-    bring: Callable[[Path, Path, list[str]], None],
-    inspect: Inspect | None = None,
-) -> Snapshot:
-    folder = folder.expanduser()
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder: it is the source's folder in the configuration")
-    found = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
-    visible = [file.as_posix() for file in found if not any(part.startswith(".") for part in file.parts)]
-    wanted = _wanted(str(folder), visible, patterns)
+    listing = resolve(Repository("model", repo), revision)
+    source = str(listing.repository)
+    _require_model(source, listing.files)
+    heads = listing.only(name for name in (CONFIG, INDEX) if name in listing.files)
+    folder = cached(heads)
+    check(folder, heads.files, source)
     if inspect:
         inspect(folder)
-    entries = check(folder, {file: RemoteFile((folder / file).stat().st_size, "") for file in wanted}, str(folder))
-    root = hub / f"{name}@{sha256_of_all(entries)[:12]}"
-    bring(folder, root, wanted)
-    return Snapshot(root, entries, {"folder": str(folder)})
+    return _from_hub(listing.only(_model_files(source, listing.files, folder)), revision, hub)
 
 
-def _from_hub(
-    repository: Repository, revision: str, patterns: list[str], hub: Path, inspect: Inspect | None = None
-) -> Snapshot:
-    if constants.is_offline_mode():
-        listing = resolve_offline(repository, revision, patterns)
-    else:
-        listing = resolve(repository, revision)
-    wanted = _wanted(str(repository), list(listing.files), patterns)
-    if inspect:
-        inspect(_cache(replace(listing, files={CONFIG: listing.files[CONFIG]}), [CONFIG])[0])
-    cached, entries = _cache(replace(listing, files={name: listing.files[name] for name in wanted}), patterns)
+@_files_explained()
+def dataset_from_hub(repo: str, revision: str, file: str, hub: Path) -> Snapshot:
+    """Fetch the one ``file`` of a dataset at ``revision`` and link it below ``hub``."""
+    listing = resolve(Repository("dataset", repo), revision)
+    _require_file(str(listing.repository), listing.files, file)
+    return _from_hub(listing.only([file]), revision, hub)
+
+
+def _from_hub(listing: Listing, revision: str, hub: Path) -> Snapshot:
+    repository = listing.repository
+    folder = cached(listing)
+    entries = check(folder, listing.files, str(repository))
     root = hub / f"{repository.name.replace('/', '--')}@{listing.commit}"
-    link(cached, root, wanted)
+    link(folder, root, listing.files)
     return Snapshot(root, entries, {"repo": repository.name, "revision": revision, "commit": listing.commit})
 
 
-def _cache(listing: Listing, patterns: list[str]) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """Have all files of ``listing`` in the user's cache: the folder there, and what `check` says of them."""
-    if not constants.is_offline_mode():
-        fetch(listing, patterns)
-    folder = listing.repository.cache / "snapshots" / listing.commit
-    return folder, check(folder, listing.files, str(listing.repository))
+@_files_explained()
+def model_from_folder(folder: Path, name: str, hub: Path, inspect: Inspect | None = None) -> Snapshot:
+    """Link a model's files in a local ``folder`` below ``hub``, in a folder named ``name`` and after their digests."""
+    folder = folder.expanduser()
+    names = _names(folder)
+    _require_model(str(folder), names)
+    if inspect:
+        inspect(folder)
+    return _from_folder(folder, _model_files(str(folder), names, folder), name, hub, link)
 
 
-def _wanted(source: str, names: list[str], patterns: list[str]) -> list[str]:
-    """The names to take, sorted; a source that lacks what a reader needs is a `UserError`."""
-    found = matching(names, patterns)
-    if patterns is not MODEL_FILES:
-        if not found:
-            raise UserError(f"{source}: holds no file {patterns[0]}: check the dataset's file in the configuration")
-        return found
-    if not any(name.endswith(".safetensors") for name in found):
-        pickles = sorted(name for name in names if any(fnmatch(name, pattern) for pattern in PICKLES))
+@_files_explained()
+def dataset_from_folder(folder: Path, file: str, name: str, hub: Path) -> Snapshot:
+    """The same of a dataset's one ``file``, copied: it is small, and who edits it in place must not edit the copy."""
+    folder = folder.expanduser()
+    _require_file(str(folder), _names(folder), file)
+    return _from_folder(folder, [file], name, hub, copy)
+
+
+def _names(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder: it is the source's folder in the configuration")
+    found = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+    return [file.as_posix() for file in found if not any(part.startswith(".") for part in file.parts)]
+
+
+def _from_folder(
+    folder: Path, names: list[str], name: str, hub: Path, bring: Callable[[Path, Path, Iterable[str]], None]
+) -> Snapshot:
+    entries = check(folder, {file: RemoteFile((folder / file).stat().st_size, "") for file in names}, str(folder))
+    root = hub / f"{name}@{sha256_of_all(entries)[:12]}"
+    bring(folder, root, names)
+    return Snapshot(root, entries, {"folder": str(folder)})
+
+
+def _require_file(source: str, names: Iterable[str], file: str) -> None:
+    if file not in names:
+        raise UserError(f"{source}: holds no file {file}: check the dataset's file in the configuration")
+
+
+def _require_model(source: str, names: Iterable[str]) -> None:
+    """Refuse (`UserError`) a source without a config.json, or without weights as safetensors."""
+    weights = [name for name in names if name.endswith(WEIGHTS)]
+    if not any("/" not in name for name in weights):
+        pickles = sorted(name for name in names if _matches(name, PICKLES))
+        if weights:
+            raise UserError(
+                f"{source}: holds {WEIGHTS} files in subfolders alone ({min(weights)}): the weights belong beside"
+                f" {CONFIG}; name a source that is that subfolder"
+            )
         if pickles:
             raise UserError(
                 f"{source}: its weights are pickles only ({pickles[0]}), which are never loaded:"
-                " choose one with .safetensors files"
+                f" choose one with {WEIGHTS} files"
             )
-        raise UserError(f"{source}: holds no .safetensors file: it is not a model's weights")
-    if CONFIG not in found:
+        raise UserError(f"{source}: holds no {WEIGHTS} file: it is not a model's weights")
+    if CONFIG not in names:
         raise UserError(f"{source}: holds no {CONFIG}: it is not a model in the Hub's format")
-    return found
+
+
+def _model_files(source: str, names: Iterable[str], folder: Path) -> list[str]:
+    """The names to take of a model, sorted: its weights and what reads them.
+
+    The weights are those that the index, which is in ``folder``, names; without an index those of the top folder.
+    Others, such as a training's checkpoints in subfolders, stay where they are.
+    """
+    if INDEX in names:
+        index = read_json(folder / INDEX)
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{source}: {INDEX} holds no weight_map: the source is damaged")
+        weights = {INDEX, *map(str, weight_map.values())}
+        if missing := sorted(weights - set(names)):
+            raise UserError(f"{source}: {INDEX} names {missing[0]}, which is not there: the source is incomplete")
+    else:
+        weights = {name for name in names if name.endswith(WEIGHTS) and "/" not in name}
+    beside = {name for name in names if _matches(name, SIDE_FILES) and not _matches(name, INDICES)}
+    return sorted(weights | beside)
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    """Whether a pattern fits, as the Hub's client has it: a star crosses folders."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def check(folder: Path, files: dict[str, RemoteFile], source: str) -> dict[str, dict[str, Any]]:
     """Digest each of ``files`` in ``folder`` and compare with what its source says of it.
 
     Returns name -> ``{"bytes", "sha256"}``. A file that differs is removed, so that the next run fetches it again,
-    and is a `UserError`. Weights that the index names and the folder lacks are one too.
+    and is a `UserError`.
     """
     total = sum(file.bytes for file in files.values())
     with (
@@ -135,20 +180,17 @@ def check(folder: Path, files: dict[str, RemoteFile], source: str) -> dict[str, 
         ThreadPoolExecutor(4) as workers,
     ):
         digests = list(workers.map(lambda name: _digest(folder / name, progress), files))
-    damaged = []
+    damaged, fate = [], "removed from the cache, run again; if it stays, the source is damaged"
     for (name, file), (sha256, git_blob) in zip(files.items(), digests, strict=True):
         if file.digest and file.digest not in (sha256, git_blob):
             damaged.append(f"{name}: digest {sha256 if len(file.digest) == 64 else git_blob}, not {file.digest}")
-            _remove(folder / name)
+            try:
+                _remove(folder / name)
+            except OSError as error:
+                fate = f"remove it from the cache ({error.strerror} here), and run again"
     if damaged:
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
-        raise UserError(
-            f"{source}: {damaged[0]}{more}: removed from the cache, run again; if it stays, the source is damaged"
-        )
-    for index in (name for name in files if name.endswith(".safetensors.index.json")):
-        for shard in sorted(set(read_json(folder / index).get("weight_map", {}).values())):
-            if (Path(index).parent / shard).as_posix() not in files:
-                raise UserError(f"{source}: {index} names {shard}, which is not there: the source is incomplete")
+        raise UserError(f"{source}: {damaged[0]}{more}: {fate}")
     return {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256}
         for name, (sha256, _) in zip(files, digests, strict=True)
@@ -177,7 +219,7 @@ def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def link(source: Path, root: Path, names: list[str]) -> None:
+def link(source: Path, root: Path, names: Iterable[str]) -> None:
     """Link ``names`` of ``source`` into ``root``: hard where one disk holds both, symbolic elsewhere."""
     for name in names:
         content, here = (source / name).resolve(), root / name
@@ -193,7 +235,7 @@ def link(source: Path, root: Path, names: list[str]) -> None:
         fresh.replace(here)
 
 
-def copy(source: Path, root: Path, names: list[str]) -> None:
+def copy(source: Path, root: Path, names: Iterable[str]) -> None:
     """Copy ``names`` of ``source`` into ``root``, over what is there: it may be damaged."""
     for name in names:
         with atomic_path(root / name) as partial:
