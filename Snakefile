@@ -33,6 +33,8 @@ onstart:
     if not workflow.touch:
         check_before_the_first_job()
         # Is there what the jobs need, here or where they are sent?
-        sent = None if workflow.local_exec else partitions(workflow.dag.needrun_jobs())
+        sent = (
+            None if workflow.local_exec else partitions(workflow.dag.needrun_jobs())
+        )
         complain(check_jobs, due(), settings, provenance, sent)
         write_job_files()
