@@ -172,7 +172,9 @@ def test_fewer_rollouts_than_a_run_has_are_refused_and_its_result_stays(said, sn
         (results / f"{path}.json").parent.mkdir(parents=True, exist_ok=True)
         (results / f"{path}.json").write_text("{}")
     fewer, asked = "per_model={tiny: {training: {rollouts: 3}}}", ("--", target)
-    snakemake("--touch", *asked, cwd=tmp_path, snakefile=root / "Snakefile", check=True)  # as if it were made
+    snakemake(
+        "--touch", "--forceall", *asked, cwd=tmp_path, snakefile=root / "Snakefile", check=True
+    )  # as if it were made
     for flags in (["-n"], ["--cores", "1"]):
         lines = said(*flags, "--config", fewer, *asked)
         assert lines[-1] == (

@@ -66,6 +66,37 @@ def test_a_job_takes_its_settings_from_a_file_that_only_a_real_run_writes(snakem
     assert (tmp_path / "results/data/sums/sums.jsonl").read_text().count("\n") == 3
 
 
+@pytest.fixture
+def clone(root, tmp_path):
+    """Put the workflow into a folder of this name."""
+
+    def make(name):
+        (tmp_path / name).mkdir()
+        for part in ("Snakefile", "rules", "config", "profiles", "workflow_scripts"):
+            (shutil.copytree if (root / part).is_dir() else shutil.copy)(root / part, tmp_path / name / part)
+        return tmp_path / name
+
+    return make
+
+
+def test_clone_and_results_may_have_any_name(snakemake, clone):
+    results = 'it\'s "ü" $HOME'
+    given = ("--config", f"results={results}", "datasets={sums: {problems: {split: train, rows: 3}, file: sums.jsonl}}")
+    folder = clone("it's ü {x} $HOME")
+    done = snakemake("--cores", "1", *given, "--", f"{results}/data/sums.json", cwd=folder)
+    assert done.returncode == 0, said(done)
+    assert (folder / results / "data/sums/sums.jsonl").read_text().count("\n") == 3
+    assert (folder / results / "logs/data/sums.history.log").is_file()
+
+
+def test_a_clone_whose_name_no_search_path_can_hold_is_refused(snakemake, clone):
+    done = snakemake("-n", "--", "train_tiny", cwd=clone("a:b"))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith(
+        "a:b: a colon ends a folder's name in PATH and PYTHONPATH: move the clone"
+    )
+
+
 def test_a_configuration_that_is_not_yaml_is_named_with_the_line(snakemake, tmp_path, root):
     for name in ("Snakefile", "rules", "config", "workflow_scripts"):
         (tmp_path / name).symlink_to(root / name)

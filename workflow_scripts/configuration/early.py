@@ -35,26 +35,29 @@ def check_inputs(jobs: Sequence[Job], configuration: Configuration, provenance: 
     """
     for rule, wildcards in jobs:
         if rule == "dataset":
-            _check_rows(wildcards["name"], configuration.datasets[wildcards["name"]])
+            _check_dataset(wildcards["name"], configuration.datasets[wildcards["name"]])
         elif rule == "download":
             _check_folder(wildcards["model"], configuration)
         elif rule == "train":
             _check_training(wildcards["model"], configuration, provenance)
-    made = {wildcards["name"] for rule, wildcards in jobs if rule == "dataset"}
-    for rule, wildcards in jobs:
-        if rule == "evaluate" and wildcards["dataset"] in made:  # a score needs every row
-            name = wildcards["dataset"]
-            _check_rows(name, configuration.datasets[name].model_copy(update={"max_bad_share": 0.0}))
+        elif rule == "evaluate":
+            _check_rows(configuration.datasets[wildcards["dataset"]], max_bad_share=0.0)
 
 
-def _check_rows(name: str, dataset: Dataset) -> None:
+def _check_dataset(name: str, dataset: Dataset) -> None:
     if dataset.folder:
         folder = Path(dataset.folder).expanduser()
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder: correct datasets.{name}.folder")
         if not (folder / dataset.file).is_file():
             raise UserError(f"{folder / dataset.file}: no such file: correct datasets.{name}.folder or .file")
-        load_problem_set(folder / dataset.file, dataset)
+        _check_rows(dataset, dataset.max_bad_share)
+
+
+def _check_rows(dataset: Dataset, max_bad_share: float) -> None:
+    """Of a local set; a score, unlike a training, needs every row."""
+    if dataset.folder and (file := Path(dataset.folder).expanduser() / dataset.file).is_file():
+        load_problem_set(file, dataset, max_bad_share=max_bad_share)
 
 
 def _check_folder(model: str, configuration: Configuration) -> None:
@@ -69,7 +72,9 @@ def _check_folder(model: str, configuration: Configuration) -> None:
 
 
 def _check_training(model: str, configuration: Configuration, provenance: Provenance) -> None:
-    training = configuration.models[model].training
+    training, validation = configuration.models[model].training, configuration.models[model].validation
+    if validation.interval:
+        _check_rows(configuration.datasets[validation.dataset], max_bad_share=0.0)
     if training.wandb_project:
         require_wandb()
     work = Path(configuration.results, model, "grpo", configuration.run, provenance.work(model))
