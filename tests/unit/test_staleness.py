@@ -69,5 +69,7 @@ def test_a_training_says_whether_it_goes_on(manifest, tmp_path):
     (work / "checkpoint-000040").mkdir(parents=True)
     assert staleness.of_training(manifest, changed, work) == "its code; the run goes on"
     assert staleness.of_training(tmp_path / "none.json", changed, work) == "the run goes on"
+    (work / "checkpoint-000060").mkdir()  # all that are asked for
+    assert staleness.of_training(manifest, changed, work) == "its code; the run goes on"
     (work / "checkpoint-000080").mkdir()
     assert "the run has 80 rollouts: ask for at least as many" in staleness.of_training(manifest, changed, work)
