@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from configuration import runs
 from configuration.loading import load
 from configuration.provenance import Provenance
 
@@ -166,8 +167,9 @@ def test_problem_sets_are_fetched_before_anything_else(said, tmp_path):
 def test_fewer_rollouts_than_a_run_has_are_refused_and_its_result_stays(said, snakemake, root, tmp_path):
     results, target = tmp_path / "results", "results/tiny/grpo/grpo/train.json"
     configuration = load(root / "config/config.yaml", root / "config/models", {})
-    work = Provenance(configuration, root / "workflow_scripts").work("tiny")
-    (results / "tiny/grpo/grpo" / work / "checkpoint-000004").mkdir(parents=True)
+    job = Provenance(configuration, root / "workflow_scripts").job("train", model="tiny")
+    run = runs.open_run(results / "tiny/grpo/grpo", job | {"inputs": {}})
+    (run / "checkpoint-000004").mkdir()
     for path in ("tiny/download", "tiny/convert", "data/sums-train", "data/sums-evaluation", "tiny/grpo/grpo/train"):
         (results / f"{path}.json").parent.mkdir(parents=True, exist_ok=True)
         (results / f"{path}.json").write_text("{}")

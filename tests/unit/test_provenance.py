@@ -5,6 +5,7 @@ from itertools import count
 
 import pytest
 
+import train
 from configuration import provenance
 from configuration.code import code_digest
 from configuration.loading import load
@@ -210,3 +211,47 @@ def test_how_a_job_ends_or_waits_is_no_code_of_its_result(root, tmp_path, module
     with (edited / "common" / f"{module}.py").open("a") as file:
         file.write("\nEDITED = 1\n")
     assert (code_digest(edited, "train.py") != before) == (module == "problems")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training": {"seed": 2}},
+        {"parallel": {"sequence": False}},
+        {"algorithm": {"clip": 0.3}},
+        {"optimizer": {"weight_decay": 0.2}},
+        {"mtp": {"loss_scale": 0.3}},
+        {"sampling": {"temperature": 0.9}},
+        {"engine": {"server_arguments": {"dtype": "half"}}},
+        {"experts": {"aux_loss_coefficient": 0.1}},
+        {"reward": {"max_seconds": 1.0}},
+        {"hardware": {"gpus": 4}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_every_section_that_a_training_reads_tells_trainings_apart(recipes, changes):
+    assert recipes(**changes).key("train", model="9B") != recipes().key("train", model="9B")
+
+
+def test_a_training_s_record_holds_every_section_that_the_script_reads(recipes):
+    assert set(train.Settings.model_fields) == set(recipes().of("train", model="9B")["config"])
+
+
+@pytest.mark.parametrize(
+    ("file", "stale"),
+    [
+        ("rollout/sglang_engine.py", {"train", "evaluate"}),  # which the scripts import by its name in the settings
+        ("rollout/cpu_engine.py", set()),
+        ("grpo/losses.py", {"train"}),
+        ("evaluate.py", {"evaluate"}),
+    ],
+)
+def test_an_edit_makes_what_runs_that_code_stale(root, tmp_path, file, stale):
+    configuration = load(root / "config/config.yaml", root / "config/models", {})
+    edited = shutil.copytree(root / "workflow_scripts", tmp_path / "scripts")
+    (edited / file).write_text((edited / file).read_text() + "\nEDITED = 1\n")
+    was, now = (Provenance(configuration, scripts) for scripts in (root / "workflow_scripts", edited))
+    results = {"train": {}, "evaluate": {"dataset": "aime-2024", "weights": "base"}}
+    keys = [{stage: of.key(stage, model="9B", **which) for stage, which in results.items()} for of in (was, now)]
+    found = {stage for stage in results if keys[0][stage] != keys[1][stage]}
+    assert found == stale

@@ -4,18 +4,17 @@ What a machine lacks is for `configuration.preflight` to say, which only a run a
 """
 
 import importlib.util
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from common.errors import UserError
 from common.problems import load_problem_set
+from configuration import runs
 from configuration.loading import Configuration, nearest
 from configuration.provenance import Provenance
 from configuration.schema import Dataset
 
 Job = tuple[str, dict[str, str]]  # its rule, its wildcards
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def mistyped(targets: Iterable[str], rules: Sequence[str], said: str) -> str:
@@ -77,9 +76,8 @@ def _check_training(model: str, configuration: Configuration, provenance: Proven
         _check_rows(configuration.datasets[validation.dataset], max_bad_share=0.0)
     if training.wandb_project:
         require_wandb()
-    work = Path(configuration.results, model, "grpo", configuration.run, provenance.work(model))
-    done = max((int(found[1]) for path in work.glob("*") if (found := CHECKPOINT.fullmatch(path.name))), default=0)
-    if done > training.rollouts:
+    run = provenance.run(model)
+    if run and (done := runs.rollouts(run)) > training.rollouts:
         raise UserError(
             f"{model}: training.rollouts is {training.rollouts} and the run {configuration.run!r} has {done} already:"
             " ask for at least as many, or give another run a name of its own (run: ...)"
