@@ -7,11 +7,13 @@ files to its content network. Faults are queued per request, and every request i
 import hashlib
 import json
 import re
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 
@@ -62,9 +64,9 @@ class Request:
 class HubServer:
     """The server's state; ``address`` is what HF_ENDPOINT takes."""
 
-    def __init__(self, port: int) -> None:
-        self.address = f"http://127.0.0.1:{port}"
-        self.content_address = f"http://localhost:{port}"  # another host name: the client must send no token there
+    def __init__(self, port: int, scheme: str = "http") -> None:
+        self.address = f"{scheme}://127.0.0.1:{port}"
+        self.content_address = f"{scheme}://localhost:{port}"  # another host name: the client must send no token there
         self.repositories: dict[str, Hosted] = {}  # "models/owner/name" or "datasets/owner/name"
         self.prefix = ""  # of every path, for a mirror that is not alone on its host
         self.token = "hf_goodtoken"
@@ -93,11 +95,15 @@ class HubServer:
 
 
 @contextmanager
-def serve() -> Iterator[HubServer]:
-    """Run a Hub on a free port of this machine until the block ends."""
+def serve(certificate: Path | None = None) -> Iterator[HubServer]:
+    """Run a Hub on a free port of this machine until the block ends; over TLS with a ``certificate`` and its key."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    server.hub = HubServer(server.server_address[1])
+    server.hub = HubServer(server.server_address[1], "https" if certificate else "http")
+    if certificate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:

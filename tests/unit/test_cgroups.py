@@ -74,6 +74,8 @@ def v1(*names: str, root: str = "/") -> list[str]:
         ),
         # Version 1 beside an empty version 2.
         ("5:memory:/\n0::/", [*v1("memory"), *v2()], {"memory/memory.limit_in_bytes": str(GIB)}, 1, None),
+        ("5:memory:/", v1("memory"), {"memory/memory.limit_in_bytes": "9223372036854771712"}, None, None),
+        ("5:memory:/", v1("memory", root="/docker/1f"), {"memory/memory.limit_in_bytes": str(GIB)}, 1, None),
         ("", [], {}, None, None),
     ],
 )

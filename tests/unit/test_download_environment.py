@@ -164,6 +164,26 @@ def test_a_server_without_tls_is_asked_once(hub, download):
     assert "again in" not in result.stderr
 
 
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl, to make a certificate")
+def test_a_certificate_that_is_not_trusted_is_said_to_be_at_fault(tmp_path):
+    """That of a proxy which reads along, or any, by a clock that is wrong."""
+    certificate = tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost", "-keyout", str(tmp_path / "key.pem")]
+    subprocess.run([*command, "-out", str(certificate)], check=True, capture_output=True)
+    with certificate.open("a") as file:
+        file.write((tmp_path / "key.pem").read_text())
+    with serve(certificate) as hub:
+        hub.host("Qwen/tiny", MODEL, LFS)
+        download = Run(tmp_path, hub)
+        result = download.model()
+        download.fails(
+            result, f"no trusted connection to {hub.address} (", "CERTIFICATE_VERIFY_FAILED", "SSL_CERT_FILE"
+        )
+        assert "again in" not in result.stderr
+        download.succeeds(download.model(SSL_CERT_FILE=str(certificate)))
+
+
 @pytest.mark.parametrize("offline", ["0", "1"])
 def test_a_read_only_cache_that_holds_everything_is_enough(download, offline):
     kept(download, "a-w")

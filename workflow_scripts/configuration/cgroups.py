@@ -56,8 +56,8 @@ def _groups(process: Path, controller: str) -> Iterator[tuple[Path, bool]]:
         if path is None:
             continue
         root, mount = (Path(_unescaped(field)) for field in before.split(" ")[3:5])
-        # A container sees its own group as the root of the mount, under the path that the host knows or under "/".
-        inside = Path(path).relative_to(root) if Path(path).is_relative_to(root) else Path(path.lstrip("/"))
+        # A container sees its own group at the mount itself, whatever path the host gives it.
+        inside = Path(path).relative_to(root) if Path(path).is_relative_to(root) else Path()
         for part in (inside, *inside.parents):
             yield mount / part, is_v2
 

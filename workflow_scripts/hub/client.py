@@ -1,7 +1,6 @@
 """Hub requests, through the Hub's own client: retried when transient, otherwise a one-line error."""
 
 import contextlib
-import glob
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -186,13 +185,13 @@ def cached(listing: Listing) -> Path:
         except BaseException:
             workers.shutdown(wait=False, cancel_futures=True)
             raise
-    # Nothing is left to fetch: this keeps the commit's listing, by which an offline run knows what belongs to it.
+    # This fetches nothing: it keeps the commit's listing, by which an offline run knows what belongs to it.
     with_retries(
         lambda: snapshot_download(
             repository.name,
             repo_type=repository.kind,
             revision=commit,
-            allow_patterns=[glob.escape(name) for name in listing.files],
+            allow_patterns=[],
             tqdm_class=partial(tqdm, disable=True),
         ),
         repository,
