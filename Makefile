@@ -1,7 +1,8 @@
 # make demo: set up, then the whole pipeline on a CPU with a tiny Qwen3.5.   make test: set up, then the tests.
+# make numerical: set up, then the numerical tests under every instruction set of the processor.
 SNAKEMAKE := .venv/bin/snakemake --cores all
 
-.PHONY: setup demo test lint lock schema benchmark-tables
+.PHONY: setup demo test numerical lint lock schema benchmark-tables
 
 setup:
 	@envs/setup.sh
@@ -13,6 +14,9 @@ demo: setup
 
 test: setup
 	@.venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+numerical: setup
+	@tests/numerical.sh
 
 lint: setup
 	@.venv/bin/ruff check .

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig, modeling_qwen3_5
 from transformers.models.qwen3_5_moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig, modeling_qwen3_5_moe
 
+from precision import in_float64
 from qwen3_5.architecture import Architecture
 
 for module in (modeling_qwen3_5, modeling_qwen3_5_moe):  # plain torch, also where flash-linear-attention is installed
@@ -53,11 +54,21 @@ def reference(kind: str, *, router_spread: float = 0.5, **changes) -> tuple[Arch
         for name, parameter in model.named_parameters():
             spread = router_spread if "mlp.gate.weight" in name else 0.05
             parameter.add_(torch.randn_like(parameter) * spread)
+    if not dense:
+        model.set_experts_implementation("eager")  # the faster ones know no float64
     model_type = "qwen3_5_text" if dense else "qwen3_5_moe_text"
     architecture = Architecture.from_config(
         {"text_config": text | {"model_type": model_type, "mtp_num_hidden_layers": 1}}
     )
     return architecture, model
+
+
+def widened(model: nn.Module) -> nn.Module:
+    """The same transformers model in float64, all that it computes and its rotary frequencies."""
+    with in_float64():
+        wide = type(model)(model.config)
+    wide.load_state_dict(model.state_dict())
+    return wide
 
 
 def megatron_names(architecture: Architecture, weights: dict[str, Tensor]) -> dict[str, Tensor]:

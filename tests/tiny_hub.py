@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 DENSE, MOE = "dense", "moe"
-LAYERS, HIDDEN, EXPERTS = 4, 64, 4
+LAYERS, HIDDEN, EXPERTS, EXPERTS_PER_TOKEN = 4, 64, 4, 2
 
 
 def tiny_config(kind: str, layers: int = LAYERS, hidden: int = HIDDEN, vocabulary: int = 288):
@@ -51,7 +51,10 @@ def tiny_config(kind: str, layers: int = LAYERS, hidden: int = HIDDEN, vocabular
         text["intermediate_size"] = 2 * hidden
         return Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True)
     text |= dict(
-        moe_intermediate_size=32, shared_expert_intermediate_size=48, num_experts=EXPERTS, num_experts_per_tok=2
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=48,
+        num_experts=EXPERTS,
+        num_experts_per_tok=EXPERTS_PER_TOKEN,
     )
     return Qwen3_5MoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
 

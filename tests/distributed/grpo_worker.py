@@ -16,6 +16,7 @@ from grpo.learner import Learner
 from grpo.policy import Policy, StepTotals
 from grpo.run_state import Progress
 from grpo.samples import TrainingSequence
+from precision import computing_in
 from qwen3_5.architecture import Architecture
 from qwen3_5.build import build_model, initialize
 
@@ -49,15 +50,19 @@ def random_experts(architecture: Architecture, tokens: int, generator: torch.Gen
     return scores.topk(architecture.experts_per_token).indices.flatten(1)
 
 
-def save_gradients(hub_folder: Path, kind: str, parallel: Parallel, folder: Path) -> None:
+def shapes_of(kind: str) -> list[tuple[int, int]]:
+    return EVEN_SHAPES if kind == "balanced moe" else SHAPES
+
+
+def save_gradients(
+    hub_folder: Path, kind: str, parallel: Parallel, folder: Path, dtype: torch.dtype = torch.float64
+) -> None:
     """Learn from the sequences, and write the gradients in the place of the weights, and the metrics beside them."""
     initialize(parallel)
-    balanced = kind == "balanced moe"
-    shapes = EVEN_SHAPES if balanced else SHAPES
+    balanced, shapes = kind == "balanced moe", shapes_of(kind)
     experts = Experts(dispatcher="alltoall", aux_loss_coefficient=0.1 if balanced else 0.0)
     architecture, hub = Architecture.from_folder(hub_folder), HubCheckpoint(hub_folder)
-    model = build_model(architecture, parallel, dtype=torch.float32, mtp_num_layers=1, experts=experts)
-    mapping.from_hub(model, architecture, hub)
+    batch = sequences(architecture, shapes)
     training = Training(
         dataset="d",
         prompts_per_rollout=1,
@@ -65,15 +70,17 @@ def save_gradients(hub_folder: Path, kind: str, parallel: Parallel, folder: Path
         global_batch=len(shapes),
         max_tokens_per_gpu=1000 if balanced else 90,
         log_prob_chunk=16,
-        dtype="float32",
     )
     algorithm = Algorithm(entropy_coefficient=0.1, kl_coefficient=0.1)
     settings = Optimizer(learning_rate=0.0, clip_gradient_norm=0.0)
     mtp = Mtp(train=architecture.is_moe)  # without it prompts share their rows
-    policy = Policy(model, training, algorithm, Sampling(temperature=0.7), mtp, replays_routing=architecture.is_moe)
-    learner = Learner(policy, CpuAdam(model, settings), settings)
-    batch = sequences(architecture, shapes)
-    metrics = learner.learn(batch, Progress())
+    with computing_in(dtype):
+        model = build_model(architecture, parallel, dtype=dtype, mtp_num_layers=1, experts=experts)
+    mapping.from_hub(model, architecture, hub)
+    with computing_in(dtype):
+        policy = Policy(model, training, algorithm, Sampling(temperature=0.7), mtp, replays_routing=architecture.is_moe)
+        learner = Learner(policy, CpuAdam(model, settings), settings)
+        metrics = learner.learn(batch, Progress())
     packs = policy.micro_batches(batch, StepTotals(len(shapes), sum(map(sum, shapes))))
     for name, parameter in model.named_parameters():
         parameter.data.copy_(learner.optimizer.gradients[name])
@@ -84,6 +91,8 @@ def save_gradients(hub_folder: Path, kind: str, parallel: Parallel, folder: Path
 
 
 if __name__ == "__main__":
-    for number, layout in enumerate(LAYOUTS[sys.argv[2]]):
-        save_gradients(Path(sys.argv[1]), sys.argv[2], layout, Path(sys.argv[3]) / f"layout-{number}")
+    work = Path(sys.argv[1])
+    for kind, layouts in LAYOUTS.items():
+        for number, layout in enumerate(layouts):
+            save_gradients(work / kind.split()[-1], kind, layout, work / kind / f"layout-{number}")
     dist.destroy_process_group()

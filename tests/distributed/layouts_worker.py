@@ -1,16 +1,17 @@
-"""One of several processes: the weights of a checkpoint through one parallel layout after the other."""
+"""One of four processes: the weights of each checkpoint through one parallel layout after the other."""
 
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from checkpoints import mapping, torch_dist
 from checkpoints.safetensors_io import HubCheckpoint
 from configuration.schema import Parallel
 from qwen3_5.architecture import Architecture
-from qwen3_5.build import build_model, finalize, initialize
+from qwen3_5.build import build_model, initialize
 
 DENSE = [Parallel(tensor=2), Parallel()]
 MOE = [
@@ -31,7 +32,8 @@ def check(model: torch.nn.Module, architecture: Architecture, hub: HubCheckpoint
     assert returned == set(hub) - set(mapping.untouched(hub, mapping.mtp_num_layers_of(model))), when
 
 
-def main(folder: Path, work: Path) -> None:
+def through_every_layout(folder: Path) -> None:
+    """Save by each layout, load by the next, and read each time from the Hub's format, too."""
     architecture, hub = Architecture.from_folder(folder), HubCheckpoint(folder)
     saved = None
     for number, parallel in enumerate(MOE if architecture.is_moe else DENSE):
@@ -48,11 +50,12 @@ def main(folder: Path, work: Path) -> None:
             check(model, architecture, hub, f"saved by the layout before, loaded into {parallel}")
             mapping.from_hub(model, architecture, hub)
             check(model, architecture, hub, f"read from the Hub's format into {parallel}")
-        saved = work / f"weights-{number}"
+        saved = folder.parent / f"{folder.name}-{number}"
         torch_dist.save(model, saved)
         parallel_state.destroy_model_parallel()
-    finalize()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    for name in sys.argv[1:]:
+        through_every_layout(Path(name))
+    dist.destroy_process_group()

@@ -5,16 +5,27 @@ import signal
 import time
 
 import grpo_run
+import stages
 from checkpoints.manifest import read_manifest
 from stages import torchrun_until
 
+# The pipeline's torchrun, where torch itself would be patient for 1 second instead of 30.
+HASTY = """
+import runpy
+from torch.distributed.elastic.multiprocessing.api import PContext
+
+*others, patience = PContext.close.__defaults__
+assert patience == 30, "torch has another patience than torchrun.py says"
+PContext.close.__defaults__ = (*others, 1)
+runpy.run_module("torchrun", run_name="__main__")
+"""
 SLOW_TO_END = """
 import os, pathlib, signal, sys, time
 
 folder, rank = pathlib.Path(sys.argv[1]), os.environ["RANK"]
 
 def save(*_):
-    time.sleep(33)  # torchrun itself would end its patience after 30
+    time.sleep(4)
     (folder / f"saved-{rank}").touch()
     sys.exit()
 
@@ -24,18 +35,21 @@ time.sleep(300)
 """
 
 
-def test_a_process_that_saves_itself_is_not_cut_off(tmp_path, environment):
-    script = tmp_path / "slow.py"
-    script.write_text(SLOW_TO_END)
+def test_a_process_that_saves_itself_is_not_cut_off(tmp_path, environment, monkeypatch):
+    (tmp_path / "hasty.py").write_text(HASTY)
+    (tmp_path / "slow.py").write_text(SLOW_TO_END)
+    python, _, _, *options = stages.launcher(2)
+    monkeypatch.setattr(stages, "launcher", lambda processes: [python, str(tmp_path / "hasty.py"), *options])
 
     def stop_twice(run) -> None:  # as when a Ctrl-C comes from the terminal and from Snakemake
         run.send_signal(signal.SIGTERM)
         time.sleep(1)
         run.send_signal(signal.SIGTERM)
 
-    torchrun_until(
-        lambda: len(list(tmp_path.glob("ready-*"))) == 2, stop_twice, str(script), str(tmp_path), env=environment
-    )
+    def ready() -> bool:
+        return len(list(tmp_path.glob("ready-*"))) == 2
+
+    torchrun_until(ready, stop_twice, str(tmp_path / "slow.py"), str(tmp_path), env=environment)
     assert len(list(tmp_path.glob("saved-*"))) == 2
 
 

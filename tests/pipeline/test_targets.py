@@ -14,10 +14,12 @@ def said(done):
     return done.stdout + done.stderr
 
 
-def test_every_model_has_every_target_and_each_says_what_it_does(snakemake):
+def test_every_model_has_every_target_and_each_says_what_it_does(snakemake, root):
+    models = {path.stem for path in (root / "config/models").glob("*.yaml")}
+    assert models >= set(MODELS)
     listed = snakemake("--list-target-rules", check=True).stdout
     targets = dict(re.findall(r"^(\S+) \((.+)\)$", listed, flags=re.MULTILINE))
-    wanted = {f"{stage}_{model}" for stage in STAGES for model in (*MODELS, "all")}
+    wanted = {f"{stage}_{model}" for stage in STAGES for model in (*models, "all")}
     assert wanted | {"report", "tables", "plots", "page", "all", "preflight"} == set(targets)
     assert targets["train_9B"] == "9B: train with GRPO."
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
 import convert
 import export
@@ -15,6 +16,7 @@ from checkpoints import mapping, torch_dist
 from checkpoints.manifest import read_manifest, write_manifest
 from checkpoints.safetensors_io import HubCheckpoint
 from common.errors import UserError
+from precision import assert_as_precise, computing_in
 from qwen3_5.architecture import Architecture
 from qwen3_5.build import build_model, finalize, initialize
 from qwen3_5.packed import pack
@@ -60,22 +62,32 @@ def test_a_round_trip_gives_back_every_file_byte_for_byte(monkeypatch, tmp_path,
     assert set(exported.files) == set(read_manifest(download).files)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("kind", [DENSE, MOE])
-def test_the_converted_model_computes_what_transformers_computes(monkeypatch, tmp_path, kind):
-    from transformers import AutoModelForImageTextToText
-
-    _, weights = converted(monkeypatch, tmp_path, kind=kind)
+@torch.no_grad()
+def test_the_converted_model_computes_what_transformers_computes(tmp_path, request, kind):
+    with pytest.MonkeyPatch.context() as patch:
+        _, weights = converted(patch, tmp_path, kind=kind)
+    model_in_one_process = request.getfixturevalue("model_in_one_process")  # a conversion makes groups of its own
     ids = torch.randint(0, 280, (70,), generator=torch.Generator().manual_seed(0))
-    reference = AutoModelForImageTextToText.from_pretrained(tmp_path / "hub", dtype=torch.float32).eval()
-    initialize()
-    model = build_model(Architecture.from_folder(tmp_path / "hub"), dtype=torch.float32).eval()
-    torch_dist.load(model, read_manifest(weights).root)
-    input_ids, position_ids, packed = pack([ids])
-    with torch.no_grad():
-        ours = model(input_ids, position_ids, None, packed_seq_params=packed)[0]
-        theirs = reference(input_ids=ids[None]).logits[0]
-    finalize()
-    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+    def transformers_logits(dtype):
+        options = {"dtype": dtype, "experts_implementation": "eager"}  # the faster ones know no float64
+        with computing_in(dtype):
+            model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hub", **options).eval()
+            return model(input_ids=ids[None]).logits[0]
+
+    def our_logits(dtype):
+        with computing_in(dtype):
+            model = model_in_one_process(Architecture.from_folder(tmp_path / "hub"), dtype=dtype)
+        torch_dist.load(model, read_manifest(weights).root)
+        input_ids, position_ids, packed = pack([ids])
+        with computing_in(dtype):
+            return model(input_ids, position_ids, None, packed_seq_params=packed)[0]
+
+    reference, exact = transformers_logits(torch.float32), transformers_logits(torch.float64)
+    assert_as_precise(our_logits(torch.float32), reference, exact)
+    assert_as_precise(our_logits(torch.float64), reference, exact)
 
 
 def test_trained_weights_are_exported_in_the_hubs_types(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""GRPO's arithmetic against plain references in float64: advantages, log-probs, and the loss however it is packed."""
+"""GRPO's arithmetic against plain references, both in float64: advantages, log-probs, and the loss however packed."""
 
 import math
 
@@ -12,18 +12,21 @@ from grpo.advantages import group_advantages
 from grpo.log_probs import token_log_probs
 from grpo.losses import TokenBatch, grpo_loss, low_variance_kl, token_weight
 from grpo.packing import pack_sequences
+from precision import assert_as_precise
+
+pytestmark = pytest.mark.numerical
 
 VOCABULARY, HIDDEN = 37, 16
 
 
 def test_advantages_are_the_unbiased_z_scores_of_each_group():
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
     expected = []
     for row in rewards.tolist():
         mean = sum(row) / 4
         std = math.sqrt(sum((r - mean) ** 2 for r in row) / 3)
         expected.append([(r - mean) / (std + 1e-6) for r in row])
-    torch.testing.assert_close(group_advantages(rewards, 1e-6), torch.tensor(expected))
+    torch.testing.assert_close(group_advantages(rewards, 1e-6), torch.tensor(expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1 / 3])
@@ -75,9 +78,12 @@ def test_log_probs_of_a_bf16_model_are_not_rounded_to_bf16():
     hidden, weight, targets = policy(2)
     hidden, weight = (8 * hidden).bfloat16().detach(), weight.bfloat16().detach()
     log_probs, _ = token_log_probs(hidden, weight, targets, temperature=1.0, chunk=7)
-    exact = torch.log_softmax(hidden.double() @ weight.double().T, -1).gather(1, targets[:, None])[:, 0]
+    reference, exact = (
+        torch.log_softmax(hidden.to(dtype) @ weight.to(dtype).T, -1).gather(1, targets[:, None])[:, 0]
+        for dtype in (torch.float32, torch.float64)
+    )
     assert log_probs.dtype == torch.float32
-    assert (log_probs - exact).abs().max() < 1e-4
+    assert_as_precise(log_probs, reference, exact)
 
 
 def test_log_probs_survive_logits_far_beyond_the_range_of_exp():

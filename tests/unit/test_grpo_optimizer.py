@@ -10,8 +10,9 @@ from torch import nn
 from configuration.schema import Optimizer as Settings
 from grpo.cpu_optimizer import CpuAdam
 from grpo.optimizer import learning_rate_at
+from precision import assert_as_precise, computing_in
 
-pytestmark = pytest.mark.usefixtures("one_process")
+pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_process")]
 
 
 class Toy(nn.Module):
@@ -29,10 +30,11 @@ class Toy(nn.Module):
         self.layer.bias.data = torch.randn(3, generator=generator).to(dtype)
 
 
-def backward(model, seed, scale=1.0):
+def backward(model, seed):
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        (parameter * torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * scale).sum().backward()
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        (parameter * direction.to(parameter.dtype)).sum().backward()
 
 
 def step(model, optimizer, number, rate=1e-2):
@@ -51,23 +53,40 @@ def torch_reference(model, settings):
     return torch.optim.AdamW(groups, betas=settings.betas, eps=settings.epsilon)
 
 
+def weights(model):
+    return [parameter.detach().flatten().clone() for parameter in model.parameters()]
+
+
 @pytest.mark.parametrize("clip", [0.0, 1.0, 1e6])
 def test_steps_equal_adamw_with_accumulated_and_clipped_gradients(clip):
     settings = Settings(learning_rate=1e-2, clip_gradient_norm=clip)
-    ours, theirs = Toy(), Toy()
-    optimizer, reference = CpuAdam(ours, settings), torch_reference(theirs, settings)
-    for number in range(5):
-        norm = step(ours, optimizer, number, rate := 1e-2 * (number + 1))
-        reference.zero_grad()
-        for half in range(2):
-            backward(theirs, 10 * number + half)
-        expected = nn.utils.clip_grad_norm_(theirs.parameters(), clip or math.inf)
-        for group in reference.param_groups:
-            group["lr"] = rate
-        reference.step()
-        assert norm == pytest.approx(expected.item(), rel=1e-5)
-        for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)
+
+    def steps(dtype):
+        """The norms and weights of five steps, (torch's, ours)."""
+        model, same = Toy(dtype), Toy(dtype)
+        with computing_in(dtype):
+            optimizer, reference = CpuAdam(model, settings), torch_reference(same, settings)
+            found, expected = [], []
+            for number in range(5):
+                norm = step(model, optimizer, number, rate := 1e-2 * (number + 1))
+                reference.zero_grad()
+                for half in range(2):
+                    backward(same, 10 * number + half)
+                theirs = nn.utils.clip_grad_norm_(same.parameters(), clip or math.inf)
+                for group in reference.param_groups:
+                    group["lr"] = rate
+                reference.step()
+                found += [
+                    torch.tensor([norm], dtype=dtype),
+                    *(p.detach().flatten().clone() for p in model.parameters()),
+                ]
+                expected += [theirs[None], *(p.detach().flatten().clone() for p in same.parameters())]
+        return torch.cat(expected), torch.cat(found)
+
+    reference, found = steps(torch.float32)
+    exact, found_in_float64 = steps(torch.float64)
+    assert_as_precise(found, reference, exact)
+    assert_as_precise(found_in_float64, reference, exact)
 
 
 def test_weight_decay_leaves_biases_norms_and_other_vectors_alone():
@@ -106,7 +125,7 @@ def test_updates_too_small_for_bf16_add_up_in_the_fp32_copy():
         optimizer.zero_grad()
         model.weight.sum().backward()
         optimizer.step(1e-3)  # bf16's spacing below 1 is 4e-3
-    assert model.weight.item() == pytest.approx(0.99, abs=2e-3)
+    assert model.weight.item() == torch.tensor(0.99).bfloat16().item()
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])

@@ -23,6 +23,7 @@ from grpo import run_state
 from grpo.learner import Learner
 from qwen3_5.build import finalize
 from rewards.math import Verdict
+from rollout.cpu_engine import CpuEngine
 from stages import flip_a_bit, unmeasured
 
 GRADINGS_BEFORE_ROLLOUT_4 = 5  # validation, rollouts 1 and 2, validation, rollout 3
@@ -81,17 +82,23 @@ def test_a_training_leaves_what_its_manifest_promises(prepared):
         *("seconds_rollout", "seconds_train", "seconds_sync", "seconds_step"),
     }
     assert wanted <= set(rollouts[0])
-    assert rollouts[0]["log_prob_diff"] < 1e-4, "engine and trainer compute different models"
     sample = lines(manifest.root, "samples.jsonl")[0]
     assert {"rollout", "prompt", "response", "label", "reward"} <= set(sample)
     assert list((manifest.root / "tensorboard").iterdir())
 
 
-def test_training_changes_what_the_engine_samples(prepared):
-    """The weights must reach the engine: rollouts of one prompt under one seed would otherwise stay the same."""
-    first, *others = (line["log_prob_diff"] for line in lines(prepared / "straight") if "reward_mean" in line)
-    assert max(others) < 0.05, "the engine samples from weights that the trainer left behind"
-    assert first < max(others)  # bf16 on its way to the engine, once the weights have left the Hub's own values
+def log_prob_differences(work):
+    return [line["log_prob_diff"] for line in lines(work) if "reward_mean" in line]
+
+
+def test_engine_and_trainer_compute_the_same_model_after_every_step(prepared, tmp_path, monkeypatch):
+    """They differ by rounding: of fp32, and of bf16 once the weights have left the Hub's own values."""
+    first, *others = log_prob_differences(prepared / "straight")
+    assert first < max(others) / 100, "engine and trainer compute different models"  # fp32 is 2^16 times as fine
+    monkeypatch.setattr(CpuEngine, "load_weights", lambda engine, named: None)
+    grpo_run.run(grpo_run.arguments(prepared, tmp_path / "stale", training={"rollouts": 2}))
+    _, stale = log_prob_differences(tmp_path / "stale")
+    assert max(others) < stale / 10, "the engine samples from weights that the trainer left behind"
 
 
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(prepared, tmp_path):

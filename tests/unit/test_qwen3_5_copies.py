@@ -5,6 +5,8 @@ import torch
 
 from qwen3_5.copies import copy_rows, find_copies, sum_copies
 
+pytestmark = pytest.mark.numerical
+
 
 @pytest.mark.parametrize(("rows", "readers", "most"), [(5, 7, 3), (1, 1, 1), (40, 16, 8), (3, 2, 2)])
 def test_copies_and_sums_are_those_of_indexing(rows, readers, most):

@@ -1,12 +1,16 @@
-"""The CPU side of the kernels' door against plain references, in float64."""
+"""The CPU side of the kernels' door against plain references, in fp32 and in float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
 
+from precision import assert_as_precise
 from qwen3_5 import kernels
 from qwen3_5.packed import pack, shift_left
+
+pytestmark = pytest.mark.numerical
 
 LENGTHS = {
     "short": [5, 1, 8, 3],
@@ -50,6 +54,13 @@ def delta_rule_step_by_step(query, key, value, decay, beta) -> Tensor:
     return torch.stack(outputs)
 
 
+def transformers_delta_rule(query, key, value, decay, beta) -> Tensor:
+    """In chunks as ours, which round otherwise than token by token: differences of long sums make the gates."""
+    query, key = (x.repeat_interleave(2, 1) for x in (query, key))
+    batch = (x[None] for x in (query, key, value, decay, beta))
+    return torch_chunk_gated_delta_rule(*batch, use_qk_l2norm_in_kernel=True)[0][0]
+
+
 def convolution_step_by_step(x: Tensor, weight: Tensor) -> Tensor:
     padded = F.pad(x, (0, 0, weight.shape[1] - 1, 0))
     return F.silu(torch.stack([(padded[t : t + weight.shape[1]] * weight.T).sum(0) for t in range(len(x))]))
@@ -63,18 +74,31 @@ def attention_plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(future, -torch.inf).softmax(-1), value)
 
 
-def assert_same_values_and_gradients(packed_function, one_sequence, inputs, shared, lengths):
-    """A function of a whole pack against one that is called for each of its sequences."""
-    output = packed_function(*inputs, *shared)
-    expected = torch.cat(
-        [one_sequence(*parts, *shared) for parts in zip(*(x.split(lengths) for x in inputs), strict=True)]
-    )
-    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-11)
-    direction = torch.randn_like(output)
-    leaves = [*inputs, *shared]
-    gradients = torch.autograd.grad(output, leaves, direction)
-    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, leaves, direction), strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=1e-7, atol=1e-9)
+def assert_same_values_and_gradients(packed_function, one_sequence, inputs, shared, lengths, in_fp32=None):
+    """A function of a whole pack against one that is called for each of its sequences.
+
+    Args:
+        in_fp32: another such function, by whose rounding ours is measured; by default the same one.
+    """
+
+    def sequence_by_sequence(function):
+        def of_pack(*leaves):
+            of_sequences = zip(*(x.split(lengths) for x in leaves[: len(inputs)]), strict=True)
+            return torch.cat([function(*parts, *leaves[len(inputs) :]) for parts in of_sequences])
+
+        return of_pack
+
+    def output_and_gradients(function, dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (*inputs, *shared)]
+        output = function(*leaves)
+        gradients = torch.autograd.grad(output, leaves, direction.to(dtype))
+        return {str(number): tensor for number, tensor in enumerate((output, *gradients))}
+
+    direction = torch.randn_like(packed_function(*inputs, *shared))
+    reference = output_and_gradients(sequence_by_sequence(in_fp32 or one_sequence), torch.float32)
+    exact = output_and_gradients(sequence_by_sequence(one_sequence), torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        assert_as_precise(output_and_gradients(packed_function, dtype), reference, exact)
 
 
 def test_delta_rule_equals_its_recurrence(lengths):
@@ -85,6 +109,7 @@ def test_delta_rule_equals_its_recurrence(lengths):
         delta_rule_inputs(sum(lengths)),
         [],
         lengths,
+        in_fp32=transformers_delta_rule,
     )
 
 

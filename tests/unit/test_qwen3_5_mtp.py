@@ -5,12 +5,13 @@ import torch
 import torch.nn.functional as F
 
 import qwen3_5_reference as reference
+from precision import assert_sum_as_precise, computing_in, in_float64
 from qwen3_5.build import build_model
 from qwen3_5.model import hidden_states, output_weight
 from qwen3_5.mtp import mtp_loss, mtp_targets
 from qwen3_5.packed import pack
 
-pytestmark = pytest.mark.usefixtures("one_process")
+pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_process")]
 
 ROWS = [[11, 12, 13, 14, 15], [21, 22], [31, 32, 33, 34]]
 RESPONSES = [[0, 0, 1, 1, 1], [0, 1], [0, 1, 1, 0]]  # the last response was cut, say
@@ -19,11 +20,17 @@ RESPONSES = [[0, 0, 1, 1, 1], [0, 1], [0, 1, 1, 0]]  # the last response was cut
 @pytest.fixture(scope="module", params=["dense", "moe"])
 def models(request, one_process):
     """(transformers' model, ours with an MTP layer whose transformer layer is a copy of decoder layer 3)."""
-    architecture, theirs = reference.reference(request.param)
+    return make_models(request.param)
+
+
+def make_models(kind: str, dtype: torch.dtype = torch.float32):
+    architecture, theirs = reference.reference(kind)
     whole = reference.megatron_names(architecture, dict(theirs.named_parameters()))
-    ours = build_model(architecture, mtp_num_layers=1)
-    reference.load(ours, whole | reference.mtp_names(whole), architecture)
-    return theirs, ours
+    whole |= reference.mtp_names(whole)
+    with computing_in(dtype):
+        ours = build_model(architecture, mtp_num_layers=1, dtype=dtype)
+    reference.load(ours, whole, architecture)
+    return theirs if dtype == torch.float32 else reference.widened(theirs), ours
 
 
 def batch():
@@ -31,8 +38,13 @@ def batch():
     return ids, positions, packed, torch.tensor([[flag for response in RESPONSES for flag in response]])
 
 
-def plain_loss(theirs, ours) -> torch.Tensor:
-    """The definition, sequence by sequence, token by token, with transformers' modules."""
+def packed_loss(ours, **options) -> torch.Tensor:
+    ids, positions, packed, responses = batch()
+    return mtp_loss(ours, hidden_states(ours, ids, positions, packed), ids, responses, packed, **options)
+
+
+def plain_losses(theirs, ours) -> torch.Tensor:
+    """The definition, sequence by sequence, token by token, with transformers' modules: of each token that counts."""
     layer, norm = ours.mtp.layers[0], theirs.model.norm.__class__
     norms = {}
     for name in ("enorm", "hnorm", "final_layernorm"):
@@ -51,7 +63,7 @@ def plain_loss(theirs, ours) -> torch.Tensor:
         for place in range(len(row) - 2):
             if response[place + 2]:
                 losses.append(F.cross_entropy(logits[0, place], torch.tensor(row[place + 2])))
-    return torch.stack(losses).mean()
+    return torch.stack(losses)
 
 
 def test_labels_and_mask_move_two_places_and_stop_at_the_end_of_a_sequence():
@@ -61,15 +73,18 @@ def test_labels_and_mask_move_two_places_and_stop_at_the_end_of_a_sequence():
     assert mask.int().tolist() == [[1, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0]]
 
 
-def test_loss_equals_its_definition(models):
+@torch.no_grad()
+def test_loss_equals_its_definition(models, request):
     theirs, ours = models
-    ids, positions, packed, responses = batch()
-    with torch.no_grad():
-        hidden = hidden_states(ours, ids, positions, packed)
-        loss = mtp_loss(ours, hidden, ids, responses, packed, chunk=4)
-        torch.testing.assert_close(loss, plain_loss(theirs, ours), rtol=1e-5, atol=1e-6)
-        halved = mtp_loss(ours, hidden, ids, responses, packed, token_count=8)
-        torch.testing.assert_close(halved, loss / 2)
+    theirs_in_float64, ours_in_float64 = make_models(request.node.callspec.params["models"], torch.float64)
+    definition = plain_losses(theirs, ours)
+    with in_float64():
+        exact = plain_losses(theirs_in_float64, ours_in_float64)
+        of_float64 = packed_loss(ours_in_float64, chunk=4)
+        halved = packed_loss(ours_in_float64, token_count=8)
+    assert_sum_as_precise(packed_loss(ours, chunk=4), torch.float32, definition / 4, exact / 4)
+    assert_sum_as_precise(of_float64, torch.float64, definition / 4, exact / 4)
+    assert_sum_as_precise(halved, torch.float64, definition / 8, exact / 8)
 
 
 def test_loss_is_zero_not_nan_where_no_token_counts(models):
@@ -104,7 +119,7 @@ def test_training_it_moves_trunk_embedding_and_head_not_by_a_bit(models):
             assert torch.equal(gradient, without[name]), name
 
 
-def test_recomputation_changes_no_gradient(models):
+def test_recomputation_changes_no_gradient_by_a_bit(models):
     _, ours = models
     ids, positions, packed, responses = batch()
     gradients = []
@@ -119,4 +134,4 @@ def test_recomputation_changes_no_gradient(models):
         gradients.append({name: p.grad.clone() for name, p in ours.mtp.named_parameters()})
     ours.mtp.layers[0].config.recompute_granularity = None
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-6, atol=1e-9, msg=name)
+        assert torch.equal(gradients[1][name], gradient), name

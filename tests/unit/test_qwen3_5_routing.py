@@ -3,15 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_grpo_policy import SHAPES, learner, models, policy, sequences
+from test_grpo_policy import SHAPES, learned, models, sequences
 
 from configuration.schema import Mtp
-from grpo.run_state import Progress
 from grpo.samples import TrainingSequence
+from precision import assert_as_precise, in_float64
 from qwen3_5.packed import pack
 from qwen3_5.routing import replay_routing, take_routing_agreement
 
-pytestmark = pytest.mark.usefixtures("one_process")
+pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_process")]
 
 
 def own_choices(model, ids):
@@ -31,35 +31,51 @@ def own_choices(model, ids):
 
 @pytest.mark.parametrize("mtp", [False, True])
 def test_told_their_own_choice_the_routers_change_nothing(mtp):
-    plain, found = sequences(SHAPES), []
-    for told in (False, True):
-        _, model, _ = models("moe", mtp_num_layers=int(mtp))
-        batch = plain
-        if told:
-            batch = [TrainingSequence(s.ids, s.log_probs, s.advantage, own_choices(model, s.ids)) for s in plain]
-        trained = learner(policy(model, budget=90, mtp=Mtp(train=mtp), replays_routing=told))
-        metrics = trained.learn(batch, Progress())
-        assert metrics.get("routing_agreement") == (pytest.approx(1.0, abs=1e-3) if told else None)
-        found.append(trained.optimizer.gradients)
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6)
+    plain = sequences(SHAPES)
+    rounded, free, told = (models("moe", int(mtp), dtype)[1] for dtype in (torch.float32, torch.float64, torch.float64))
+    with in_float64():
+        routed = [TrainingSequence(s.ids, s.log_probs, s.advantage, own_choices(told, s.ids)) for s in plain]
+    _, reference = learned(rounded, plain, budget=90, mtp=Mtp(train=mtp))
+    metrics, exact = learned(free, plain, budget=90, mtp=Mtp(train=mtp))
+    metrics_told, found = learned(told, routed, budget=90, mtp=Mtp(train=mtp), replays_routing=True)
+    assert "routing_agreement" not in metrics and metrics_told["routing_agreement"] == 1
+    assert_as_precise(found, reference, exact)
 
 
+@torch.no_grad()
 def test_a_layer_visits_the_experts_that_it_is_told():
+    architecture, model, _ = models("moe")
+    _, model_in_float64, _ = models("moe", dtype=torch.float64)
+    tokens = torch.randn(7, 1, architecture.hidden_size)
+    experts = torch.rand(7, architecture.num_layers, architecture.num_experts).topk(architecture.experts_per_token)
+
+    def told_and_plain(model, tokens):
+        """The first layer's outputs for experts that it is told, and the same written out: (7, hidden) each."""
+        layer = model.decoder.layers[0].mlp
+        replay_routing(model, experts.indices)
+        output, _ = layer(tokens)
+        expected = layer.shared_experts(tokens)[:, 0].clone()
+        scores = tokens[:, 0] @ layer.router.weight.T
+        for row, chosen in enumerate(experts.indices[:, 0]):
+            for expert, share in zip(chosen, scores[row, chosen].softmax(0), strict=True):
+                gate, up = (layer.experts.linear_fc1.weight[expert] @ tokens[row, 0]).chunk(2)
+                expected[row] += share * (layer.experts.linear_fc2.weight[expert] @ (F.silu(gate) * up))
+        return output[:, 0], expected
+
+    found, reference = told_and_plain(model, tokens)
+    with in_float64():
+        found_in_float64, exact = told_and_plain(model_in_float64, tokens.double())
+    assert_as_precise(found, reference, exact)
+    assert_as_precise(found_in_float64, reference, exact)
+
+
+def test_the_agreement_is_the_share_of_choices_that_the_routers_would_have_made():
     architecture, model, _ = models("moe")
     layer, tokens = model.decoder.layers[0].mlp, torch.randn(7, 1, architecture.hidden_size)
     experts = torch.rand(7, architecture.num_layers, architecture.num_experts).topk(architecture.experts_per_token)
     replay_routing(model, experts.indices)
-    output, _ = layer(tokens)
-    shared = layer.shared_experts(tokens)
-    scores = tokens[:, 0] @ layer.router.weight.T
-    for row, chosen in enumerate(experts.indices[:, 0]):
-        shares = scores[row, chosen].softmax(0)
-        expected = shared[row, 0]
-        for expert, share in zip(chosen, shares, strict=True):
-            gate, up = (layer.experts.linear_fc1.weight[expert] @ tokens[row, 0]).chunk(2)
-            expected = expected + share * (layer.experts.linear_fc2.weight[expert] @ (F.silu(gate) * up))
-        torch.testing.assert_close(output[row, 0], expected, rtol=1e-4, atol=1e-5)
-    chosen_alike = (scores.topk(experts.indices.shape[-1]).indices[:, :, None] == experts.indices[:, 0, None]).any(-1)
-    assert take_routing_agreement(model) == pytest.approx(chosen_alike.float().mean().item())
+    layer(tokens)
+    own = (tokens[:, 0] @ layer.router.weight.T).topk(architecture.experts_per_token).indices
+    alike = (own[:, :, None] == experts.indices[:, 0, None]).any(-1)
+    assert take_routing_agreement(model) == pytest.approx(alike.double().mean().item())
     assert take_routing_agreement(model) is None

@@ -1,7 +1,5 @@
 """The CPU engine against transformers: the same distribution, sampled as asked, whatever shares the batch."""
 
-import dataclasses
-
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
@@ -9,8 +7,11 @@ from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
 from configuration.schema import Engine
+from precision import assert_as_precise, computing_in, in_float64
 from rollout.engine import Completion, Request, SamplingParams, start_engine
 from tiny_hub import DENSE, MOE, make_tiny_hub, write_weights
+
+pytestmark = pytest.mark.numerical
 
 VOCABULARY = 288
 LENGTHS = (1, 2, 3, 5, 64, 65, 300)  # shorter than the convolution, at a chunk's borders, several chunks
@@ -40,9 +41,13 @@ def folder(folders, request):
     return folders / request.param
 
 
-def transformers_model(folder):
+def transformers_models(folder):
+    """Transformers' model in fp32 and in float64."""
     transformers_logging.disable_progress_bar()
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    options = {"experts_implementation": "eager"}  # the faster ones know no float64
+    fp32 = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, **options)
+    with in_float64():
+        return fp32.eval(), AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64, **options).eval()
 
 
 def random_prompts(*lengths, seed=0):
@@ -51,51 +56,55 @@ def random_prompts(*lengths, seed=0):
 
 
 @torch.no_grad()
-def teacher_forced(model, prompt, tokens):
-    """Logits (tokens, vocabulary) before each of ``tokens``."""
-    return model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+def teacher_forced(models, requests, completions):
+    """Transformers' logits (tokens, vocabulary) before each token of the completions, in fp32 and in float64."""
+    for model in models:
+        found = []
+        for request, completion in zip(requests, completions, strict=True):
+            ids = torch.tensor([request.prompt_ids + completion.token_ids])
+            with computing_in(model.dtype):
+                found.append(model(input_ids=ids).logits[0, len(request.prompt_ids) - 1 : -1])
+        yield torch.cat(found)
+
+
+def assert_log_probs(completions, logits, temperature=1.0):
+    """The log-probs are those of the ``logits``, in fp32 and in float64, at the temperature."""
+    tokens = torch.tensor([token for completion in completions for token in completion.token_ids])
+    found = torch.tensor([log_prob for completion in completions for log_prob in completion.log_probs])
+    assert_as_precise(found, *((x / temperature).log_softmax(-1).gather(-1, tokens[:, None])[:, 0] for x in logits))
 
 
 def test_greedy_answers_are_those_of_transformers(folder):
-    model, engine = transformers_model(folder), cpu_engine(folder, max_running_requests=3)
-    prompts = random_prompts(*LENGTHS)
-    completions = engine.generate(
-        [Request(prompt, seed=0) for prompt in prompts], SamplingParams(max_new_tokens=12, temperature=0)
-    )
-    for prompt, completion in zip(prompts, completions, strict=True):
-        ids = torch.tensor([prompt])
-        expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
-        assert completion.token_ids == expected[0, len(prompt) :].tolist()
-        logits = teacher_forced(model, prompt, completion.token_ids)
-        torch.testing.assert_close(
-            torch.tensor(completion.log_probs), logits.log_softmax(-1).amax(-1), atol=1e-5, rtol=0
-        )
+    engine = cpu_engine(folder, max_running_requests=3)
+    requests = [Request(prompt, seed=0) for prompt in random_prompts(*LENGTHS)]
+    completions = engine.generate(requests, SamplingParams(max_new_tokens=12, temperature=0))
+    assert [len(completion.token_ids) for completion in completions] == [12] * len(LENGTHS)
+    logits = list(teacher_forced(transformers_models(folder), requests, completions))
+    assert_log_probs(completions, logits)
+    # No token is likelier than the one that was chosen, but for rounding.
+    found = torch.tensor([log_prob for completion in completions for log_prob in completion.log_probs])
+    assert_as_precise(found, *(x.log_softmax(-1).amax(-1) for x in logits))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_log_probs_are_those_of_the_whole_distribution_at_the_temperature(folder, temperature):
-    model, engine = transformers_model(folder), cpu_engine(folder)
-    prompts = random_prompts(*LENGTHS)
+    requests = [Request(prompt, seed) for seed, prompt in enumerate(random_prompts(*LENGTHS))]
     params = SamplingParams(max_new_tokens=20, temperature=temperature, top_p=0.9, top_k=50)
-    completions = engine.generate([Request(prompt, seed) for seed, prompt in enumerate(prompts)], params)
-    for prompt, completion in zip(prompts, completions, strict=True):
-        logits = teacher_forced(model, prompt, completion.token_ids) / temperature
-        expected = logits.log_softmax(-1).gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(completion.log_probs), expected, atol=1e-5, rtol=0)
+    completions = cpu_engine(folder).generate(requests, params)
+    assert_log_probs(completions, teacher_forced(transformers_models(folder), requests, completions), temperature)
 
 
 def test_response_longer_than_a_cache_block_keeps_its_log_probs(folders, engine):
-    model, [prompt] = transformers_model(folders / "dense"), random_prompts(100)
-    [completion] = engine.generate([Request(prompt, seed=1)], SamplingParams(max_new_tokens=200))
-    logits = teacher_forced(model, prompt, completion.token_ids)
-    expected = logits.log_softmax(-1).gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-    torch.testing.assert_close(torch.tensor(completion.log_probs), expected, atol=1e-5, rtol=0)
+    requests = [Request(prompt, seed=1) for prompt in random_prompts(100)]
+    completions = engine.generate(requests, SamplingParams(max_new_tokens=200))
+    assert_log_probs(completions, teacher_forced(transformers_models(folders / "dense"), requests, completions))
 
 
 def test_samples_follow_the_distribution(folders, engine):
     [prompt], temperature, samples = random_prompts(9), 0.3, 20000
-    logits = teacher_forced(transformers_model(folders / "dense"), prompt, [0])[0]
-    probs = (logits / temperature).double().softmax(-1)
+    empty = [Completion([0], [0.0], "length")]
+    _, logits = teacher_forced(transformers_models(folders / "dense"), [Request(prompt, 0)], empty)
+    probs = (logits[0] / temperature).softmax(-1)
     completions = engine.generate(
         [Request(prompt, seed) for seed in range(samples)], SamplingParams(max_new_tokens=1, temperature=temperature)
     )
@@ -116,20 +125,16 @@ def a_mixed_batch():
     return requests, SamplingParams(max_new_tokens=30, stop_token_ids=tuple(range(0, VOCABULARY, 12)))
 
 
-def assert_same(left: list[Completion], right: list[Completion]):
-    assert [(c.token_ids, c.finish) for c in left] == [(c.token_ids, c.finish) for c in right]
-    for one, other in zip(left, right, strict=True):
-        assert one.log_probs == pytest.approx(other.log_probs, abs=1e-5)
-
-
 @pytest.mark.parametrize(("name", "running"), [("dense", 1), ("dense", 5), ("packed experts", 9)])
 def test_answers_do_not_depend_on_what_else_is_in_the_batch(folders, name, running):
     requests, params = a_mixed_batch()
     together = cpu_engine(folders / name).generate(requests, params)
     assert len({len(completion.token_ids) for completion in together}) > 5
+    logits = list(teacher_forced(transformers_models(folders / name), requests, together))
     few = cpu_engine(folders / name, max_running_requests=running)
-    assert_same(few.generate(requests, params), together)
-    assert_same(few.generate(requests[::-1], params)[::-1], together)
+    for found in (few.generate(requests, params), few.generate(requests[::-1], params)[::-1]):
+        assert [(c.token_ids, c.finish) for c in found] == [(c.token_ids, c.finish) for c in together]
+        assert_log_probs(found, logits)
 
 
 def test_the_same_call_gives_the_same_bits(engine):
@@ -158,16 +163,19 @@ def test_answers_end_with_the_first_stop_token_or_at_the_limit(engine):
 
 
 def test_presence_penalty_counts_the_response_alone(folders, engine):
-    model, [prompt] = transformers_model(folders / "dense"), random_prompts(40)
-    params = SamplingParams(max_new_tokens=30, temperature=0.5, presence_penalty=1.5)
-    [completion, _] = engine.generate([Request(prompt, seed=3), Request(prompt[:5], seed=4)], params)
-    logits = teacher_forced(model, prompt, completion.token_ids)
-    for position in range(len(completion.token_ids)):
-        logits[position, list(set(completion.token_ids[:position]))] -= 1.5
-    expected = (logits / 0.5).log_softmax(-1).gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-    torch.testing.assert_close(torch.tensor(completion.log_probs), expected, atol=1e-5, rtol=0)
+    requests = [Request(prompt, seed) for seed, prompt in enumerate(random_prompts(40, 5))]
+    completions = engine.generate(requests, SamplingParams(max_new_tokens=30, temperature=0.5, presence_penalty=1.5))
+    logits = list(teacher_forced(transformers_models(folders / "dense"), requests, completions))
+    for penalized in logits:
+        for row, tokens in zip(penalized.split(30), (c.token_ids for c in completions), strict=True):
+            for position in range(30):
+                row[position, list(set(tokens[:position]))] -= 1.5
+    assert_log_probs(completions, logits, temperature=0.5)
 
-    forbidding = dataclasses.replace(params, presence_penalty=1e4, max_new_tokens=200)
+
+def test_a_great_presence_penalty_forbids_a_second_time(engine):
+    [prompt] = random_prompts(40)
+    forbidding = SamplingParams(max_new_tokens=200, temperature=0.5, presence_penalty=1e4)
     for completion in engine.generate([Request(prompt, seed) for seed in range(3)], forbidding):
         assert len(set(completion.token_ids)) == 200
 

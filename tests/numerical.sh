@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# The tests marked `numerical` under every instruction set that torch can use on this processor, each with one and with
+# two threads. torch chooses once, when it is loaded, so each is a process of its own.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=.venv/bin/python
+
+best=$(env -u ATEN_CPU_CAPABILITY $python -c 'import torch; print(torch.backends.cpu.get_cpu_capability())')
+case $best in
+    AVX512*) levels="default avx2 avx512" ;;
+    AVX2*) levels="default avx2" ;;
+    *) levels="default" ;;
+esac
+for level in $levels; do
+    for threads in 1 2; do
+        echo "=== numerical tests: instruction set $level of $best, threads: $threads"
+        workers=$([ "$threads" = 1 ] && echo auto || echo 0)
+        ATEN_CPU_CAPABILITY=$level OMP_NUM_THREADS=$threads $python -m pytest tests/unit -m numerical -q \
+            --numprocesses "$workers" --dist loadfile --durations=3
+    done
+done
