@@ -51,7 +51,7 @@ MISTAKES = {
     ),
     "a run's name that is a number": (
         ["--config", "run=1.10"],
-        "--config: run: text is expected, and YAML reads 1.1 as something else: put it in double quotes",
+        "--config: run: text is expected, and 1.1 is none: begin it with a letter, or quote it in a file",
     ),
     "a model listed twice": (["--config", "models=[9B, 9B]"], "--config: models: 9B: given twice"),
     "a data set listed twice": (
