@@ -69,17 +69,17 @@ prefix = (
 )
 shell.prefix(prefix.replace("{", "{{").replace("}", "}}"))  # Snakemake formats it
 
-# Jobs with GPUs share this machine's GPUs and memory, whatever profile or --resources a run is started with; which GPUs
-# each takes is for with_gpus.py to decide. On other machines an executor sees to it.
-if (
-    workflow.is_main_process
-    and workflow.resource_settings.nodes is None
-    and not workflow.output_settings.dryrun
-):
-    capacity = {
-        "gpu": len(visible_gpus()) or 1,
-        "gpu_host_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30,
-    }
+# What jobs share, whatever profile or --resources a run is started with. A problem set takes all of data_first and a
+# training a little, so that none starts while one is fetched that the run might fail for. On this machine jobs with GPUs
+# share those and the memory, and with_gpus.py decides which each takes; elsewhere an executor sees to it.
+ALL_DATA_FIRST = 1000
+if workflow.is_main_process and not workflow.output_settings.dryrun:
+    capacity = {"data_first": ALL_DATA_FIRST}
+    if workflow.resource_settings.nodes is None:
+        capacity["gpu"] = len(visible_gpus()) or 1
+        capacity["gpu_host_gib"] = (
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
+        )
     for resource, available in capacity.items():
         if resource not in workflow.global_resources:
             workflow.register_resource(resource, available)

@@ -32,9 +32,10 @@ rule dataset:
         f"{RESULTS}/logs/data/{{name}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/data/{{name}}.tsv"
-    priority: 100  # no training starts on a machine before all problem sets are there, and read
+    priority: 100
     threads: 1
     resources:
+        data_first=ALL_DATA_FIRST,
         mem_mb=4096,
         runtime=60,
     params:

@@ -18,6 +18,7 @@ rule train:
     resources:
         gpu=gpus,
         gpu_host_gib=gpu_host_gib,
+        data_first=1,
         mem_mb=host_memory_mb,
         runtime=7 * 24 * 60,
     params:

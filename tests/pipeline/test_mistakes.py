@@ -52,7 +52,7 @@ MISTAKES = {
     ),
     "a run's name that is a number": (
         ["--config", "run=1.10"],
-        "--config: run: text is expected, and YAML reads 1.1 as something else: put it in double quotes",
+        "--config: run: text is expected, and 1.1 is none: begin it with a letter, or quote it in a file",
     ),
     "a model listed twice": (["--config", "models=[9B, 9B]"], "--config: models: 9B: given twice"),
     "a data set listed twice": (
@@ -153,15 +153,26 @@ def test_a_mistake_that_only_a_job_can_find_is_said_once_and_not_tried_again(sai
     assert not any("--job" in line or "set -euo pipefail" in line for line in lines)
 
 
-def test_problem_sets_are_fetched_before_anything_else(said, tmp_path):
+def made(results, *paths):
+    for path in paths:
+        (results / path).parent.mkdir(parents=True, exist_ok=True)
+        (results / path).write_text("{}")
+
+
+TRAINING_NEEDS = ("tiny/download.json", "tiny/convert.json", "data/sums-train.json", "data/sums-evaluation.json")
+
+
+def test_problem_sets_are_fetched_before_a_training_that_could_start(said, tmp_path):
+    made(tmp_path / "results", *TRAINING_NEEDS)
     lines = said(
-        *("--cores", "2", "--config", "per_model={tiny: {evaluation: {datasets: [aime-2024]}}}", "--", "eval_tiny"),
+        *("--cores", "16", "--rerun-triggers", "mtime", "--"),
+        *("results/tiny/grpo/grpo/train.json", "results/tiny/eval/aime-2024/base.json"),
         HF_HUB_OFFLINE="1",
         HF_HOME=str(tmp_path / "home"),
     )
-    assert {line.split(": ", 1)[1] for line in lines if re.match(r"Job \d+: ", line)} <= {
-        f"{name}: fetch the problem set" for name in ("aime-2024", "sums-train", "sums-evaluation")
-    }
+    assert [line.split(": ", 1)[1] for line in lines if re.match(r"Job \d+: ", line)] == [
+        "aime-2024: fetch the problem set"
+    ]
 
 
 def test_fewer_rollouts_than_a_run_has_are_refused_and_its_result_stays(said, snakemake, root, tmp_path):
@@ -170,9 +181,7 @@ def test_fewer_rollouts_than_a_run_has_are_refused_and_its_result_stays(said, sn
     job = Provenance(configuration, root / "workflow_scripts").job("train", model="tiny")
     run = runs.open_run(results / "tiny/grpo/grpo", job | {"inputs": {}})
     (run / "checkpoint-000004").mkdir()
-    for path in ("tiny/download", "tiny/convert", "data/sums-train", "data/sums-evaluation", "tiny/grpo/grpo/train"):
-        (results / f"{path}.json").parent.mkdir(parents=True, exist_ok=True)
-        (results / f"{path}.json").write_text("{}")
+    made(results, *TRAINING_NEEDS, "tiny/grpo/grpo/train.json")
     fewer, asked = "per_model={tiny: {training: {rollouts: 3}}}", ("--", target)
     snakemake(
         "--touch", "--forceall", *asked, cwd=tmp_path, snakefile=root / "Snakefile", check=True

@@ -263,7 +263,7 @@ def _say(error: dict[str, Any], key: tuple[str, ...], known: list[str]) -> str:
     if error["type"] == "missing":
         return "missing"
     if error["type"] == "string_type" and isinstance(error["input"], bool | int | float | date):
-        return f"text is expected, and YAML reads {error['input']!s} as something else: put it in double quotes"
+        return f"text is expected, and {error['input']!s} is none: begin it with a letter, or quote it in a file"
     message = EXPECTED.get(error["type"]) or error["msg"].removeprefix("Value error, ")
     shown = error["input"]
     of_the_whole = error["type"] == "value_error" and isinstance(shown, list)

@@ -457,7 +457,7 @@ class Root(Section):
     )
     run: Annotated[Name, AfterValidator(_not_base)] = Field(
         "grpo",
-        description="name of the training run; another name keeps the old one's results",
+        description="name of the training run, no number; another name keeps the old one's results",
     )
     results: Annotated[str, AfterValidator(_without_braces)] = Field(
         "results", description="the folder of everything that is made"
