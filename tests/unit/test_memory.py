@@ -182,3 +182,9 @@ def test_longer_responses_are_recomputed_further(root):
     models = [load(root / "config/config.yaml", root / "config/models", changes).models for changes in ({}, overrides)]
     ways = [estimate(architecture_of(model), model, 141).recompute for model in (m["35B_A3B"] for m in models)]
     assert ways == ["none", "full"]
+
+
+def test_activations_are_kept_only_where_a_fifth_of_the_gpu_stays_free(root):
+    keeping = estimated(root, "9B", training={"recompute": "none"}).training
+    for gpu_gib, chosen in ((keeping / 0.79, "none"), (keeping / 0.81, "selective")):
+        assert estimated(root, "9B", gpu_gib).recompute == chosen
