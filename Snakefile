@@ -38,3 +38,5 @@ onstart:
         )
         complain(check_jobs, due(), settings, provenance, sent)
         write_job_files()
+    else:
+        tell_what_touch_hides()

@@ -171,6 +171,19 @@ def check_before_the_first_job():
     complain(check_inputs, due(), settings, provenance)
 
 
+def tell_what_touch_hides():
+    """Say of each stale result why it is, before `--touch` lets it pass for fresh."""
+    for rule, wildcards in due():
+        stage = {"page": "report"}.get(rule, rule)
+        if hasattr(provenance, f"_{stage}") and (
+            why := provenance.why(stage, **wildcards)
+        ):
+            print(
+                f"note: --touch passes over what would be done again: {stage} {' '.join(wildcards.values())} ({why})",
+                file=sys.stderr,
+            )
+
+
 def watch(record):
     """A filter of what Snakemake logs, for two moments that it has no handler for."""
     event = getattr(record, "event", None)

@@ -44,6 +44,7 @@ def work(tmp_path_factory, root, snakemake):
         def __init__(self):
             self.folder = folder
             self.results = folder / "results"
+            self.snakefile = root / "Snakefile"
 
         def run(self, *targets, **changes):
             settings = json.loads(json.dumps(SETTINGS))
@@ -57,7 +58,7 @@ def work(tmp_path_factory, root, snakemake):
             file.write_text(yaml.safe_dump(settings))
             done = snakemake(
                 "--cores", "2", "--directory", str(folder), "--configfile", str(file), "--", *targets,
-                snakefile=root / "Snakefile",
+                snakefile=self.snakefile,
             )  # fmt: skip
             assert done.returncode == 0, done.stdout + done.stderr
             return done.stdout + done.stderr
@@ -103,6 +104,30 @@ def test_a_second_run_starts_nothing(work):
 
 
 @pytest.mark.slow
+def test_what_is_made_again_with_the_same_content_leaves_the_rest(work, root, tmp_path):
+    """Another version of the pipeline: a text is other, then the code of the first stage."""
+    for part in ("Snakefile", "rules", "config", "profiles", "workflow_scripts"):
+        (shutil.copytree if (root / part).is_dir() else shutil.copy)(root / part, tmp_path / part)
+    script = tmp_path / "workflow_scripts/make_tiny.py"
+    trained = work.results / "tiny/hf/grpo/model.safetensors.index.json"
+    before, original = trained.stat().st_mtime_ns, work.snakefile
+    try:
+        work.snakefile = tmp_path / "Snakefile"
+        script.write_text(script.read_text().replace('help="what to write, last"', 'help="the manifest"'))
+        assert "Nothing to be done" in work.run("all")
+        script.write_text(script.read_text() + "\nEDITED = 1\n")
+        again = work.run("all")
+        assert "tiny: fetch the starting weights (its code)" in ran(again)
+        for words in ("nothing to convert", "all 2 rollouts are done: nothing to train", "nothing to export"):
+            assert words in again
+        assert trained.stat().st_mtime_ns == before
+        assert "Nothing to be done" in work.run("all")
+    finally:
+        work.snakefile = original
+    work.run("all")
+
+
+@pytest.mark.slow
 def test_the_export_loads_in_transformers_and_keeps_what_was_not_trained(work):
     import torch
     from safetensors.torch import load_file
@@ -126,7 +151,7 @@ def test_more_rollouts_continue_the_run_and_a_new_learning_rate_starts_another(w
     longer = work.run(
         "train_tiny", per_model__tiny__training=SETTINGS["per_model"]["tiny"]["training"] | {"rollouts": 3}
     )
-    assert ran(longer) == ["tiny: train with GRPO (training.rollouts: 2 -> 3; the run goes on)"]
+    assert ran(longer) == ["tiny: train with GRPO (training.rollouts: 2 -> 3; the run goes on after 2 rollouts)"]
     (folder,) = work.results.glob("tiny/grpo/grpo/*/")
     assert [json.loads(line)["rollout"] for line in (folder / "metrics.jsonl").open() if "loss" in line] == [1, 2, 3]
     other = work.run("train_tiny", per_model__tiny__optimizer={"learning_rate": 1.0e-3})

@@ -18,8 +18,8 @@ def settings(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
 
 def makers(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Whether a result was made by other code or by other versions of packages."""
-    found = ["its code"] if before["code"] != now["code"] else []
-    then, today = before["versions"], now["versions"]
+    found = ["its code"] if before.get("code") != now.get("code") else []
+    then, today = before.get("versions", {}), now.get("versions", {})
     for name in sorted({*then, *today}):
         if then.get(name) != today.get(name):
             found.append(f"{name} {then.get(name, 'not installed')} -> {today.get(name, 'not installed')}")

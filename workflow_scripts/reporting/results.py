@@ -11,6 +11,7 @@ import pandas as pd
 
 from checkpoints.manifest import Manifest, read_manifest
 from common.errors import UserError
+from configuration import staleness
 from evaluation.estimators import PairedDifference, correct_counts, paired_difference
 
 BASE = "base"
@@ -77,6 +78,11 @@ class Pair:
         protocol = self.trained.protocol
         means = self.base.problem_means(), self.trained.problem_means()
         return paired_difference(*means, protocol["bootstrap_samples"], protocol["seed"])
+
+    def made_by_others(self) -> list[str]:
+        """How the code or the versions that made the trained score differ from the base's, in words."""
+        base, trained = self.base.manifest.provenance, self.trained.manifest.provenance
+        return staleness.makers(base, trained)
 
 
 @dataclass(frozen=True)

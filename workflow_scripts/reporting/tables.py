@@ -99,6 +99,8 @@ def in_words(pair: Pair) -> str:
         f"On {pair.base.dataset}, {pair.base.model} went from {percent(base)}% to {percent(trained)}%:"
         f" {points(difference.value)} points"
     )
+    if others := pair.made_by_others():
+        text = f"The two scores were not made alike ({', '.join(others)}). {text}"
     if difference.interval is None:
         return f"{text}. Without a spread over problems there is no interval."
     low, high = difference.interval
