@@ -268,9 +268,10 @@ def test_weights_that_the_index_names_and_nobody_has_are_refused(hub, download):
     download.fails(download.model(), "names model-00002-of-00002.safetensors", "incomplete")
 
 
-def test_a_name_that_leaves_the_folder_is_refused(hub, download):
-    hub.host("Qwen/tiny", MODEL | {"../../outside.json": b"{}"})
-    download.fails(download.model(), "../../outside.json")
+@pytest.mark.parametrize("name", ["../../outside.json", "/outside.json"])
+def test_a_name_that_leaves_the_folder_is_refused(hub, download, name):
+    hub.host("Qwen/tiny", MODEL | {name: b"{}"})
+    download.fails(download.model(), repr(name), "not a name to write to")
 
 
 def test_only_what_is_missing_must_fit_the_disk(hub, download):
