@@ -93,7 +93,7 @@ RECORDER = """
 import json, os, sys, time
 manifest = sys.argv[sys.argv.index("--manifest") + 1]
 began = time.time()
-time.sleep(2)
+time.sleep(float(os.environ.get("SECONDS_OF_A_JOB", 1)))
 with open(manifest, "w") as file:
     json.dump({"gpus": os.environ["CUDA_VISIBLE_DEVICES"].split(","), "began": began, "ended": time.time()}, file)
 """
@@ -146,7 +146,7 @@ def overlaps(spans):
 
 
 def test_jobs_with_one_gpu_run_side_by_side_each_on_its_own(spans):
-    found = overlaps(spans("--resources", "mem_mb=100000000"))
+    found = overlaps(spans("--resources", "mem_mb=100000000", SECONDS_OF_A_JOB="10"))
     assert found and all(sorted(one + other) == ["0", "1"] for one, other in found)
 
 
