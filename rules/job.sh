@@ -1,7 +1,9 @@
 # What the shell commands of the rules call.
 
-# A signal sent to the whole job also reaches this shell: ignore it and wait for the job, which may have to save itself.
-trap : INT TERM
+# outlive_signals: a signal sent to the whole job also reaches its shells: ignore it and wait for the job, which may have
+# to save itself. A subshell, such as braces in a pipeline, forgets it and must call this again.
+outlive_signals() { trap : INT TERM; }
+outlive_signals
 
 # begin LOG: Snakemake deletes LOG before every attempt and keeps only the last benchmark. Beside it stay, over all
 # attempts, LOG's .history.log with what they printed and .attempts.tsv with the time they took.

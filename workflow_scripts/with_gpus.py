@@ -8,14 +8,13 @@ ends. It is shown its GPUs alone, through CUDA_VISIBLE_DEVICES; a value that the
 
 import fcntl
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from common.errors import UserError, run
-from configuration.gpus import select
+from configuration.gpus import select, uuids
 
 LOCKS = Path("/tmp", f"milepost-gpus-{os.getuid()}")
 POLL_SECONDS = 0.5
@@ -35,20 +34,14 @@ def visible_devices(count: int) -> dict[str, str]:
     A UUID where the driver's tool gives one, since jobs may count the same GPUs differently (in containers, under
     Slurm). Without the tool, ``count`` GPUs are taken to be there.
     """
-    try:
-        answer = subprocess.run(
-            ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"], capture_output=True, text=True, timeout=60
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        answer = ""
-    uuids = [line.strip() for line in answer.splitlines() if line.startswith("GPU-")]
+    known = uuids()
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:
-        return {str(index): uuid for index, uuid in enumerate(uuids or map(str, range(count)))}
+        return {str(index): uuid for index, uuid in enumerate(known or map(str, range(count)))}
     entries = [entry.strip() for entry in listed.split(",") if entry.strip()]
-    if not uuids or listed.startswith("MIG-"):
+    if not known or listed.startswith("MIG-"):
         return {entry: entry for entry in entries}
-    return dict(zip(entries, select(listed, uuids), strict=False))  # the first invalid entry ends the list
+    return dict(zip(entries, select(listed, known), strict=False))  # the first invalid entry ends the list
 
 
 def take(count: int, devices: Mapping[str, str]) -> list[str]:

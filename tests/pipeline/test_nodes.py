@@ -87,7 +87,7 @@ def test_jobs_that_need_all_gpus_never_start_at_once(begin, flags):
 
 SETS = ("aime-2024", "dapo-math-17k", "sums-train", "sums-evaluation")
 NVIDIA_SMI = """#!/bin/sh
-for gpu in GPU-aaaa GPU-bbbb; do case "$*" in *memory*) echo "$gpu, 81559";; *) echo "$gpu";; esac; done
+for gpu in GPU-aaaa GPU-bbbb; do echo "$gpu, 81559, [N/A]"; done
 """
 RECORDER = """
 import json, os, sys, time

@@ -6,7 +6,17 @@ import sys
 
 import pytest
 
-PARTS = ("Snakefile", "rules", "config", "profiles", "workflow_scripts", "tests", "benchmarks", "pyproject.toml")
+PARTS = (
+    "Snakefile",
+    "rules",
+    "config",
+    "profiles",
+    "workflow_scripts",
+    "tests",
+    "benchmarks",
+    "pyproject.toml",
+    "README.md",
+)
 TARGETS = "tests/pipeline/test_targets.py::test_every_model_has_every_target_and_each_says_what_it_does"
 
 

@@ -53,7 +53,7 @@ def test_the_script_writes_the_rows_under_the_configured_keys(tmp_path, monkeypa
     make_problems.main()
 
     manifest = read_manifest(tmp_path / "data/sums.json").require(digests=True)
-    assert manifest.kind == "download" and manifest.provenance == provenance
+    assert manifest.kind == "download" and manifest.provenance == provenance | {"inputs": {}}
     assert manifest.facts == {"file": "sums.jsonl", "rows": 5, "prompt_key": "prompt", "label_key": "answer"}
     rows = [json.loads(line) for line in (manifest.root / manifest.facts["file"]).read_text().splitlines()]
     assert rows == [

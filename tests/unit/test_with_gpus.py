@@ -17,7 +17,7 @@ UUIDS = ("GPU-aaaa-1", "GPU-bbbb-2", "GPU-cccc-3")
 def driver(tmp_path, monkeypatch):
     """A machine with three GPUs, and locks of the test's own."""
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\n" + "".join(f"echo {uuid}\n" for uuid in UUIDS))
+    tool.write_text("#!/bin/sh\n" + "".join(f"echo {uuid}, 81559, [N/A]\n" for uuid in UUIDS))
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(with_gpus, "LOCKS", tmp_path / "locks")

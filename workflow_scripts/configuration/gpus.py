@@ -16,8 +16,7 @@ def visible_gpus() -> tuple[float | None, ...]:
     Where a visible GPU is cut into MIG slices, CUDA enumerates the first of them and nothing else (MIG user guide,
     "CUDA Device Enumeration"); a GPU in MIG mode without slices is not enumerated.
     """
-    answer = _nvidia_smi("--query-gpu=uuid,memory.total,mig.mode.current", "--format=csv,noheader,nounits")
-    rows = [line.split(", ") for line in answer.splitlines() if line.startswith("GPU-") and line.count(", ") == 2]
+    rows = _rows()
     gpus = {uuid: _gib(mebibytes) for uuid, mebibytes, _ in rows}
     cut = {uuid for uuid, _, mode in rows if mode == "Enabled"}
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -28,6 +27,17 @@ def visible_gpus() -> tuple[float | None, ...]:
     seen = [*gpus] if listed is None else select(listed, [*gpus])
     of_seen = [gib for uuid in seen for gib in slices.get(uuid, {}).values()]
     return tuple(of_seen[:1] or (gpus[uuid] for uuid in seen if uuid not in cut))
+
+
+def uuids() -> list[str]:
+    """All GPUs of this machine in the driver's order, visible or not; none where no driver answers."""
+    return [uuid for uuid, *_ in _rows()]
+
+
+def _rows() -> list[list[str]]:
+    """UUID, memory in MiB and MIG mode of each GPU, as the driver's tool says it."""
+    answer = _nvidia_smi("--query-gpu=uuid,memory.total,mig.mode.current", "--format=csv,noheader,nounits")
+    return [line.split(", ") for line in answer.splitlines() if line.startswith("GPU-") and line.count(", ") == 2]
 
 
 def _gib(mebibytes: str) -> float | None:
