@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.failed_jobs import FailedJobs
 from common.files import write_json
 from common.working_folder import claim
-from configuration.cgroups import usable_cores
+from configuration.cgroups import memory_limit, usable_cores
 from configuration.early import check_inputs, mistyped
 from configuration.gpus import visible_gpus
 from configuration.layout import processes
@@ -77,9 +77,8 @@ if workflow.is_main_process and not workflow.output_settings.dryrun:
     capacity = {"data_first": ALL_DATA_FIRST}
     if workflow.resource_settings.nodes is None:
         capacity["gpu"] = len(visible_gpus()) or 1
-        capacity["gpu_host_gib"] = (
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
-        )
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        capacity["gpu_host_gib"] = min(physical, memory_limit() or physical) >> 30
     for resource, available in capacity.items():
         if resource not in workflow.global_resources:
             workflow.register_resource(resource, available)

@@ -226,7 +226,8 @@ def test_under_continue_other_code_leaves_a_finished_training_and_goes_on_with_a
     assert state.fresh and state.tolerated == ("its code", "torch 2.0 -> 2.1")
     workflow.settings["per_model"] = {"tiny": {"training": {"rollouts": 70}}}
     maker = runs.made_by(workflow.today().run("tiny"))[0]
-    said = f"made by {maker['commit'] or maker['code']} (its code, torch 2.0 -> 2.1); training.on_code_change: new would begin another"
+    said = f"made by {maker['commit'] or maker['code']} (its code, torch 2.0 -> 2.1)"
+    said += "; training.on_code_change: new would begin another"
     assert why(workflow) == f"training.rollouts: 60 -> 70; the run goes on after 60 rollouts, {said}"
     workflow.make("train", model="tiny")
     (folder,) = (workflow.folder / "tiny/grpo/grpo").glob("*/run.json")
