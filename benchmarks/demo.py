@@ -95,13 +95,13 @@ def record_run(arguments: argparse.Namespace, results: Path, seconds: float) -> 
     figure("demo_seconds", seconds, "s", kernels="cold" if arguments.cold else "kept" if arguments.gpus else "none")
     scores = pd.read_csv(results / "tables" / "scores.csv").set_index("weights")
     for weights, row in scores.iterrows():
-        shares = row.filter(regex="@").mul(100).round(1).to_dict()
+        shares = row.filter(regex="@").astype(float).mul(100).round(1).to_dict()
         shape = {"problems": int(row["problems"]), "samples": int(row["samples"])}
         figure(f"tiny_accuracy_{weights}", 100 * row["avg@n"], "%", **shape, percent=shares)
     (difference,) = pd.read_csv(results / "tables" / "differences.csv").to_dict("records")
     points = {name: round(100 * value, 1) for name, value in difference.items() if name.endswith((" low", " high"))}
     figure("tiny_accuracy_gain", 100 * difference["difference"], "points", points=points)
-    figure("step_seconds", rows["seconds_step"].median(), "s", first=round(rows["seconds_step"].iloc[0], 1))
+    figure("step_seconds", rows["seconds_step"].median(), "s", first=round(float(rows["seconds_step"].iloc[0]), 1))
     figure(
         "logprob_mean_abs_diff", rows["log_prob_diff"].median(), "nats", largest=round(rows["log_prob_diff"].max(), 5)
     )
