@@ -7,6 +7,7 @@ from pathlib import Path
 from shlex import quote
 
 from snakemake.logging import logger
+from snakemake.persistence import ParamsChange
 from snakemake_interface_logger_plugins.common import LogEvent
 
 sys.path.insert(0, f"{workflow.basedir}/workflow_scripts")
@@ -31,6 +32,9 @@ def complain(function, *arguments):
     except UserError as error:
         sys.exit(f"error: {error}")
 
+
+# Snakemake 9.27 lists under `--list-changes params` every result that it knows params of, changed or not.
+ParamsChange.__iter__ = lambda change: iter(change.files if change else ())
 
 # Jobs that an executor sends elsewhere belong to the run that sends them.
 if workflow.is_main_process:

@@ -75,6 +75,17 @@ def test_a_second_run_starts_nothing(snakemake, finished):
     assert "Nothing to be done" in done.stdout + done.stderr
 
 
+def test_nothing_is_listed_as_changed_where_nothing_is(snakemake, finished):
+    """So that ``-R $(snakemake --list-changes params)`` makes again what would be made again anyway."""
+
+    def listed(*config):
+        done = snakemake("--list-changes", "params", "--config", MODELS, *config, "--", "all", cwd=finished, check=True)
+        return {line for line in done.stdout.splitlines() if line.startswith("results/")}
+
+    assert listed() == set()
+    assert "results/9B/grpo/grpo/train.json" in listed("per_model={9B: {optimizer: {learning_rate: 2.0e-6}}}")
+
+
 OVERRIDES = {
     "a model's learning rate": ("per_model={9B: {optimizer: {learning_rate: 2.0e-6}}}", trained("9B")),
     "everyone's learning rate": ("optimizer={learning_rate: 2.0e-6}", trained("9B") | trained("tiny")),
