@@ -20,7 +20,7 @@ import yaml
 
 from stages import unmeasured
 
-KILLS = 24
+KILLS = 12
 SECRETS = {"HF_TOKEN": "hf_nobodymayreadthis", "WANDB_API_KEY": "0123456789nobodymayreadthat"}
 SETTINGS = {
     "models": ["tiny"],
