@@ -13,7 +13,7 @@ demo: setup
 	@echo "Read results/report.html, the curve is in results/plots/."
 
 test: setup
-	@.venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	@.venv/bin/python -m pytest -n $$(($$(nproc) + 1)) --dist loadfile --no-loadscope-reorder
 
 numerical: setup
 	@tests/numerical.sh
