@@ -162,7 +162,7 @@ def test_a_training_depends_on_its_validation_set(recipes):
         ({"hardware": {"host_memory_gib": 99}}, set()),
         ({"datasets": {"aime-2024": {"revision": "v2"}}, "validation": {"interval": 0}}, {"base", "grpo"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),  # the same in every process
 )
 def test_the_base_s_scores_depend_on_the_download_and_the_trained_s_on_the_training(recipes, changes, stale):
     unchanged = {"validation": {"interval": 0}} if "datasets" in changes else {}
