@@ -14,6 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # Tests run side by side, one a core: more threads would wait for each other, and must not spin while they do.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Nothing is compiled on a CPU, and getting ready for it takes a third of what importing Megatron-Core takes.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 # One layout after another in one process: torch keeps the sockets of every group until the process ends.
 allow_open_files()

@@ -25,6 +25,8 @@ def main() -> None:
     chosen = take(count, visible_devices(count)) if count else []
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the order in which the driver's tool counts
+    if not count:
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # a CPU compiles nothing, and getting ready takes seconds
     os.execvp(command[0], command)
 
 
