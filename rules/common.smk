@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.failed_jobs import FailedJobs
 from common.files import write_json
 from common.working_folder import claim
-from configuration.cgroups import memory_limit, usable_cores
+from configuration.cgroups import usable_cores, usable_memory
 from configuration.early import check_inputs, mistyped
 from configuration.gpus import visible_gpus
 from configuration.layout import processes
@@ -81,8 +81,7 @@ if workflow.is_main_process and not workflow.output_settings.dryrun:
     capacity = {"data_first": ALL_DATA_FIRST}
     if workflow.resource_settings.nodes is None:
         capacity["gpu"] = len(visible_gpus()) or 1
-        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        capacity["gpu_host_gib"] = min(physical, memory_limit() or physical) >> 30
+        capacity["gpu_host_gib"] = usable_memory() >> 30
     for resource, available in capacity.items():
         if resource not in workflow.global_resources:
             workflow.register_resource(resource, available)
@@ -143,12 +142,18 @@ def job_file(wildcards, output):
     )
 
 
-def write_job_files():
-    """Leave for each job what `key` is the digest of: it takes its settings from it, and its manifest keeps it."""
+def stages_due():
+    """(job, stage, what tells its result apart) of every job that is about to make a result."""
     for job in workflow.dag.needrun_jobs():
         if "job" in job.params.keys():
             stage = {"page": "report"}.get(job.rule.name, job.rule.name)
-            write_json(job.params.job, provenance.job(stage, **which(job.wildcards)))
+            yield job, stage, which(job.wildcards)
+
+
+def write_job_files():
+    """Leave for each job what `key` is the digest of: it takes its settings from it, and its manifest keeps it."""
+    for job, stage, result in stages_due():
+        write_json(job.params.job, provenance.job(stage, **result))
 
 
 def changes(stage):
@@ -176,13 +181,10 @@ def check_before_the_first_job():
 
 def tell_what_touch_hides():
     """Say of each stale result why it is, before `--touch` lets it pass for fresh."""
-    for rule, wildcards in due():
-        stage = {"page": "report"}.get(rule, rule)
-        if hasattr(provenance, f"_{stage}") and (
-            why := provenance.why(stage, **wildcards)
-        ):
+    for _, stage, result in stages_due():
+        if why := provenance.why(stage, **result):
             print(
-                f"note: --touch passes over what would be done again: {stage} {' '.join(wildcards.values())} ({why})",
+                f"note: --touch passes over what would be done again: {stage} {' '.join(result.values())} ({why})",
                 file=sys.stderr,
             )
 

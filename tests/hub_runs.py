@@ -48,14 +48,14 @@ class Run:
         self.endpoint = hub.address if hub else "http://127.0.0.1:9"  # nothing listens there
         self.manifest = folder / "results" / "tiny" / "download.json"
 
-    def __call__(self, config: dict, **environment: str) -> subprocess.CompletedProcess:
+    def __call__(self, config: dict, every_row: bool = False, **environment: str) -> subprocess.CompletedProcess:
         """Run the script; whatever happens, its output must not hold a token."""
         result = subprocess.run(
             [
                 sys.executable,
                 "-c",
                 IMPATIENT,
-                *job_arguments(config),
+                *job_arguments(config, every_row=every_row),
                 *("--name", "tiny", "--folder", str(self.folder / "results/hub")),
                 "--manifest",
                 str(self.manifest),

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -27,9 +28,9 @@ def _jobs() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="jobs-")
 
 
-def job_arguments(config: dict) -> list[str]:
+def job_arguments(config: dict, **more: Any) -> list[str]:
     """The option that gives an entry script its settings."""
-    content = json.dumps({"config": config, "code": "c", "upstream": {}})
+    content = json.dumps({"config": config, "code": "c", "upstream": {}, **more})
     path = Path(_jobs().name, f"{hashlib.sha256(content.encode()).hexdigest()}.json")
     path.write_text(content)
     return ["--job", str(path)]

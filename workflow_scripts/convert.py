@@ -10,13 +10,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoints import mapping, torch_dist
-from checkpoints.manifest import keep_manifest, read_manifest, same_result, write_manifest
+from checkpoints.manifest import keep_manifest, read_manifest, same_result, vouch_again, write_manifest
 from checkpoints.safetensors_io import HubCheckpoint
 from common.errors import UserError, run
 from common.files import hold
 from common.jobs import job_parser
 from configuration.layout import conversion_fault
-from configuration.schema import Conversion, Parallel
+from configuration.schema import Parallel
 from qwen3_5.architecture import Architecture
 from qwen3_5.build import build_model, finalize, initialize
 
@@ -24,7 +24,7 @@ from qwen3_5.build import build_model, finalize, initialize
 def main() -> None:
     parser = job_parser(__doc__)
     parser.add_argument("--hub", type=Path, required=True, help="the download's manifest")
-    parser.add_argument("--mtp-num-layers", type=int, help="MTP layers to convert (default: as configured)")
+    parser.add_argument("--mtp-num-layers", type=int, required=True, help="MTP layers to convert")
     parser.add_argument("--folder", type=Path, required=True, help="where to write the torch_dist checkpoint")
     parser.add_argument("--manifest", type=Path, required=True, help="its manifest, written last")
     arguments = parser.parse_args()
@@ -37,17 +37,15 @@ def convert(arguments: argparse.Namespace) -> None:
     if same := same_result(arguments.folder, arguments.job):
         if first:
             print("the same weights, settings and code as before: nothing to convert", file=sys.stderr)
-            write_manifest(arguments.manifest, same.kind, same.root, same.files, arguments.job, same.facts)
+            vouch_again(same, arguments.manifest, arguments.job)
         return
-    settings = Conversion.model_validate(arguments.job["config"]["conversion"])
-    mtp_num_layers = settings.mtp_num_layers if arguments.mtp_num_layers is None else arguments.mtp_num_layers
-
     source = read_manifest(arguments.hub).require(digests=first)
     architecture, hub = Architecture.from_folder(source.root), HubCheckpoint(source.root)
     parallel = layout(architecture, processes=int(os.environ.get("WORLD_SIZE", 1)))
     initialize(parallel)
     # On the CPU whatever the machine: memory is only taken as tensors are filled.
-    model = build_model(architecture, parallel, mtp_num_layers=mtp_num_layers, materialize=False).to_empty(device="cpu")
+    model = build_model(architecture, parallel, mtp_num_layers=arguments.mtp_num_layers, materialize=False)
+    model.to_empty(device="cpu")
     mapping.take_dtypes(model, architecture, hub)
 
     share = sum(parameter.nbytes for parameter in model.parameters())
@@ -64,7 +62,7 @@ def convert(arguments: argparse.Namespace) -> None:
             [file.name for file in arguments.folder.iterdir()],
             arguments.job,
             {
-                "mtp_num_layers": mtp_num_layers,
+                "mtp_num_layers": arguments.mtp_num_layers,
                 "dtype": str(hub.entries[mapping.TEXT + "embed_tokens.weight"].dtype).removeprefix("torch."),
                 "processes": dist.get_world_size(),
                 "parallel": parallel.model_dump(mode="json"),

@@ -47,7 +47,11 @@ def download(arguments: argparse.Namespace) -> None:
         else:
             snapshot = dataset_from_hub(dataset.repo, dataset.revision, dataset.file, arguments.folder)
             path = snapshot.root / dataset.file
-        problems, bad = load_problem_set(path, dataset.model_copy(update={"instruction": None}))
+        problems, bad = load_problem_set(
+            path,
+            dataset.model_copy(update={"instruction": None}),
+            max_bad_share=0.0 if arguments.job["every_row"] else dataset.max_bad_share,
+        )
         for kind in kinds_of(bad):
             print(f"warning: {path}: set aside: {kind}", file=sys.stderr)
         print(boxes(arguments.name, problems, dataset.instruction), file=sys.stderr)

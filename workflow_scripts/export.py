@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from checkpoints import mapping, torch_dist
 from checkpoints.folders import finish_folder, partial_folder, start_folder
-from checkpoints.manifest import Manifest, keep_manifest, read_manifest, same_result, write_manifest
+from checkpoints.manifest import Manifest, keep_manifest, read_manifest, same_result, vouch_again, write_manifest
 from checkpoints.safetensors_io import HubCheckpoint, HubWriter
 from common.errors import UserError, run
 from common.files import hold, require_room
@@ -31,7 +31,7 @@ def main() -> None:
 def export(arguments: argparse.Namespace) -> None:
     if same := same_result(arguments.folder, arguments.job):
         print("the same weights and code as before: nothing to export", file=sys.stderr)
-        write_manifest(arguments.manifest, same.kind, same.root, same.files, arguments.job, same.facts)
+        vouch_again(same, arguments.manifest, arguments.job)
         return
     source = read_manifest(arguments.hub).require(digests=True)
     weights = weights_folder(read_manifest(arguments.weights).require(digests=True))

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from checkpoints.manifest import same_result, write_manifest
+from checkpoints.manifest import same_result, vouch_again
 from common.errors import run
 from common.files import hold
 from common.jobs import job_parser
@@ -35,7 +35,7 @@ def main() -> None:
     by = () if job["on_code_change"] == "continue" else ("code", "versions")
     if same := same_result(folder, job, ("config", "inputs", *by)):
         print(f"{folder}: all {same.facts['rollouts']} rollouts are done: nothing to train", file=sys.stderr)
-        write_manifest(arguments.manifest, same.kind, same.root, same.files, job, same.facts)
+        vouch_again(same, arguments.manifest, job)
     print(folder)
 
 

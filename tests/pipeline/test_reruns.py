@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 MODELS = "models=[tiny, 9B]"
-PARTS = ("Snakefile", "rules", "config", "profiles", "workflow_scripts")
+PARTS = ("Snakefile", "rules", "config", "profiles", "workflow_scripts", "envs")
 
 # The jobs by the messages that their rules announce them with.
 DOWNLOAD = "{}: fetch the starting weights"
@@ -57,9 +57,9 @@ def workflow(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "workflow", symlinks=True)
 
 
-def would_run(snakemake, folder, *config):
+def would_run(snakemake, folder, *config, **environment):
     """The messages of the jobs of a dry run."""
-    done = snakemake("-n", "--config", MODELS, *config, "--", "all", cwd=folder)
+    done = snakemake("-n", "--config", MODELS, *config, "--", "all", cwd=folder, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return set(re.findall(r"^Job \d+: (.+)$", done.stdout + done.stderr, flags=re.MULTILINE))
 
@@ -110,6 +110,11 @@ OVERRIDES = {
         "per_model={9B: {source: {revision: v2}}}",
         {DOWNLOAD.format("9B"), CONVERT.format("9B")} | trained("9B") | evaluated("9B", "aime-2024"),
     ),
+    "what asks for a box": (
+        "datasets={aime-2024: {instruction: Box it.}}",
+        {DATASET.format("aime-2024")} | trained("9B") | evaluated("9B", "aime-2024"),
+    ),
+    "the conversion's processes": ("per_model={9B: {conversion: {processes: 1, launcher: python}}}", set()),
     "memory that only preflight reads": ("per_model={9B: {hardware: {host_memory_gib: 300}}}", set()),
     "the same value written otherwise": ("per_model={9B: {optimizer: {learning_rate: 0.000001}}}", set()),
 }
@@ -147,6 +152,11 @@ def test_a_setting_reruns_what_reads_it_and_nothing_else(snakemake, finished, wh
             {"write the tables", "write the report"},
         ),
         ("workflow_scripts/configuration/schema.py", '"""', '"""Said otherwise. ', set()),
+        ("workflow_scripts/make_tiny.py", 'help="what the model is called here"', 'help="its name"', set()),
+        ("workflow_scripts/hub/client.py", "holds a file named", "has a file called", set()),
+        ("workflow_scripts/convert.py", "nothing to convert", "all is there", set()),
+        ("workflow_scripts/open_run.py", "a new run, since", "another run, since", set()),
+        ("envs/cpu.lock", "torch==", "torch==9.", set()),  # what is installed counts, not what is locked
     ],
     ids=lambda value: value.rsplit("/")[-1] if isinstance(value, str) and value.endswith((".py", ".yaml")) else None,
 )
@@ -157,6 +167,15 @@ def test_an_edited_file_reruns_what_uses_it(snakemake, workflow, file, old, new,
         assert found >= EVALUATED and not any("fetch" in job or "convert" in job for job in found)
     else:
         assert found == jobs
+
+
+def test_another_version_of_a_package_reruns_what_it_computes(snakemake, finished, tmp_path):
+    """Sympy decides rewards and scores; the version that Python finds first counts."""
+    metadata = tmp_path / "sympy-0.1.dist-info/METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: sympy\nVersion: 0.1\n")
+    found = would_run(snakemake, finished, PYTHONPATH=str(tmp_path))
+    assert found == trained("9B") | trained("tiny") | EVALUATED
 
 
 def test_a_touched_but_unchanged_input_reruns_nothing(snakemake, workflow):

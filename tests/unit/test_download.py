@@ -362,7 +362,9 @@ def test_rows_that_can_earn_no_reward_are_told_at_once(tmp_path):
         "(2 rows, the first in line 3)",
         "several answers (line 4)",
     )
-    done = download({"dataset": config | {"max_bad_share": 0.6}})
+    few_are_borne = {"dataset": config | {"max_bad_share": 0.6}}
+    download.fails(download(few_are_borne, every_row=True), "3 of 5 rows are unusable")
+    done = download(few_are_borne)
     manifest = download.succeeds(done)
     assert manifest.facts["rows"] == 2
     told = [line for line in done.stderr.splitlines() if "set.jsonl: set aside: " in line]

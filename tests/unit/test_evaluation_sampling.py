@@ -12,7 +12,7 @@ import pytest
 import evaluate
 from checkpoints.manifest import read_manifest, write_manifest
 from common.errors import UserError
-from common.versions import versions
+from configuration.provenance import sampler
 from configuration.schema import Engine, Evaluation, Reward, TinyModel
 from evaluation import sampling
 from evaluation.problems import load_problems
@@ -52,8 +52,11 @@ def inputs(tmp_path_factory):
 def run(inputs, tmp_path, monkeypatch):
     """Run the entry script on these; returns its manifest. What it writes lies in tmp_path."""
 
-    def call(*options, model="download.json", reward=None, engine=None, **settings):
-        config = {"evaluation": SETTINGS | settings, "engine": {"kind": "cpu"} | (engine or {}), "reward": reward or {}}
+    def call(model="download.json", reward=None, engine=None, code="c", versions=None, **settings):
+        engine = Engine(kind="cpu", **(engine or {}))
+        evaluation = Evaluation(**SETTINGS | settings)
+        config = {"evaluation": evaluation.model_dump(), "engine": engine.model_dump(), "reward": reward or {}}
+        job = job_arguments(config, sampler=sampler(evaluation, engine, code, versions or {}))
         arguments = {
             "--model": inputs / model,
             "--data": inputs / "sums.json",
@@ -63,7 +66,7 @@ def run(inputs, tmp_path, monkeypatch):
         monkeypatch.setattr(
             sys,
             "argv",
-            ["evaluate.py", *options, *job_arguments(config), *(str(x) for pair in arguments.items() for x in pair)],
+            ["evaluate.py", *job, *(str(x) for pair in arguments.items() for x in pair)],
         )
         evaluate.main()
         return read_manifest(tmp_path / "eval" / "base.json").require(digests=True)
@@ -134,7 +137,7 @@ def test_another_reward_grades_again_without_sampling(run, tmp_path, monkeypatch
     for line, problem in zip(lines[1:], [0, 0, 1, 1, 2, 2], strict=True):
         line["response"] = f"\\boxed{{{2 * problem}}}"
     samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert run("--regrade").facts["average"] == 0
+    assert run(reward={"max_seconds": 9.0}).facts["average"] == 0
     scores = run(reward={"think_block": "optional"}).facts
     assert (scores["average"], scores["majority"], scores["no_think_end_share"]) == (1, 1, 0)
 
@@ -174,10 +177,6 @@ def test_samples_serve_again_only_where_all_that_made_them_is_the_same(
     other = shutil.copytree(inputs / "hub", tmp_path / "other")
     (other / "config.json").write_text((other / "config.json").read_text() + "\n")
     write_manifest(inputs / "other.json", "download", other, [file.name for file in other.iterdir()], {})
-    if "code" in changes:
-        monkeypatch.setattr(evaluate, "code_digest", lambda *_: changes["code"])
-    if "versions" in changes:
-        monkeypatch.setattr(evaluate, "versions", lambda names: versions(names) | changes["versions"])
     asked = []
 
     def start(*_, **__):
@@ -185,20 +184,19 @@ def test_samples_serve_again_only_where_all_that_made_them_is_the_same(
         raise UserError("asked for")
 
     monkeypatch.setattr(evaluate, "start_engine", start)
-    given = {key: value for key, value in changes.items() if key not in ("code", "versions")}
     with nullcontext() if kept else pytest.raises(UserError, match="asked for"):
-        run(**given)
+        run(**changes)
     assert bool(asked) != kept
 
 
 def test_samples_of_other_prompts_are_never_scored_and_those_of_other_labels_are(inputs):
-    settings, problems = Evaluation(**SETTINGS), load_problems(read_manifest(inputs / "sums.json"))
+    problems = load_problems(read_manifest(inputs / "sums.json"))
     relabelled = [replace(problem, label="0") for problem in problems]
     asked_otherwise = [replace(problem, messages=[{"role": "user", "content": "2?"}]) for problem in problems]
-    was = origin_of("weights", problems, settings)
-    assert origin_of("weights", relabelled, settings) == was
-    assert origin_of("weights", asked_otherwise, settings) != was
-    assert origin_of("weights", problems[::-1], settings) != was
+    was = origin_of({}, problems)
+    assert origin_of({}, relabelled) == was
+    assert origin_of({}, asked_otherwise) != was
+    assert origin_of({}, problems[::-1]) != was
 
 
 def test_samples_of_other_weights_or_another_protocol_are_never_scored(run, inputs, tmp_path, capsys):
@@ -252,7 +250,7 @@ def draw(inputs, tmp_path):
 
     def call(engine, **settings):
         settings = Evaluation(**SETTINGS | settings)
-        file = SampleFile.open(tmp_path / "samples.jsonl", origin_of("m", problems, settings))
+        file = SampleFile.open(tmp_path / "samples.jsonl", origin_of(settings.protocol, problems))
         samples = sample_problems(engine, tokenizer, (7,), problems, settings, file)
         return [sample.response for sample in samples]
 
@@ -304,12 +302,6 @@ def test_long_evaluations_are_drawn_in_several_batches(draw, monkeypatch):
     engine = Unseeded()
     draw(engine)
     assert engine.batches == [4, 2]
-
-
-def test_regrade_never_samples(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "start_engine", forbidden)
-    with pytest.raises(UserError, match="holds 0 of 6 samples"):
-        run("--regrade")
 
 
 @pytest.mark.parametrize("damaged", ["hub/*.safetensors", "sums.jsonl"])

@@ -74,23 +74,6 @@ def test_a_model_of_one_s_own_is_measured_by_its_folder(root, tmp_path):
         load_mine({"models": ["mine"], "per_model": {"mine": {"parallel": {"tensor": 8}}}})
 
 
-@pytest.mark.parametrize(
-    ("job", "overrides"),
-    [
-        (("download", {"model": "9B"}), {"per_model": {"9B": {"source": {"folder": "{folder}"}}}}),
-        (("dataset", {"name": "mine"}), {"datasets": {"mine": {"folder": "{folder}/..", "file": "nowhere"}}}),
-    ],
-)
-def test_a_local_folder_that_is_not_there_is_missed_before_anything_runs(root, tmp_path, job, overrides):
-    missing = tmp_path / "nowhere"
-    configuration = configured(root, json.loads(json.dumps(overrides).replace("{folder}", str(missing))))
-    provenance = Provenance(configuration, root / "workflow_scripts")
-    with pytest.raises(UserError, match="nowhere: no such file or folder"):
-        check_jobs([job], configuration, provenance)
-    missing.mkdir()
-    check_jobs([job], configuration, provenance)
-
-
 def test_a_training_that_goes_on_needs_no_disk_for_the_checkpoints_it_has(root, tmp_path, monkeypatch):
     configuration = configured(root, {"results": str(tmp_path)})
     provenance = Provenance(configuration, root / "workflow_scripts")
@@ -269,10 +252,10 @@ def test_a_conversion_and_an_export_need_host_memory_for_the_weights(root):
 
 
 def test_a_container_s_limit_counts_instead_of_the_machine_s_memory(monkeypatch):
-    monkeypatch.setattr("configuration.preflight.memory_limit", lambda: 2**30)
+    monkeypatch.setattr("configuration.cgroups.memory_limit", lambda: 2**30)
     machine = Machine.here("results")
     assert (machine.host_memory_gib, machine.is_limited) == (1, True)
-    monkeypatch.setattr("configuration.preflight.memory_limit", lambda: 2**60)
+    monkeypatch.setattr("configuration.cgroups.memory_limit", lambda: 2**60)
     machine = Machine.here("results")
     assert machine.host_memory_gib > 1 and not machine.is_limited
 

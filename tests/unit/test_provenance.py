@@ -40,6 +40,14 @@ def test_a_local_data_set_whose_content_changes_is_another(root, tmp_path):
     assert len(set(keys)) == 3 and key() == keys[-1]
 
 
+def test_a_set_that_is_scored_must_be_whole_before_anything_is_trained(recipes):
+    """A training alone bears some bad rows."""
+    assert recipes().job("dataset", name="aime-2024")["every_row"]
+    assert not recipes().job("dataset", name="dapo-math-17k")["every_row"]
+    validated = {"validation": {"interval": 20, "dataset": "dapo-math-17k"}}
+    assert recipes(**validated).job("dataset", name="dapo-math-17k")["every_row"]
+
+
 def test_an_evaluation_does_not_depend_on_what_its_engine_does_for_a_training_alone(root):
     def key(**engine):
         overrides = {"per_model": {"35B_A3B": {"engine": engine}}}

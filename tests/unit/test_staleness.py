@@ -195,6 +195,39 @@ def test_the_first_changes_are_named_and_the_others_counted():
     assert list(staleness.settings({"a": "x" * 99}, {})) == [f'a: "{"x" * 28}... -> nothing']
 
 
+def samples(workflow, weights="base"):
+    """What a dry run says of an evaluation's samples."""
+    return workflow.today().why("evaluate", model="tiny", dataset="sums-evaluation", weights=weights).split("; ")[-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "fate"),
+    [
+        ({"reward": {"max_seconds": 9.0}}, "kept"),
+        ({"evaluation": {"samples_per_problem": 12}}, "kept"),
+        ({"evaluation": {"temperature": 0.5}}, "drawn again"),
+        ({"engine": {"server_arguments": {"dtype": "half"}}}, "drawn again"),
+    ],
+)
+def test_an_evaluation_says_whether_it_samples_again(workflow, settings, fate):
+    assert samples(workflow) == ""
+    workflow.settings = {"per_model": {"tiny": settings}}
+    assert samples(workflow) == f"its samples are {fate}"
+
+
+def test_samples_depend_on_weights_and_prompts_that_are_made_again(workflow):
+    workflow.settings = {"per_model": {"tiny": {"optimizer": {"learning_rate": 1e-3}}}}
+    assert samples(workflow, "grpo") == "its samples are kept if the weights stay the same"
+    assert samples(workflow) == ""
+    workflow.settings = {"datasets": {"sums-evaluation": {"label_key": "answer"}}}
+    assert samples(workflow) == "its samples are kept if the prompts stay the same"
+    workflow.settings = {}
+    workflow.make("download", content="other", model="tiny")
+    assert samples(workflow) == "its samples are drawn again"
+    workflow.code = "c2"
+    assert samples(workflow) == "its samples are drawn again"
+
+
 # ---- runs of a training ---------------------------------------------------------------------------------------------
 
 

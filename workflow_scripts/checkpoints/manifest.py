@@ -131,6 +131,11 @@ def same_result(
     return kept if same else None
 
 
+def vouch_again(kept: Manifest, path: Path | str, job: dict[str, Any]) -> None:
+    """Write the manifest of a `same_result` for the job that would have made it again."""
+    write_manifest(path, kept.kind, kept.root, kept.files, job, kept.facts)
+
+
 def keep_manifest(manifest: Manifest) -> None:
     """Copy a manifest to where `same_result` finds it."""
     write_json(_kept(manifest.root), read_json(manifest.path))

@@ -21,6 +21,16 @@ def memory_limit(process: Path = Path("/proc/self")) -> int | None:
     return min((limit for limit in found if limit < UNLIMITED), default=None)
 
 
+def installed_memory() -> int:
+    """The memory of this machine in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def usable_memory() -> int:
+    """What of it a cgroup leaves this process, in bytes."""
+    return min(installed_memory(), memory_limit() or installed_memory())
+
+
 def cpu_limit(process: Path = Path("/proc/self")) -> float | None:
     """The cores whose time this process may take, which may be a part of one; None without a limit."""
     found = []

@@ -3,6 +3,7 @@
 What a machine lacks is for `configuration.preflight` to say, which only a run asks.
 """
 
+import functools
 import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -32,25 +33,34 @@ def check_inputs(jobs: Sequence[Job], configuration: Configuration, provenance: 
     Args:
         jobs: every job that is about to run.
     """
+
+    @functools.cache  # many jobs may read one set, which may be large
+    def check_rows(dataset: str, max_bad_share: float) -> None:
+        _check_rows(configuration.datasets[dataset], max_bad_share)
+
     for rule, wildcards in jobs:
         if rule == "dataset":
-            _check_dataset(wildcards["name"], configuration.datasets[wildcards["name"]])
+            dataset = configuration.datasets[wildcards["name"]]
+            _check_place(wildcards["name"], dataset)
+            check_rows(wildcards["name"], dataset.max_bad_share)
         elif rule == "download":
             _check_folder(wildcards["model"], configuration)
         elif rule == "train":
+            validation = configuration.models[wildcards["model"]].validation
+            if validation.interval:
+                check_rows(validation.dataset, 0.0)
             _check_training(wildcards["model"], configuration, provenance)
         elif rule == "evaluate":
-            _check_rows(configuration.datasets[wildcards["dataset"]], max_bad_share=0.0)
+            check_rows(wildcards["dataset"], 0.0)
 
 
-def _check_dataset(name: str, dataset: Dataset) -> None:
+def _check_place(name: str, dataset: Dataset) -> None:
     if dataset.folder:
         folder = Path(dataset.folder).expanduser()
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder: correct datasets.{name}.folder")
         if not (folder / dataset.file).is_file():
             raise UserError(f"{folder / dataset.file}: no such file: correct datasets.{name}.folder or .file")
-        _check_rows(dataset, dataset.max_bad_share)
 
 
 def _check_rows(dataset: Dataset, max_bad_share: float) -> None:
@@ -71,9 +81,7 @@ def _check_folder(model: str, configuration: Configuration) -> None:
 
 
 def _check_training(model: str, configuration: Configuration, provenance: Provenance) -> None:
-    training, validation = configuration.models[model].training, configuration.models[model].validation
-    if validation.interval:
-        _check_rows(configuration.datasets[validation.dataset], max_bad_share=0.0)
+    training = configuration.models[model].training
     if training.wandb_project:
         require_wandb()
     run = provenance.run(model)

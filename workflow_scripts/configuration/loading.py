@@ -72,6 +72,13 @@ class Configuration:
     faults: dict[str, str]
     plots: Plots
 
+    @property
+    def scored(self) -> set[str]:
+        """The problem sets that listed models are evaluated or validated on: every row of them is needed."""
+        models = [self.models[name] for name in self.listed]
+        validated = {model.validation.dataset for model in models if model.validation.interval}
+        return validated.union(*(model.evaluation.datasets for model in models))
+
 
 def load(shared: Path, models_folder: Path, user: Sequence[Layer] | dict[str, Any]) -> Configuration:
     """Read and check everything.

@@ -11,12 +11,12 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import free_bytes
 from configuration import slurm
-from configuration.cgroups import memory_limit, usable_cores
+from configuration.cgroups import installed_memory, usable_cores, usable_memory
 from configuration.gpus import visible_gpus
 from configuration.loading import Configuration
 from configuration.memory import GIB, disk_gib, estimate, host_gib
 from configuration.provenance import Provenance
-from configuration.schema import Model, Source
+from configuration.schema import Model
 from configuration.shape import architecture_of
 
 GPU_PACKAGES = ("sglang", "fla", "tilelang")
@@ -51,16 +51,16 @@ class Machine:
 
     @classmethod
     def here(cls, results: str) -> "Machine":
-        installed, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), memory_limit()
+        usable = usable_memory()
         return cls(
             gpus=visible_gpus(),
-            host_memory_gib=min(installed, limit or installed) / GIB,
+            host_memory_gib=usable / GIB,
             free_disk_gib=free_bytes(results) / GIB,
             missing_packages=tuple(name for name in GPU_PACKAGES if importlib.util.find_spec(name) is None),
             has_compiler="CC" in os.environ or any(map(shutil.which, COMPILERS)),
             has_cuda_toolkit=_has_cuda_toolkit(),
             free_cache_gib=None if _disk(hub_cache()) == _disk(results) else free_bytes(hub_cache()) / GIB,
-            is_limited=limit is not None and limit < installed,
+            is_limited=usable < installed_memory(),
         )
 
     def gpu_memory_gib(self, model: Model) -> float:
@@ -109,12 +109,6 @@ def check_jobs(
         jobs: (rule, wildcards) of every job that is about to run.
         partitions: rule -> the Slurm partition that its jobs are sent to; None where jobs run on this machine.
     """
-    jobs = [*jobs]
-    for rule, wildcards in jobs:
-        if rule == "download":
-            _require(configuration.models[wildcards["model"]].source, wildcards["model"])
-        elif rule == "dataset":
-            _require(configuration.datasets[wildcards["name"]], wildcards["name"])
     jobs = [(rule, wildcards["model"]) for rule, wildcards in jobs if "model" in wildcards]
     if not jobs:
         return
@@ -168,14 +162,6 @@ def _of_disks(needed: Disk, machine: Machine) -> list[str]:
             f" Hub's cache {hub_cache()}: make room, or set {variable} to a folder on a larger disk"
         )
     return faults
-
-
-def _require(source: Source, name: str) -> None:
-    """Its own folder, and there a problem set's file."""
-    if source.folder:
-        wanted = Path(source.folder).expanduser() / getattr(source, "file", "")
-        if not wanted.exists():
-            raise UserError(f"{name}: {wanted}: no such file or folder")
 
 
 def _disk_to_take_gib(configuration: Configuration, provenance: Provenance, jobs: Iterable[tuple[str, str]]) -> Disk:

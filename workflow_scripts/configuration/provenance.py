@@ -22,7 +22,7 @@ from common.files import read_json, sha256_of
 from configuration import runs, staleness
 from configuration.code import code_digest, digest
 from configuration.loading import Configuration
-from configuration.schema import Section
+from configuration.schema import Engine, Evaluation, Section
 
 OF_TRAINING = {"mem_fraction_static", "check_weights", "replay_routing"}  # the engine's, beside a training alone
 TRAIN_SECTIONS = (
@@ -72,11 +72,13 @@ class State(NamedTuple):
         made: its manifest, None where there is none.
         stale: why it must be made again, in words.
         tolerated: what has changed, too, and is no reason to.
+        damage: of ``stale``, which of its files are not there whole.
     """
 
     made: dict[str, Any] | None
     stale: tuple[str, ...]
-    tolerated: tuple[str, ...]
+    tolerated: tuple[str, ...] = ()
+    damage: tuple[str, ...] = ()
 
     @property
     def fresh(self) -> bool:
@@ -115,14 +117,14 @@ class Provenance:
         path = self._manifest(stage, which)
         made = _read(path) if path else None
         if made is None:
-            return State(None, (), ())
+            return State(None, ())
         before, now = made["provenance"], self.of(stage, **which)
-        stale = [*staleness.settings(before["config"], now["config"]), *self._changed_inputs(before, stage, **which)]
-        stale += staleness.missing_files(path, made)
-        by = staleness.makers(before, now)
+        damage = tuple(staleness.missing_files(path, made))
+        changed = *staleness.settings(before["config"], now["config"]), *self._changed_inputs(before, stage, **which)
+        by = tuple(staleness.makers(before, now))
         if stage == "train" and self._on_code_change(**which) == "continue":
-            return State(made, tuple(stale), tuple(by))
-        return State(made, (*stale, *by), ())
+            return State(made, (*changed, *damage), by, damage)
+        return State(made, (*changed, *damage, *by), damage=damage)
 
     @functools.cache  # noqa: B019
     def key(self, stage: str, **which: str) -> str:
@@ -131,20 +133,29 @@ class Provenance:
         if state.fresh:
             return state.made["provenance"]["key"]
         upstream = {name: self.key(of, **its) for name, (of, its) in self._parts(stage, **which).upstream.items()}
-        damage = staleness.missing_files(self._manifest(stage, which), state.made) if state.made else []
-        return digest([self.of(stage, **which) | {"upstream": upstream}, damage])
+        return digest([self.of(stage, **which) | {"upstream": upstream}, state.damage])
 
     def job(self, stage: str, **which: str) -> dict[str, Any]:
         """What a job is given: the record, its key, the commit of the code that runs, and what else it must know."""
         job = self.of(stage, **which) | {"key": self.key(stage, **which), "commit": _commit(self._scripts)}
-        return job | {"on_code_change": self._on_code_change(**which)} if stage == "train" else job
+        if stage == "train":
+            job["on_code_change"] = self._on_code_change(**which)
+        elif stage == "dataset":
+            job["every_row"] = which["name"] in self._configuration.scored
+        elif stage == "evaluate":
+            job["sampler"] = self._sampler(which["model"])
+        return job
 
     def why(self, stage: str, **which: str) -> str:
         """What has changed since a result was made, for people; empty where nothing did, or nothing was made."""
         if (state := self.state(stage, **which)).fresh:
             return ""
         changed = staleness.few(state.stale, ", ")
-        return self._why_training(changed, **which) if stage == "train" else changed
+        if stage == "train":
+            return self._why_training(changed, **which)
+        if stage == "evaluate" and state.made:
+            return f"{changed}; {self._of_samples(state.made['provenance'], **which)}"
+        return changed
 
     def run(self, model: str, on_code_change: str | None = None) -> Path | None:
         """The folder of the run that a training would go on with, by what its inputs are now; None if it begins."""
@@ -168,6 +179,29 @@ class Provenance:
             return ""
         hint = "; training.on_code_change: continue would go on" if self.run(model, "continue") else ""
         return f"{changed}; a new run begins, and the old one stays{hint}"
+
+    def _sampler(self, model: str) -> dict[str, Any]:
+        settings = self._configuration.models[model]
+        code = code_digest(self._scripts, "evaluation/sampling.py", engine_file(settings.engine.kind))
+        return sampler(settings.evaluation, settings.engine, code, versions.versions(versions.SAMPLING))
+
+    def _of_samples(self, before: dict[str, Any], model: str, **which: str) -> str:
+        """What becomes of an evaluation's samples when it is made again."""
+        again = "its samples are drawn again"
+        if before.get("sampler") != self._sampler(model):
+            return again
+        conditions = []
+        for name, (of, its) in self._parts("evaluate", model=model, **which).upstream.items():
+            state = self.state(of, **its)
+            same = state.fresh and content_of(state.made) == before["inputs"].get(name)
+            if name == "dataset" and not same:
+                conditions.append("prompts")
+            elif not state.fresh:
+                conditions.append("weights")
+            elif not same:
+                return again
+        kept = "its samples are kept"
+        return f"{kept} if the {' and the '.join(conditions)} stay the same" if conditions else kept
 
     def _on_code_change(self, model: str) -> str:
         return self._configuration.models[model].training.on_code_change
@@ -214,8 +248,10 @@ class Provenance:
 
     def _convert(self, model: str) -> Parts:
         conversion = self._configuration.models[model].conversion
+        # Any number of processes gives the same tensors.
+        config = {"conversion": conversion.model_dump(mode="json", include={"mtp_num_layers"})}
         upstream = {"download": ("download", {"model": model})}
-        return Parts({"conversion": conversion}, ["convert.py"], versions.CONVERTING, upstream)
+        return Parts(config, ["convert.py"], versions.CONVERTING, upstream)
 
     def _train(self, model: str) -> Parts:
         settings = self._configuration.models[model]
@@ -276,6 +312,16 @@ class Provenance:
             for dataset in self._configuration.models[model].evaluation.datasets
             for weights in ("base", self._configuration.run)
         }
+
+
+def sampler(evaluation: Evaluation, engine: Engine, code: str, packages: dict[str, str]) -> dict[str, Any]:
+    """What decides an evaluation's samples besides weights and prompts: as long as it stays, they are kept."""
+    return {
+        "protocol": evaluation.protocol,
+        "engine": engine.model_dump(mode="json", include={"kind", "speculation", "server_arguments"}),
+        "code": code,
+        "versions": packages,
+    }
 
 
 def engine_file(kind: str) -> str:

@@ -389,6 +389,12 @@ class Evaluation(Section):
             raise ValueError(f"pass_at {max(self.pass_at)} needs at least as many samples_per_problem")
         return self
 
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """The settings that decide what is answered; the others: of what, how often, how it counts, in what memory."""
+        others = {"datasets", "samples_per_problem", "pass_at", "bootstrap_samples", "mem_fraction_static"}
+        return self.model_dump(mode="json", exclude=others)
+
 
 GPUS_OF_A_NODE = 8
 

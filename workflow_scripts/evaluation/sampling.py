@@ -58,19 +58,14 @@ class Sample:
     seconds: float
 
 
-def origin_of(model: Any, problems: Sequence[Problem], settings: Evaluation) -> dict[str, Any]:
-    """Everything that decides the samples but how many there are: ``model`` is plain JSON that identifies the weights.
+def origin_of(sampler: dict[str, Any], problems: Sequence[Problem]) -> dict[str, Any]:
+    """Everything that decides the samples but how many there are.
 
-    Labels, reward and estimators are not part of it: when they change, the saved samples are graded again. Nor is the
-    memory that the engine takes: whoever lowers it after it ran out keeps the samples that there are.
+    Args:
+        sampler: plain JSON that identifies the weights and how they answer (`configuration.provenance.sampler`).
+        problems: of which the prompts count. Labels do not: when they change, the saved samples are graded again.
     """
-    without_effect = {"datasets", "samples_per_problem", "pass_at", "bootstrap_samples", "mem_fraction_static"}
-    origin = {
-        "model": model,
-        "protocol": settings.model_dump(mode="json", exclude=without_effect),
-        "prompts": prompts_digest(problems),
-    }
-    return json.loads(json.dumps(origin))  # as a file gives it back
+    return json.loads(json.dumps(sampler | {"prompts": prompts_digest(problems)}))  # as a file gives it back
 
 
 def prompts_digest(problems: Sequence[Problem]) -> str:

@@ -23,14 +23,14 @@ def evaluate(
     settings: Evaluation,
     grader: Grader,
     samples_path: Path | str,
-    model: Any,
+    sampler: dict[str, Any],
 ) -> dict[str, Any]:
     """Sample, grade and score: `scores` of what a running engine answers.
 
-    ``model`` is plain JSON that identifies the engine's weights; an evaluation of the same ones that was interrupted
-    goes on from ``samples_path``.
+    ``sampler`` is plain JSON that identifies the engine's weights; an interrupted evaluation of the same ones goes on
+    from ``samples_path``.
     """
-    file = SampleFile.open(samples_path, origin_of(model, problems, settings))
+    file = SampleFile.open(samples_path, origin_of(sampler, problems))
     samples = sample_problems(engine, tokenizer, stop_token_ids, problems, settings, file)
     return scores(problems, samples, settings, grader)
 
