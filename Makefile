@@ -27,9 +27,9 @@ lint: setup
 lock:
 	@envs/lock.sh
 
-# After a change of workflow_scripts/configuration/schema.py: the JSON schemas by which editors check the YAML.
+# After a change of workflow_scripts/milepost/configuration/schema.py: the JSON schemas by which editors check the YAML.
 schema: setup
-	@PYTHONPATH=workflow_scripts .venv/bin/python -m configuration.json_schema
+	@PYTHONPATH=workflow_scripts .venv/bin/python -P -m milepost.configuration.json_schema
 
 # After a new line in benchmarks/results: the tables of README.md and benchmarks/README.md.
 benchmark-tables: setup

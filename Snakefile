@@ -8,7 +8,7 @@ min_version("9.27")
 include: "rules/common.smk"
 
 
-configfile: f"{workflow.basedir}/config/config.yaml"
+configfile: f"{BASE}/config/config.yaml"
 
 
 include: "rules/download.smk"

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from record import record
 
-from checkpoints.manifest import write_manifest
-from common.files import write_json
+from milepost.checkpoints.manifest import write_manifest
+from milepost.common.files import write_json
 
 JOB = {"config": {"conversion": {}}, "code": "benchmark", "upstream": {}}
 
@@ -45,7 +45,7 @@ def main() -> None:
     shutil.rmtree(arguments.scratch / "copy")
     note = {"bytes": size, "copy_seconds": round(copied, 1)}
     for name, options, source in (("convert", to_torch_dist, arguments.folder), ("export", to_hub, torch_dist)):
-        seconds, peak = timed([sys.executable, "-m", name, *options], source)
+        seconds, peak = timed([sys.executable, f"workflow_scripts/{name}.py", *options], source)
         note |= {f"{name}_seconds": round(seconds, 1)}
         record(f"{name}_share_of_copy", arguments.model, copied / seconds, "share", file="conversion", **note)
         record("host_memory_gib", arguments.model, peak, "GiB", file="conversion", stage=name, bytes=size)

@@ -31,10 +31,10 @@ import yaml
 from gpu_training import PEAK_FLOPS
 from record import record
 
-from configuration.loading import load, merge
-from configuration.memory import CONTEXT_GIB, GIB, estimate
-from configuration.schema import Model
-from configuration.shape import architecture_of
+from milepost.configuration.loading import load, merge
+from milepost.configuration.memory import CONTEXT_GIB, GIB, estimate
+from milepost.configuration.schema import Model
+from milepost.configuration.shape import architecture_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("rollout", "train", "optimizer", "sync", "sleep_wake")  # the optimizer's is a part of train's

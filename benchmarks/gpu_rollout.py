@@ -17,10 +17,10 @@ from pathlib import Path
 
 from record import record
 
-from configuration.schema import Engine, Speculation
-from rollout.engine import Request, SamplingParams
-from rollout.sglang_engine import start
-from rollout.sglang_server import server_arguments
+from milepost.configuration.schema import Engine, Speculation
+from milepost.rollout.engine import Request, SamplingParams
+from milepost.rollout.sglang_engine import start
+from milepost.rollout.sglang_server import server_arguments
 
 OFFLINE = """
 import json, sys, time

@@ -4,7 +4,8 @@ A step is everything between a rollout's sequences and new weights: forward and 
 and the optimizer. Model FLOPs utilisation is 6 N D over the time and 989 TFLOP/s, recompute not counted.
 
     PYTHONPATH=workflow_scripts python benchmarks/gpu_training.py --model 4B --budgets 8192 16384 32768
-    PYTHONPATH=workflow_scripts python -m torchrun --nproc-per-node 4 benchmarks/gpu_training.py --model 27B --tensor 4
+    PYTHONPATH=workflow_scripts python -P -m milepost.launch.torchrun --standalone --nproc-per-node 4 \\
+        benchmarks/gpu_training.py --model 27B --tensor 4
 """
 
 import argparse
@@ -19,17 +20,17 @@ import torch
 import torch.distributed as dist
 from record import record
 
-from configuration.loading import load
-from configuration.memory import GIB, estimate
-from configuration.schema import Model, Mtp, Optimizer, Parallel
-from configuration.shape import architecture_of
-from grpo import gpu_optimizer
-from grpo.learner import Learner
-from grpo.optimizer import build_optimizer
-from grpo.policy import Policy
-from grpo.run_state import Progress
-from grpo.samples import TrainingSequence
-from qwen3_5.build import build_model, finalize, initialize
+from milepost.configuration.loading import load
+from milepost.configuration.memory import GIB, estimate
+from milepost.configuration.schema import Model, Mtp, Optimizer, Parallel
+from milepost.configuration.shape import architecture_of
+from milepost.grpo import gpu_optimizer
+from milepost.grpo.learner import Learner
+from milepost.grpo.optimizer import build_optimizer
+from milepost.grpo.policy import Policy
+from milepost.grpo.run_state import Progress
+from milepost.grpo.samples import TrainingSequence
+from milepost.qwen3_5.build import build_model, finalize, initialize
 
 ROOT = Path(__file__).resolve().parents[1]
 PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200

@@ -19,12 +19,12 @@ from tqdm import tqdm
 from transformers.models.qwen3_5 import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 from transformers.models.qwen3_5_moe import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 
-from common.files import write_json
-from configuration.loading import read_yaml
-from configuration.schema import Architecture, TinyModel
-from configuration.shape import text_config
-from tiny.checkpoint import FLOAT32_TENSORS, FULL_ATTENTION_INTERVAL, model_config, write_side_files
-from tiny.tokenizer import train_tokenizer
+from milepost.common.files import write_json
+from milepost.configuration.loading import read_yaml
+from milepost.configuration.schema import Architecture, TinyModel
+from milepost.configuration.shape import text_config
+from milepost.tiny.checkpoint import FLOAT32_TENSORS, FULL_ATTENTION_INTERVAL, model_config, write_side_files
+from milepost.tiny.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 VISION = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "num_position_embeddings": 2304}

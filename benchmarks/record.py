@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.manifest import versions
+from milepost.checkpoints.manifest import versions
 
 RESULTS = Path(__file__).parent / "results"
 COMMAND = shlex.join(["python", *sys.argv])  # now: a script that is run in this process sets its own

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from configuration.schema import Engine, TinyModel
-from rollout.engine import Request, SamplingParams, start_engine
-from tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
-from tiny.tokenizer import train_tokenizer
+from milepost.configuration.schema import Engine, TinyModel
+from milepost.rollout.engine import Request, SamplingParams, start_engine
+from milepost.tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
+from milepost.tiny.tokenizer import train_tokenizer
 
 PROMPTS, SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 32, 8, 40, 24
 

@@ -16,14 +16,14 @@ from random_checkpoint import ROOT, write_checkpoint
 from record import record
 from torch import Tensor
 
-from checkpoints import mapping
-from checkpoints.safetensors_io import HubCheckpoint
-from configuration.loading import read_yaml
-from configuration.schema import Architecture as Shape
-from qwen3_5.architecture import Architecture
-from qwen3_5.build import build_model, finalize, initialize
-from qwen3_5.model import hidden_states, output_weight
-from qwen3_5.packed import pack
+from milepost.checkpoints import mapping
+from milepost.checkpoints.safetensors_io import HubCheckpoint
+from milepost.configuration.loading import read_yaml
+from milepost.configuration.schema import Architecture as Shape
+from milepost.qwen3_5.architecture import Architecture
+from milepost.qwen3_5.build import build_model, finalize, initialize
+from milepost.qwen3_5.model import hidden_states, output_weight
+from milepost.qwen3_5.packed import pack
 
 WIDTH = 512
 TOKENS = 1024

@@ -10,19 +10,21 @@ from snakemake.logging import logger
 from snakemake.persistence import ParamsChange
 from snakemake_interface_logger_plugins.common import LogEvent
 
-sys.path.insert(0, f"{workflow.basedir}/workflow_scripts")
+BASE = Path(str(workflow.current_basedir)).parent
+SCRIPTS = BASE / "workflow_scripts"
+sys.path.insert(0, str(SCRIPTS))
 
-from common.errors import UserError
-from common.failed_jobs import FailedJobs
-from common.files import write_json
-from common.working_folder import claim
-from configuration.cgroups import usable_cores, usable_memory
-from configuration.early import check_inputs, mistyped
-from configuration.gpus import visible_gpus
-from configuration.layout import processes
-from configuration.loading import load, user_layers
-from configuration.preflight import check_jobs, table
-from configuration.provenance import Provenance
+from milepost.common.errors import UserError
+from milepost.common.failed_jobs import FailedJobs
+from milepost.common.files import write_json
+from milepost.common.working_folder import claim
+from milepost.configuration.cgroups import usable_cores, usable_memory
+from milepost.configuration.early import check_inputs, mistyped
+from milepost.configuration.gpus import visible_gpus
+from milepost.configuration.layout import processes
+from milepost.configuration.loading import load, user_layers
+from milepost.configuration.preflight import check_jobs, table
+from milepost.configuration.provenance import Provenance
 
 
 def complain(function, *arguments):
@@ -43,7 +45,6 @@ if workflow.is_main_process:
     logger.addFilter(failed_jobs)
     atexit.register(failed_jobs.say)
 
-BASE = Path(workflow.basedir)
 settings = complain(
     load,
     BASE / "config/config.yaml",
@@ -55,20 +56,19 @@ settings = complain(
         Path(workflow.workdir_init),
     ),
 )
-provenance = Provenance(settings, BASE / "workflow_scripts")
+provenance = Provenance(settings, SCRIPTS)
 RESULTS = settings.results
 
-# Jobs run with the interpreter that runs Snakemake and see no other modules than this project's.
-scripts = BASE / "workflow_scripts"
-if ":" in f"{scripts}{sys.executable}":
+# Jobs run with the interpreter that runs Snakemake, and the processes that they start find this project's package.
+if ":" in f"{SCRIPTS}{sys.executable}":
     sys.exit(
         f"error: {BASE}: a colon ends a folder's name in PATH and PYTHONPATH: move the clone"
     )
 prefix = (
     "set -euo pipefail; "
     f"source {quote(str(BASE / 'rules/job.sh'))}; "
-    f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH PYTHONPATH={quote(str(scripts))} "
-    "PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false "
+    f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH PYTHONPATH={quote(str(SCRIPTS))} "
+    "PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false "
     "THP_MEM_ALLOC_ENABLE=1; "  # torch takes memory in large pages: Adam's states are there twice as fast
 )
 shell.prefix(prefix.replace("{", "{{").replace("}", "}}"))  # Snakemake formats it
@@ -238,8 +238,10 @@ def partitions(jobs):
 def launched(by, count):
     """How a script is started: alone by ``python``, or by ``torchrun`` as so many processes of this machine."""
     if by == "python":
-        return "python -m"
-    return f"python -m torchrun --standalone --nproc-per-node={count} -m"
+        return "python"
+    return (
+        f"python -P -m milepost.launch.torchrun --standalone --nproc-per-node={count}"
+    )
 
 
 def training_processes(wildcards):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.files import allow_open_files
+from milepost.common.files import allow_open_files
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,7 +65,7 @@ def snakemake():
 @pytest.fixture(scope="module")
 def one_process():
     """Megatron-Core's groups over this process alone."""
-    from qwen3_5.build import finalize, initialize
+    from milepost.qwen3_5.build import finalize, initialize
 
     initialize()
     yield

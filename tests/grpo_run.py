@@ -12,14 +12,14 @@ from pathlib import Path
 
 import convert
 import train
-from checkpoints.manifest import write_manifest
-from common.errors import UserError
-from configuration.schema import TinyModel
-from rewards.math import Verdict
+from milepost.checkpoints.manifest import write_manifest
+from milepost.common.errors import UserError
+from milepost.configuration.schema import TinyModel
+from milepost.rewards.math import Verdict
+from milepost.tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
+from milepost.tiny.problems import all_additions
+from milepost.tiny.tokenizer import train_tokenizer
 from stages import convert_arguments, job_arguments, vouch
-from tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
-from tiny.problems import all_additions
-from tiny.tokenizer import train_tokenizer
 
 SETTINGS = {
     "training": {

@@ -8,16 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-from checkpoints.manifest import read_manifest
 from hub_server import HubServer
+from milepost.checkpoints.manifest import read_manifest
 from stages import job_arguments
 
 SCRIPTS = Path(__file__).parents[1] / "workflow_scripts"
 # The script as it is, less patient between its tries.
-IMPATIENT = (
-    "import sys, runpy, hub.faults; hub.faults.WAITS = (0, 0.1, 0.2);"
-    f"sys.argv[0] = 'download.py'; runpy.run_path({str(SCRIPTS / 'download.py')!r}, run_name='__main__')"
-)
+IMPATIENT = """
+import download
+from milepost.common.errors import run
+from milepost.hub import faults
+
+faults.WAITS = (0, 0.1, 0.2)
+run(download.main)
+"""
 TOKEN = "hf_goodtoken"
 WEIGHTS = bytes(range(256)) * 4096  # 1 MiB
 MODEL = {

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig, modeling_qwen3_5
 from transformers.models.qwen3_5_moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig, modeling_qwen3_5_moe
 
+from milepost.qwen3_5.architecture import Architecture
 from precision import in_float64
-from qwen3_5.architecture import Architecture
 
 for module in (modeling_qwen3_5, modeling_qwen3_5_moe):  # plain torch, also where flash-linear-attention is installed
     module.chunk_gated_delta_rule = module.fused_recurrent_gated_delta_rule = module.FusedRMSNormGated = None

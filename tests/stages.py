@@ -13,7 +13,14 @@ from typing import Any
 
 import psutil
 
-from checkpoints.manifest import write_manifest
+from milepost.checkpoints.manifest import write_manifest
+
+SCRIPTS = Path(__file__).parents[1] / "workflow_scripts"
+
+
+def script(name: str) -> str:
+    """The path of an entry script."""
+    return str(SCRIPTS / f"{name}.py")
 
 
 def vouch(hub: Path, manifest: Path) -> Path:
@@ -59,7 +66,7 @@ def call(monkeypatch, main, arguments: list[str]) -> None:
 
 def launcher(processes: int) -> list[str]:
     """The command that starts so many processes on this machine."""
-    return [sys.executable, "-m", "torchrun", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, "-P", "-m", "milepost.launch.torchrun", "--standalone", f"--nproc-per-node={processes}"]
 
 
 def torchrun(processes: int, *arguments: str, **options) -> subprocess.CompletedProcess:

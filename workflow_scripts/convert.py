@@ -9,16 +9,16 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoints import mapping, torch_dist
-from checkpoints.manifest import keep_manifest, read_manifest, same_result, vouch_again, write_manifest
-from checkpoints.safetensors_io import HubCheckpoint
-from common.errors import UserError, run
-from common.files import hold
-from common.jobs import job_parser
-from configuration.layout import conversion_fault
-from configuration.schema import Parallel
-from qwen3_5.architecture import Architecture
-from qwen3_5.build import build_model, finalize, initialize
+from milepost.checkpoints import mapping, torch_dist
+from milepost.checkpoints.manifest import keep_manifest, read_manifest, same_result, vouch_again, write_manifest
+from milepost.checkpoints.safetensors_io import HubCheckpoint
+from milepost.common.errors import UserError, run
+from milepost.common.files import hold
+from milepost.common.jobs import job_parser
+from milepost.configuration.layout import conversion_fault
+from milepost.configuration.schema import Parallel
+from milepost.qwen3_5.architecture import Architecture
+from milepost.qwen3_5.build import build_model, finalize, initialize
 
 
 def main() -> None:

@@ -5,15 +5,15 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from checkpoints.manifest import write_manifest
-from common.errors import run
-from common.files import hold
-from common.jobs import job_parser
-from common.labels import BOX
-from common.problems import Problem, asks_for_a_box, kinds_of, load_problem_set
-from configuration.schema import Architecture, Dataset, ModelSource, Section
-from configuration.shape import require_shape
-from hub import environment
+from milepost.checkpoints.manifest import write_manifest
+from milepost.common.errors import run
+from milepost.common.files import hold
+from milepost.common.jobs import job_parser
+from milepost.common.labels import BOX
+from milepost.common.problems import Problem, asks_for_a_box, kinds_of, load_problem_set
+from milepost.configuration.schema import Architecture, Dataset, ModelSource, Section
+from milepost.configuration.shape import require_shape
+from milepost.hub import environment
 
 
 class ModelSettings(Section):
@@ -36,7 +36,7 @@ def main() -> None:
 def download(arguments: argparse.Namespace) -> None:
     environment.require_importable()
     # Here, since huggingface_hub reads the environment when it is imported.
-    from hub.snapshot import dataset_from_folder, dataset_from_hub, model_from_folder, model_from_hub
+    from milepost.hub.snapshot import dataset_from_folder, dataset_from_hub, model_from_folder, model_from_hub
 
     settings = arguments.job["config"]
     if "dataset" in settings:

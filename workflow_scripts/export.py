@@ -6,15 +6,22 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from checkpoints import mapping, torch_dist
-from checkpoints.folders import finish_folder, partial_folder, start_folder
-from checkpoints.manifest import Manifest, keep_manifest, read_manifest, same_result, vouch_again, write_manifest
-from checkpoints.safetensors_io import HubCheckpoint, HubWriter
-from common.errors import UserError, run
-from common.files import hold, require_room
-from common.jobs import job_parser
-from qwen3_5.architecture import Architecture
-from qwen3_5.build import build_model, finalize, initialize
+from milepost.checkpoints import mapping, torch_dist
+from milepost.checkpoints.folders import finish_folder, partial_folder, start_folder
+from milepost.checkpoints.manifest import (
+    Manifest,
+    keep_manifest,
+    read_manifest,
+    same_result,
+    vouch_again,
+    write_manifest,
+)
+from milepost.checkpoints.safetensors_io import HubCheckpoint, HubWriter
+from milepost.common.errors import UserError, run
+from milepost.common.files import hold, require_room
+from milepost.common.jobs import job_parser
+from milepost.qwen3_5.architecture import Architecture
+from milepost.qwen3_5.build import build_model, finalize, initialize
 
 
 def main() -> None:

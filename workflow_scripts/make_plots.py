@@ -4,13 +4,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from checkpoints.manifest import write_manifest
-from common.errors import run
-from common.files import atomic_write
-from common.jobs import job_parser
-from configuration.schema import Plots
-from reporting.plots import all_plots
-from reporting.results import pairs, read_scores, read_trainings
+from milepost.checkpoints.manifest import write_manifest
+from milepost.common.errors import run
+from milepost.common.files import atomic_write
+from milepost.common.jobs import job_parser
+from milepost.configuration.schema import Plots
+from milepost.reporting.plots import all_plots
+from milepost.reporting.results import pairs, read_scores, read_trainings
 
 
 def main() -> None:

@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-from checkpoints.manifest import write_manifest
-from common.errors import run
-from common.files import atomic_write
-from common.jobs import job_parser
-from configuration.schema import Dataset
-from tiny.problems import draw
+from milepost.checkpoints.manifest import write_manifest
+from milepost.common.errors import run
+from milepost.common.files import atomic_write
+from milepost.common.jobs import job_parser
+from milepost.configuration.schema import Dataset
+from milepost.tiny.problems import draw
 
 
 def main() -> None:

@@ -4,14 +4,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoints.manifest import Manifest, read_manifest
-from common.errors import run
-from common.files import atomic_write
-from common.jobs import job_parser
-from configuration.schema import Plots
-from evaluation.overlap import overlap
-from reporting.report import report_page
-from reporting.results import Score, Training, pairs, read_scores, read_trainings
+from milepost.checkpoints.manifest import Manifest, read_manifest
+from milepost.common.errors import run
+from milepost.common.files import atomic_write
+from milepost.common.jobs import job_parser
+from milepost.configuration.schema import Plots
+from milepost.evaluation.overlap import overlap
+from milepost.reporting.report import report_page
+from milepost.reporting.results import Score, Training, pairs, read_scores, read_trainings
 
 
 def main() -> None:

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from common.errors import run
-from common.files import atomic_write
-from common.jobs import job_parser
-from configuration.schema import Plots
-from reporting.report import tables_page
-from reporting.results import pairs, read_scores
-from reporting.tables import difference_table, markdown, score_table, titled
+from milepost.common.errors import run
+from milepost.common.files import atomic_write
+from milepost.common.jobs import job_parser
+from milepost.configuration.schema import Plots
+from milepost.reporting.report import tables_page
+from milepost.reporting.results import pairs, read_scores
+from milepost.reporting.tables import difference_table, markdown, score_table, titled
 
 
 def main() -> None:

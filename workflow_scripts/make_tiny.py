@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 import transformers
 
-from checkpoints.folders import finish_folder, partial_folder, start_folder
-from checkpoints.manifest import describe, write_manifest
-from common.errors import run
-from common.files import hold
-from common.jobs import job_parser
-from configuration.schema import ModelSource
-from tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
-from tiny.tokenizer import train_tokenizer
-from tiny.warm_up import warm_up
+from milepost.checkpoints.folders import finish_folder, partial_folder, start_folder
+from milepost.checkpoints.manifest import describe, write_manifest
+from milepost.common.errors import run
+from milepost.common.files import hold
+from milepost.common.jobs import job_parser
+from milepost.configuration.schema import ModelSource
+from milepost.tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
+from milepost.tiny.tokenizer import train_tokenizer
+from milepost.tiny.warm_up import warm_up
 
 
 def main() -> None:

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from checkpoints.manifest import same_result, vouch_again
-from common.errors import run
-from common.files import hold
-from common.jobs import job_parser
-from configuration import runs
+from milepost.checkpoints.manifest import same_result, vouch_again
+from milepost.common.errors import run
+from milepost.common.files import hold
+from milepost.common.jobs import job_parser
+from milepost.configuration import runs
 
 
 def main() -> None:

@@ -15,33 +15,33 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from checkpoints import torch_dist
-from checkpoints.manifest import Manifest, describe, keep_manifest, read_manifest, write_manifest
-from checkpoints.safetensors_io import HubCheckpoint
-from common.errors import UserError, run
-from common.files import hold, sha256_of_all
-from common.interrupts import Interrupts
-from common.jobs import job_parser
-from common.problems import Problem
-from configuration import runs, schema
-from configuration.layout import shape_fault
-from configuration.memory import GIB, beside, estimate
-from evaluation.overlap import overlap
-from evaluation.problems import load_problems
-from evaluation.scores import evaluate
-from grpo import metrics, run_state
-from grpo.data import PromptCursor, load_prompts
-from grpo.learner import Learner
-from grpo.loop import Driver, Loop, control_group, from_rank_0
-from grpo.optimizer import build_optimizer
-from grpo.policy import Policy
-from grpo.run_state import Progress
-from grpo.weight_sync import push_weights
-from qwen3_5.architecture import Architecture
-from qwen3_5.build import build_model, finalize, initialize
-from rewards.math import Grader
-from rollout.engine import RolloutEngine, start_engine
-from rollout.prompts import load_tokenizer, stop_token_ids
+from milepost.checkpoints import torch_dist
+from milepost.checkpoints.manifest import Manifest, describe, keep_manifest, read_manifest, write_manifest
+from milepost.checkpoints.safetensors_io import HubCheckpoint
+from milepost.common.errors import UserError, run
+from milepost.common.files import hold, sha256_of_all
+from milepost.common.interrupts import Interrupts
+from milepost.common.jobs import job_parser
+from milepost.common.problems import Problem
+from milepost.configuration import runs, schema
+from milepost.configuration.layout import shape_fault
+from milepost.configuration.memory import GIB, beside, estimate
+from milepost.evaluation.overlap import overlap
+from milepost.evaluation.problems import load_problems
+from milepost.evaluation.scores import evaluate
+from milepost.grpo import metrics, run_state
+from milepost.grpo.data import PromptCursor, load_prompts
+from milepost.grpo.learner import Learner
+from milepost.grpo.loop import Driver, Loop, control_group, from_rank_0
+from milepost.grpo.optimizer import build_optimizer
+from milepost.grpo.policy import Policy
+from milepost.grpo.run_state import Progress
+from milepost.grpo.weight_sync import push_weights
+from milepost.qwen3_5.architecture import Architecture
+from milepost.qwen3_5.build import build_model, finalize, initialize
+from milepost.rewards.math import Grader
+from milepost.rollout.engine import RolloutEngine, start_engine
+from milepost.rollout.prompts import load_tokenizer, stop_token_ids
 
 
 class Settings(schema.Section):

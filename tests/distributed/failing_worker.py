@@ -5,8 +5,8 @@ import sys
 import torch.distributed as dist
 
 import grpo_run
-from common.errors import UserError
-from grpo import run_state
+from milepost.common.errors import UserError
+from milepost.grpo import run_state
 
 FAILING = [int(rank) for rank in sys.argv[1].split(",")]
 save = run_state.save

@@ -8,17 +8,17 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from checkpoints import mapping, torch_dist
-from checkpoints.safetensors_io import HubCheckpoint
-from configuration.schema import Algorithm, Experts, Mtp, Optimizer, Parallel, Sampling, Training
-from grpo.cpu_optimizer import CpuAdam
-from grpo.learner import Learner
-from grpo.policy import Policy, StepTotals
-from grpo.run_state import Progress
-from grpo.samples import TrainingSequence
+from milepost.checkpoints import mapping, torch_dist
+from milepost.checkpoints.safetensors_io import HubCheckpoint
+from milepost.configuration.schema import Algorithm, Experts, Mtp, Optimizer, Parallel, Sampling, Training
+from milepost.grpo.cpu_optimizer import CpuAdam
+from milepost.grpo.learner import Learner
+from milepost.grpo.policy import Policy, StepTotals
+from milepost.grpo.run_state import Progress
+from milepost.grpo.samples import TrainingSequence
+from milepost.qwen3_5.architecture import Architecture
+from milepost.qwen3_5.build import build_model, initialize
 from precision import computing_in
-from qwen3_5.architecture import Architecture
-from qwen3_5.build import build_model, initialize
 
 SHAPES = [(12, 9), (2, 70), (12, 3), (30, 1), (30, 20), (12, 33)]
 EVEN_SHAPES = [(12, 8), (2, 70), (30, 22)]  # which no layout pads

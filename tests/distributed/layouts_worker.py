@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from checkpoints import mapping, torch_dist
-from checkpoints.safetensors_io import HubCheckpoint
-from configuration.schema import Parallel
-from qwen3_5.architecture import Architecture
-from qwen3_5.build import build_model, initialize
+from milepost.checkpoints import mapping, torch_dist
+from milepost.checkpoints.safetensors_io import HubCheckpoint
+from milepost.configuration.schema import Parallel
+from milepost.qwen3_5.architecture import Architecture
+from milepost.qwen3_5.build import build_model, initialize
 
 DENSE = [Parallel(tensor=2), Parallel()]
 MOE = [

@@ -13,13 +13,13 @@ from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor, nn
 
 import qwen3_5_reference as reference
-from configuration.schema import Experts, Parallel
-from grpo.partial_gradients import sum_partial_gradients
+from milepost.configuration.schema import Experts, Parallel
+from milepost.grpo.partial_gradients import sum_partial_gradients
+from milepost.qwen3_5.build import build_model, initialize
+from milepost.qwen3_5.model import hidden_states, output_weight
+from milepost.qwen3_5.mtp import mtp_loss
+from milepost.qwen3_5.packed import context_shard, pack
 from precision import allowed_errors, computing_in, in_float64, kind_of
-from qwen3_5.build import build_model, initialize
-from qwen3_5.model import hidden_states, output_weight
-from qwen3_5.mtp import mtp_loss
-from qwen3_5.packed import context_shard, pack
 
 # Four processes in every layout; what the dense dimensions leave of them is data parallel.
 LAYOUTS = {

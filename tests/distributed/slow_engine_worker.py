@@ -9,7 +9,7 @@ from pathlib import Path
 
 import grpo_run
 import train
-from grpo.cpu_optimizer import CpuAdam
+from milepost.grpo.cpu_optimizer import CpuAdam
 
 RUNS = Path(sys.argv[1])
 start_engine, wake = train.start_engine, CpuAdam.wake

@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 
 import grpo_run
-from checkpoints import torch_dist
-from checkpoints.manifest import read_manifest
-from configuration.schema import Parallel
 from distributed.grpo_worker import LAYOUTS, save_gradients, shapes_of
+from milepost.checkpoints import torch_dist
+from milepost.checkpoints.manifest import read_manifest
+from milepost.configuration.schema import Parallel
+from milepost.qwen3_5.architecture import Architecture
+from milepost.qwen3_5.build import build_model, finalize, initialize
 from precision import MARGIN, assert_as_precise, computing_in
-from qwen3_5.architecture import Architecture
-from qwen3_5.build import build_model, finalize, initialize
 from stages import kill_the_second_rank, torchrun, torchrun_until, unmeasured
 from tiny_hub import DENSE, EXPERTS, EXPERTS_PER_TOKEN, MOE, make_tiny_hub
 

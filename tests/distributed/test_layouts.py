@@ -3,7 +3,7 @@
 import pytest
 
 from distributed.model_worker import LAYOUTS, single_process
-from qwen3_5.build import finalize, initialize
+from milepost.qwen3_5.build import finalize, initialize
 from stages import torchrun
 
 

@@ -7,7 +7,7 @@ import psutil
 
 import grpo_run
 from listeners import listeners
-from stages import convert_arguments, torchrun
+from stages import convert_arguments, script, torchrun
 
 
 def test_two_processes_that_convert_and_train_listen_on_loopback_only(root, tmp_path, environment):
@@ -15,10 +15,10 @@ def test_two_processes_that_convert_and_train_listen_on_loopback_only(root, tmp_
     network = next((name for name in psutil.net_if_addrs() if name != "lo"), "lo")
     environment = environment | {"GLOO_SOCKET_IFNAME": network}
     grpo_run.prepare(tmp_path)
-    script, work = str(root / "tests" / "grpo_run.py"), tmp_path / "run"
+    training, work = str(root / "tests" / "grpo_run.py"), tmp_path / "run"
     for command_line in (
-        ("-m", "convert", *convert_arguments(tmp_path / "download.json", tmp_path / "torch_dist")),
-        (script, *grpo_run.arguments(tmp_path, work, training={"rollouts": 1})),
+        (script("convert"), *convert_arguments(tmp_path / "download.json", tmp_path / "torch_dist")),
+        (training, *grpo_run.arguments(tmp_path, work, training={"rollouts": 1})),
     ):
         with listeners() as seen:
             torchrun(2, *command_line, env=environment)
@@ -26,15 +26,15 @@ def test_two_processes_that_convert_and_train_listen_on_loopback_only(root, tmp_
         assert not seen.open, seen.open
 
 
-def test_a_launcher_that_would_open_ports_is_refused(root, tmp_path, environment):
+def test_a_launcher_that_would_open_ports_is_refused(tmp_path, environment):
     arguments = convert_arguments(tmp_path / "download.json", tmp_path / "torch_dist")
     grpo_run.prepare(tmp_path)
     with listeners() as seen:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-             str(root / "workflow_scripts" / "convert.py"), *arguments],
+             script("convert"), *arguments],
             text=True, capture_output=True, timeout=300, env=environment,
         )  # fmt: skip
     assert seen.open  # torchrun's own
-    assert done.returncode and "python -m torchrun --standalone" in done.stderr
+    assert done.returncode and "python -m milepost.launch.torchrun" in done.stderr
     assert not (tmp_path / "torch_dist.json").exists()

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import grpo_run
-from checkpoints.manifest import read_manifest
 from hub_server import serve
-from stages import convert_arguments, export_arguments, job_arguments
+from milepost.checkpoints.manifest import read_manifest
+from stages import convert_arguments, export_arguments, job_arguments, script
 
 MAY_MOUNT = subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
 pytestmark = pytest.mark.skipif(not MAY_MOUNT, reason="mounting a small disk needs root")
@@ -59,7 +59,7 @@ def test_download(on_a_disk):
     weights = os.urandom(2**21)
     settings = {"source": {"repo": "Qwen/tiny", "revision": "main"}}
     command = [
-        *("-m", "download", *job_arguments(settings), "--name", "tiny"),
+        *(script("download"), *job_arguments(settings), "--name", "tiny"),
         *("--folder", str(on_a_disk.disk / "hub"), "--manifest", str(on_a_disk.disk / "download.json")),
     ]
     with serve() as hub:
@@ -72,7 +72,7 @@ def test_download(on_a_disk):
 
 def test_conversion(prepared, on_a_disk):
     arguments = convert_arguments(prepared / "download.json", on_a_disk.disk / "torch_dist")
-    line, kept = on_a_disk(200, ["-m", "convert", *arguments])
+    line, kept = on_a_disk(200, [script("convert"), *arguments])
     assert line.startswith("error: ") and "needs" in line and "MiB are free: make room and run again" in line
     assert not on_a_disk.files.read_text()
     read_manifest(kept / "torch_dist.json").require(digests=True)
@@ -80,7 +80,7 @@ def test_conversion(prepared, on_a_disk):
 
 def test_export(prepared, on_a_disk):
     arguments = export_arguments(prepared / "download.json", prepared / "torch_dist.json", on_a_disk.disk / "hf")
-    line, kept = on_a_disk(200, ["-m", "export", *arguments])
+    line, kept = on_a_disk(200, [script("export"), *arguments])
     assert "needs" in line and "MiB are free: make room and run again" in line
     assert not on_a_disk.files.read_text()
     read_manifest(kept / "hf.json").require(digests=True)
@@ -109,7 +109,7 @@ def test_an_evaluation_keeps_its_samples_and_samples_the_others(prepared, on_a_d
     line, kept = on_a_disk(
         12,
         [
-            *("-m", "evaluate", *job_arguments(config)),
+            *(script("evaluate_model"), *job_arguments(config)),
             *("--model", str(prepared / "download.json"), "--data", str(prepared / "evaluation.json")),
             *("--samples", f"{results}.jsonl", "--manifest", f"{results}.json"),
         ],

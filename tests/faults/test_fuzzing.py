@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoints.safetensors_io import HubCheckpoint
-from common.errors import UserError
-from common.problems import read_problems
-from configuration.loading import load
+from milepost.checkpoints.safetensors_io import HubCheckpoint
+from milepost.common.errors import UserError
+from milepost.common.problems import read_problems
+from milepost.configuration.loading import load
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),

@@ -104,7 +104,7 @@ def jobs(session: int) -> list[psutil.Process]:
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         try:
-            if "--job" in words and words[1:2] == ["-m"] and os.getsid(process.pid) == session:
+            if "--job" in words and words[1:2] and words[1].endswith(".py") and os.getsid(process.pid) == session:
                 found.append(process)
         except ProcessLookupError:
             continue

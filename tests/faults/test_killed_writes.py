@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from checkpoints.folders import finish_folder, partial_folder, start_folder
-from common.files import atomic_write
+from milepost.checkpoints.folders import finish_folder, partial_folder, start_folder
+from milepost.common.files import atomic_write
 
 KILLS = 15
 

@@ -6,18 +6,21 @@ import time
 
 import grpo_run
 import stages
-from checkpoints.manifest import read_manifest
+from milepost.checkpoints.manifest import read_manifest
 from stages import torchrun_until
 
 # The pipeline's torchrun, where torch itself would be patient for 1 second instead of 30.
 HASTY = """
-import runpy
+import sys
+
 from torch.distributed.elastic.multiprocessing.api import PContext
+
+from milepost.launch.torchrun import main
 
 *others, patience = PContext.close.__defaults__
 assert patience == 30, "torch has another patience than torchrun.py says"
 PContext.close.__defaults__ = (*others, 1)
-runpy.run_module("torchrun", run_name="__main__")
+main(sys.argv[1:])
 """
 SLOW_TO_END = """
 import os, pathlib, signal, sys, time

@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from common.files import hold
+from milepost.common.files import hold
 
 HOLD = """
 import sys, time
-from common.files import hold
+from milepost.common.files import hold
 with hold(sys.argv[1]):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
@@ -54,7 +54,9 @@ def test_a_second_snakemake_names_the_first_and_a_killed_one_leaves_no_lock(root
     left = tmp_path / ".snakemake/locks/0.output.lock"
     left.parent.mkdir(parents=True)
     left.touch()
-    claim = "from pathlib import Path; from common.working_folder import claim; kept = claim(Path('.snakemake'));"
+    claim = (
+        "from pathlib import Path; from milepost.common.working_folder import claim; kept = claim(Path('.snakemake'));"
+    )
     first = subprocess.Popen(
         [sys.executable, "-c", claim + "print(); input()"],
         cwd=tmp_path, env=environment,

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from checkpoints.safetensors_io import HubCheckpoint
-from configuration.schema import Engine
 from gpu.sglang_arguments import ARGUMENTS
-from grpo.loop import from_rank_0
-from qwen3_5.build import finalize, initialize
-from rollout.engine import Request, SamplingParams, share_weights, start_engine
-from rollout.sglang_weights import BUCKET_BYTES
+from milepost.checkpoints.safetensors_io import HubCheckpoint
+from milepost.configuration.schema import Engine
+from milepost.grpo.loop import from_rank_0
+from milepost.qwen3_5.build import finalize, initialize
+from milepost.rollout.engine import Request, SamplingParams, share_weights, start_engine
+from milepost.rollout.sglang_weights import BUCKET_BYTES
 
 RESTARTS = 2
 PARAMS = SamplingParams(max_new_tokens=8)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from grpo.log_probs import token_log_probs
-from qwen3_5 import attention, gated_delta_net, kernels, norms
-from qwen3_5.copies import copy_rows, find_copies, sum_copies
+from milepost.grpo.log_probs import token_log_probs
+from milepost.qwen3_5 import attention, gated_delta_net, kernels, norms
+from milepost.qwen3_5.copies import copy_rows, find_copies, sum_copies
 
 pytestmark = pytest.mark.gpu
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from milepost.qwen3_5.build import build_model
+from milepost.qwen3_5.model import hidden_states
+from milepost.qwen3_5.packed import pack
 from precision import MARGIN, differences, norms
-from qwen3_5.build import build_model
-from qwen3_5.model import hidden_states
-from qwen3_5.packed import pack
 from qwen3_5_reference import load, megatron_names, reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_process")]

@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from configuration.schema import Optimizer as Settings
-from grpo import offloaded_adam
-from grpo.cpu_optimizer import CpuAdam
-from grpo.optimizer import build_optimizer
-from qwen3_5.build import build_model
+from milepost.configuration.schema import Optimizer as Settings
+from milepost.grpo import offloaded_adam
+from milepost.grpo.cpu_optimizer import CpuAdam
+from milepost.grpo.optimizer import build_optimizer
+from milepost.qwen3_5.build import build_model
 from qwen3_5_reference import load as load_weights
 from qwen3_5_reference import megatron_names, reference
 

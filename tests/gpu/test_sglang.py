@@ -11,25 +11,25 @@ import torch
 from transformers import AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
-from checkpoints import mapping
-from checkpoints.safetensors_io import HubCheckpoint
-from common.errors import UserError
-from configuration.loading import load
-from configuration.schema import Engine, Speculation, TinyModel
 from gpu.sglang_arguments import ARGUMENTS
-from grpo.log_probs import token_log_probs
 from listeners import listeners
-from qwen3_5.architecture import Architecture
-from qwen3_5.build import build_model
-from qwen3_5.model import hidden_states, output_weight
-from qwen3_5.packed import pack
-from rollout import sglang_engine
-from rollout.engine import Request, SamplingParams, start_engine
-from rollout.prompts import encode_prompt, load_tokenizer, stop_token_ids
-from tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
-from tiny.problems import all_additions
-from tiny.tokenizer import train_tokenizer
-from tiny.warm_up import warm_up
+from milepost.checkpoints import mapping
+from milepost.checkpoints.safetensors_io import HubCheckpoint
+from milepost.common.errors import UserError
+from milepost.configuration.loading import load
+from milepost.configuration.schema import Engine, Speculation, TinyModel
+from milepost.grpo.log_probs import token_log_probs
+from milepost.qwen3_5.architecture import Architecture
+from milepost.qwen3_5.build import build_model
+from milepost.qwen3_5.model import hidden_states, output_weight
+from milepost.qwen3_5.packed import pack
+from milepost.rollout import sglang_engine
+from milepost.rollout.engine import Request, SamplingParams, start_engine
+from milepost.rollout.prompts import encode_prompt, load_tokenizer, stop_token_ids
+from milepost.tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
+from milepost.tiny.problems import all_additions
+from milepost.tiny.tokenizer import train_tokenizer
+from milepost.tiny.warm_up import warm_up
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(1800)]
 VOCABULARY = 500

@@ -5,9 +5,9 @@ import json
 import pytest
 
 import grpo_run
-from checkpoints.manifest import read_manifest
 from gpu.sglang_arguments import ARGUMENTS
 from listeners import listeners
+from milepost.checkpoints.manifest import read_manifest
 from stages import kill_the_second_rank, torchrun, torchrun_until
 
 pytestmark = [pytest.mark.gpu(2), pytest.mark.slow, pytest.mark.timeout(1800)]

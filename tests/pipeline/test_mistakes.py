@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from configuration import runs
-from configuration.loading import load
-from configuration.provenance import Provenance
+from milepost.configuration import runs
+from milepost.configuration.loading import load
+from milepost.configuration.provenance import Provenance
 
 
 @pytest.fixture

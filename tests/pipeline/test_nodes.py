@@ -106,7 +106,7 @@ def spans(root, tmp_path):
     workflow.mkdir()
     for part in ("Snakefile", "rules", "config", "profiles", "workflow_scripts"):
         (shutil.copytree if (root / part).is_dir() else shutil.copy)(root / part, workflow / part)
-    (workflow / "workflow_scripts/evaluate.py").write_text(RECORDER)
+    (workflow / "workflow_scripts/evaluate_model.py").write_text(RECORDER)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/nvidia-smi").write_text(NVIDIA_SMI)
     (tmp_path / "bin/nvidia-smi").chmod(0o755)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from configuration.cgroups import cpu_limit, memory_limit, usable_cores
+from milepost.configuration.cgroups import cpu_limit, memory_limit, usable_cores
 
 GIB = 2**30
 V2 = "30 23 0:26 {root} {mount} rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate"
@@ -92,6 +92,6 @@ def test_a_system_without_control_groups_has_no_limit(tmp_path):
 
 @pytest.mark.parametrize(("limit", "cores"), [(None, 4), (1.5, 1), (0.5, 1), (2.0, 2), (64.0, 4)])
 def test_cores_are_counted_whole_and_at_least_one(monkeypatch, limit, cores):
-    monkeypatch.setattr("configuration.cgroups.cpu_limit", lambda: limit)
+    monkeypatch.setattr("milepost.configuration.cgroups.cpu_limit", lambda: limit)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2, 3})
     assert usable_cores() == cores

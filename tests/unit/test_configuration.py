@@ -7,13 +7,13 @@ import jsonschema
 import pytest
 import yaml
 
-from common.errors import UserError
-from configuration.json_schema import derived
-from configuration.loading import load, merge, user_layers
-from configuration.memory import beside, estimate
-from configuration.preflight import Machine, check_jobs, shortcomings
-from configuration.provenance import Provenance
-from configuration.shape import architecture_of
+from milepost.common.errors import UserError
+from milepost.configuration.json_schema import derived
+from milepost.configuration.loading import load, merge, user_layers
+from milepost.configuration.memory import beside, estimate
+from milepost.configuration.preflight import Machine, check_jobs, shortcomings
+from milepost.configuration.provenance import Provenance
+from milepost.configuration.shape import architecture_of
 
 
 def configured(root, overrides=None):

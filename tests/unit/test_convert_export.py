@@ -12,14 +12,14 @@ from transformers import AutoModelForImageTextToText
 
 import convert
 import export
-from checkpoints import mapping, torch_dist
-from checkpoints.manifest import read_manifest, write_manifest
-from checkpoints.safetensors_io import HubCheckpoint
-from common.errors import UserError
+from milepost.checkpoints import mapping, torch_dist
+from milepost.checkpoints.manifest import read_manifest, write_manifest
+from milepost.checkpoints.safetensors_io import HubCheckpoint
+from milepost.common.errors import UserError
+from milepost.qwen3_5.architecture import Architecture
+from milepost.qwen3_5.build import build_model, finalize, initialize
+from milepost.qwen3_5.packed import pack
 from precision import assert_as_precise, computing_in
-from qwen3_5.architecture import Architecture
-from qwen3_5.build import build_model, finalize, initialize
-from qwen3_5.packed import pack
 from stages import assert_same_files, call, convert_arguments, export_arguments, flip_a_bit, vouch
 from tiny_hub import DENSE, MOE, make_tiny_hub, write_weights
 

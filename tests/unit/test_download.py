@@ -7,12 +7,12 @@ import time
 
 import pytest
 
-from common.errors import UserError
-from configuration.schema import Architecture
-from configuration.shape import text_config
-from evaluation.problems import load_problems
 from hub_runs import LFS, MODEL, SCRIPTS, TOKEN, WANTED, WEIGHTS, Run
 from hub_server import Fault, serve
+from milepost.common.errors import UserError
+from milepost.configuration.schema import Architecture
+from milepost.configuration.shape import text_config
+from milepost.evaluation.problems import load_problems
 
 SHAPE = {"layers": 32, "hidden": 2560, "ffn": 9216, "attention_heads": 16, "key_value_groups": 4, "head_dim": 256}
 SHAPE |= {"linear_key_heads": 16, "linear_value_heads": 32, "linear_head_dim": 128, "tied_embeddings": True}

@@ -10,7 +10,7 @@ import pytest
 
 from hub_runs import LFS, MODEL, SCRIPTS, TOKEN, WANTED, Run
 from hub_server import Fault, serve
-from stages import job_arguments
+from stages import job_arguments, script
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_wrong_setting_is_named_before_anything_is_asked(hub, download, settin
 @pytest.mark.parametrize("name", ["HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"])
 def test_a_setting_that_the_client_can_t_be_imported_with_is_named(download, name):
     job = job_arguments({"source": {"repo": "Qwen/tiny"}})
-    command = [sys.executable, "-m", "download", *job, "--name", "tiny"]
+    command = [sys.executable, script("download"), *job, "--name", "tiny"]
     command += ["--folder", str(download.folder), "--manifest", str(download.manifest)]
     environment = os.environ | {"PYTHONPATH": str(SCRIPTS), name: "1.5"}
     download.fails(

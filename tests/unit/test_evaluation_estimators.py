@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from evaluation.estimators import (
+from milepost.evaluation.estimators import (
     bootstrap_interval,
     correct_counts,
     majority,

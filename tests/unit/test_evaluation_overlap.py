@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from checkpoints.manifest import write_manifest
-from evaluation.overlap import overlap
+from milepost.checkpoints.manifest import write_manifest
+from milepost.evaluation.overlap import overlap
 
 QUESTIONS = [
     "Every morning Aya goes for a 9-kilometer-long walk. How many minutes does it take her?",

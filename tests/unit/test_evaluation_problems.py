@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from checkpoints.manifest import write_manifest
-from common.errors import UserError
-from common.problems import kinds_of, read_problems, require_problems
-from evaluation.problems import load_problems
+from milepost.checkpoints.manifest import write_manifest
+from milepost.common.errors import UserError
+from milepost.common.problems import kinds_of, read_problems, require_problems
+from milepost.evaluation.problems import load_problems
 
 ASKED = [{"role": "user", "content": "What is 1 + 1?"}]
 

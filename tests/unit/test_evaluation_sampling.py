@@ -9,21 +9,21 @@ from dataclasses import replace
 
 import pytest
 
-import evaluate
-from checkpoints.manifest import read_manifest, write_manifest
-from common.errors import UserError
-from configuration.provenance import sampler
-from configuration.schema import Engine, Evaluation, Reward, TinyModel
-from evaluation import sampling
-from evaluation.problems import load_problems
-from evaluation.sampling import SampleFile, origin_of, read_samples, sample_problems
-from evaluation.scores import evaluate as evaluate_live
-from rewards.math import Grader
-from rollout.engine import Completion, SamplingParams, request_seed, start_engine
-from rollout.prompts import encode_prompt, load_tokenizer, stop_token_ids
+import evaluate_model
+from milepost.checkpoints.manifest import read_manifest, write_manifest
+from milepost.common.errors import UserError
+from milepost.configuration.provenance import sampler
+from milepost.configuration.schema import Engine, Evaluation, Reward, TinyModel
+from milepost.evaluation import sampling
+from milepost.evaluation.problems import load_problems
+from milepost.evaluation.sampling import SampleFile, origin_of, read_samples, sample_problems
+from milepost.evaluation.scores import evaluate as evaluate_live
+from milepost.rewards.math import Grader
+from milepost.rollout.engine import Completion, SamplingParams, request_seed, start_engine
+from milepost.rollout.prompts import encode_prompt, load_tokenizer, stop_token_ids
+from milepost.tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
+from milepost.tiny.tokenizer import train_tokenizer
 from stages import flip_a_bit, job_arguments
-from tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
-from tiny.tokenizer import train_tokenizer
 
 PROBLEMS = 3
 SETTINGS = {"samples_per_problem": 2, "max_response_tokens": 6, "pass_at": [1, 2], "seed": 5}
@@ -66,9 +66,9 @@ def run(inputs, tmp_path, monkeypatch):
         monkeypatch.setattr(
             sys,
             "argv",
-            ["evaluate.py", *job, *(str(x) for pair in arguments.items() for x in pair)],
+            ["evaluate_model.py", *job, *(str(x) for pair in arguments.items() for x in pair)],
         )
-        evaluate.main()
+        evaluate_model.main()
         return read_manifest(tmp_path / "eval" / "base.json").require(digests=True)
 
     return call
@@ -106,7 +106,7 @@ def test_run_that_was_cut_in_the_middle_of_a_line_ends_with_the_same_file(run, t
     samples = tmp_path / "eval" / "base.jsonl"
     whole, lines = content(samples), samples.read_bytes().splitlines(keepends=True)
     samples.write_bytes(b"".join([lines[0], lines[4], lines[2], lines[6][:50]]))
-    asked, start = [], evaluate.start_engine
+    asked, start = [], evaluate_model.start_engine
 
     def spy(*arguments, max_requests):
         assert max_requests == 6, "an engine makes room for no more"
@@ -115,7 +115,7 @@ def test_run_that_was_cut_in_the_middle_of_a_line_ends_with_the_same_file(run, t
         engine.generate = lambda requests, *rest: asked.extend(requests) or generate(requests, *rest)
         return engine
 
-    monkeypatch.setattr(evaluate, "start_engine", spy)
+    monkeypatch.setattr(evaluate_model, "start_engine", spy)
     run()
     assert len(asked) == 4, "only what was missing is sampled"
     assert content(samples) == whole
@@ -131,7 +131,7 @@ def test_more_samples_are_added_to_those_that_are_there(run, tmp_path):
 
 def test_another_reward_grades_again_without_sampling(run, tmp_path, monkeypatch):
     run()
-    monkeypatch.setattr(evaluate, "start_engine", forbidden)
+    monkeypatch.setattr(evaluate_model, "start_engine", forbidden)
     samples = tmp_path / "eval" / "base.jsonl"
     lines = [json.loads(line) for line in samples.open()]
     for line, problem in zip(lines[1:], [0, 0, 1, 1, 2, 2], strict=True):
@@ -144,7 +144,7 @@ def test_another_reward_grades_again_without_sampling(run, tmp_path, monkeypatch
 
 def test_less_memory_for_the_engine_keeps_the_samples(run, monkeypatch):
     scores = run().facts
-    monkeypatch.setattr(evaluate, "start_engine", forbidden)
+    monkeypatch.setattr(evaluate_model, "start_engine", forbidden)
     assert run(mem_fraction_static=0.5).facts == scores
 
 
@@ -183,7 +183,7 @@ def test_samples_serve_again_only_where_all_that_made_them_is_the_same(
         asked.append("an engine")
         raise UserError("asked for")
 
-    monkeypatch.setattr(evaluate, "start_engine", start)
+    monkeypatch.setattr(evaluate_model, "start_engine", start)
     with nullcontext() if kept else pytest.raises(UserError, match="asked for"):
         run(**changes)
     assert bool(asked) != kept
@@ -218,7 +218,7 @@ def test_samples_of_a_protocol_that_comes_back_are_there_again(run, tmp_path, mo
     run()
     whole = (tmp_path / "eval" / "base.jsonl").read_bytes()
     run(temperature=0.5)
-    monkeypatch.setattr(evaluate, "start_engine", forbidden)
+    monkeypatch.setattr(evaluate_model, "start_engine", forbidden)
     run()
     assert (tmp_path / "eval" / "base.jsonl").read_bytes() == whole
     run(temperature=0.5)
@@ -306,7 +306,7 @@ def test_long_evaluations_are_drawn_in_several_batches(draw, monkeypatch):
 
 @pytest.mark.parametrize("damaged", ["hub/*.safetensors", "sums.jsonl"])
 def test_a_flipped_bit_in_the_weights_or_the_problems_is_found_before_sampling(run, inputs, monkeypatch, damaged):
-    monkeypatch.setattr(evaluate, "start_engine", forbidden)
+    monkeypatch.setattr(evaluate_model, "start_engine", forbidden)
     file = next(inputs.glob(damaged))
     whole = flip_a_bit(file)
     try:

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from common.problems import Problem
-from configuration.schema import Evaluation, Reward
-from evaluation.sampling import Sample
-from evaluation.scores import scores
-from rewards.math import Grader, Verdict
+from milepost.common.problems import Problem
+from milepost.configuration.schema import Evaluation, Reward
+from milepost.evaluation.sampling import Sample
+from milepost.evaluation.scores import scores
+from milepost.rewards.math import Grader, Verdict
 
 SETTINGS = Evaluation(samples_per_problem=4, pass_at=[1, 2, 4], bootstrap_samples=500)
 PROBLEMS = [Problem([{"role": "user", "content": label}], label, 1) for label in ("33", "34")]

@@ -5,8 +5,8 @@ import stat
 
 import pytest
 
-from configuration.gpus import select, visible_gpus
-from with_gpus import visible_devices
+from milepost.configuration.gpus import select, visible_gpus
+from milepost.launch.with_gpus import visible_devices
 
 FIRST, SECOND = "GPU-eece32e0-78ca-bbba-7c9b-aaaff290d068", "GPU-e5e9b19d-3c11-bc20-ba77-2757474a9da3"
 UNKNOWN = "GPU-0123456789ab"

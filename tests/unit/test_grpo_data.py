@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoints.manifest import write_manifest
-from common.errors import UserError
-from configuration.schema import Sampling
-from grpo.data import Prompt, PromptCursor, load_prompts
-from rollout.prompts import load_tokenizer
-from tiny.tokenizer import train_tokenizer, write_tokenizer
+from milepost.checkpoints.manifest import write_manifest
+from milepost.common.errors import UserError
+from milepost.configuration.schema import Sampling
+from milepost.grpo.data import Prompt, PromptCursor, load_prompts
+from milepost.rollout.prompts import load_tokenizer
+from milepost.tiny.tokenizer import train_tokenizer, write_tokenizer
 
 
 @pytest.fixture(scope="module")

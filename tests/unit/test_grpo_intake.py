@@ -2,11 +2,11 @@
 
 import json
 
-from checkpoints.manifest import write_manifest
-from configuration.schema import Sampling
-from grpo.data import load_prompts
-from rollout.prompts import encode_prompt, load_tokenizer
-from tiny.tokenizer import train_tokenizer, write_tokenizer
+from milepost.checkpoints.manifest import write_manifest
+from milepost.configuration.schema import Sampling
+from milepost.grpo.data import load_prompts
+from milepost.rollout.prompts import encode_prompt, load_tokenizer
+from milepost.tiny.tokenizer import train_tokenizer, write_tokenizer
 
 
 def test_a_prompt_may_have_just_as_many_tokens_as_are_allowed(tmp_path):

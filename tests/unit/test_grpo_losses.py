@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configuration.schema import Algorithm
-from grpo.advantages import group_advantages
-from grpo.log_probs import token_log_probs
-from grpo.losses import TokenBatch, grpo_loss, low_variance_kl, token_weight
-from grpo.packing import pack_sequences
+from milepost.configuration.schema import Algorithm
+from milepost.grpo.advantages import group_advantages
+from milepost.grpo.log_probs import token_log_probs
+from milepost.grpo.losses import TokenBatch, grpo_loss, low_variance_kl, token_weight
+from milepost.grpo.packing import pack_sequences
 from precision import assert_as_precise
 
 pytestmark = pytest.mark.numerical

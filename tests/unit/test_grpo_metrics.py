@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from grpo.data import Prompt
-from grpo.learner import _summary
-from grpo.metrics import expert_metrics
-from grpo.samples import Sample, statistics, to_training
-from rewards.math import Verdict
-from rollout.engine import Completion, Drafting
+from milepost.grpo.data import Prompt
+from milepost.grpo.learner import _summary
+from milepost.grpo.metrics import expert_metrics
+from milepost.grpo.samples import Sample, statistics, to_training
+from milepost.rewards.math import Verdict
+from milepost.rollout.engine import Completion, Drafting
 
 
 def sample(correct, tokens=2, finish="stop", drafting=None, prompt=(5, 6)):

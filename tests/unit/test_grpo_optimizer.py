@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from configuration.schema import Optimizer as Settings
-from grpo.cpu_optimizer import CpuAdam
-from grpo.optimizer import learning_rate_at
+from milepost.configuration.schema import Optimizer as Settings
+from milepost.grpo.cpu_optimizer import CpuAdam
+from milepost.grpo.optimizer import learning_rate_at
 from precision import assert_as_precise, computing_in
 
 pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_process")]

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.packing import pack_sequences
+from milepost.grpo.packing import pack_sequences
 
 LENGTHS = st.lists(st.integers(1, 100), max_size=60)
 

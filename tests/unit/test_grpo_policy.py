@@ -6,15 +6,15 @@ import sys
 import pytest
 import torch
 
-from configuration.schema import Algorithm, Mtp, Optimizer, Sampling, Training
-from grpo.cpu_optimizer import CpuAdam
-from grpo.learner import Learner
-from grpo.policy import Policy, StepTotals
-from grpo.run_state import Progress
-from grpo.samples import TrainingSequence
+from milepost.configuration.schema import Algorithm, Mtp, Optimizer, Sampling, Training
+from milepost.grpo.cpu_optimizer import CpuAdam
+from milepost.grpo.learner import Learner
+from milepost.grpo.policy import Policy, StepTotals
+from milepost.grpo.run_state import Progress
+from milepost.grpo.samples import TrainingSequence
+from milepost.qwen3_5.build import build_model
+from milepost.qwen3_5.experts import take_expert_load
 from precision import assert_as_precise, assert_sum_as_precise, computing_in, in_float64
-from qwen3_5.build import build_model
-from qwen3_5.experts import take_expert_load
 from qwen3_5_reference import megatron_names, reference, widened
 
 pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_process")]
@@ -262,7 +262,7 @@ def test_the_load_of_experts_counts_every_visit():
 STEP = """
 import resource
 from unit import test_grpo_policy as here
-from qwen3_5.build import initialize
+from milepost.qwen3_5.build import initialize
 
 initialize()
 _, ours, _ = here.models("dense", vocab_size=40_000)

@@ -8,9 +8,9 @@ import pytest
 
 import grpo_run
 import train
-from checkpoints.manifest import read_manifest
-from rollout.engine import SamplingParams
-from rollout.prompts import decode, load_tokenizer, stop_token_ids
+from milepost.checkpoints.manifest import read_manifest
+from milepost.rollout.engine import SamplingParams
+from milepost.rollout.prompts import decode, load_tokenizer, stop_token_ids
 
 SAMPLING = {"max_response_tokens": 8, "temperature": 0.7, "top_p": 0.9, "top_k": 50, "enable_thinking": False}
 VALIDATION = {"interval": 1, "max_response_tokens": 5, "temperature": 0.5, "top_p": 0.8, "samples_per_problem": 2}

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.errors import UserError
-from configuration.schema import Optimizer as Settings
-from grpo import run_state
-from grpo.cpu_optimizer import CpuAdam
-from grpo.metrics import METRICS, SAMPLES, JsonLines, truncate_logs
-from grpo.run_state import Progress
-from qwen3_5.build import build_model, finalize, initialize
+from milepost.common.errors import UserError
+from milepost.configuration.schema import Optimizer as Settings
+from milepost.grpo import run_state
+from milepost.grpo.cpu_optimizer import CpuAdam
+from milepost.grpo.metrics import METRICS, SAMPLES, JsonLines, truncate_logs
+from milepost.grpo.run_state import Progress
+from milepost.qwen3_5.build import build_model, finalize, initialize
 from qwen3_5_reference import reference
 from stages import flip_a_bit
 

@@ -17,13 +17,13 @@ import pytest
 import torch
 
 import grpo_run
-from checkpoints.manifest import describe, read_manifest
-from common.errors import USER_ERROR, UserError
-from grpo import run_state
-from grpo.learner import Learner
-from qwen3_5.build import finalize
-from rewards.math import Verdict
-from rollout.cpu_engine import CpuEngine
+from milepost.checkpoints.manifest import describe, read_manifest
+from milepost.common.errors import USER_ERROR, UserError
+from milepost.grpo import run_state
+from milepost.grpo.learner import Learner
+from milepost.qwen3_5.build import finalize
+from milepost.rewards.math import Verdict
+from milepost.rollout.cpu_engine import CpuEngine
 from stages import flip_a_bit, unmeasured
 
 GRADINGS_BEFORE_ROLLOUT_4 = 5  # validation, rollouts 1 and 2, validation, rollout 3
@@ -166,7 +166,7 @@ def test_where_gpu_memory_ran_out_is_one_line_and_nothing_that_was_saved_is_lost
 
     said = mistake(command_line, run_out)
     assert re.fullmatch(
-        r"error: rank 0: CUDA out of memory\. 64 MiB are free\. \(grpo/\w+\.py, line \d+\): lower"
+        r"error: rank 0: CUDA out of memory\. 64 MiB are free\. \(milepost/grpo/\w+\.py, line \d+\): lower"
         r" training\.max_tokens_per_gpu or engine\.mem_fraction_static and run again; .*",
         said,
     )

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from common.interrupts import Interrupted, Interrupts
+from milepost.common.interrupts import Interrupted, Interrupts
 
 
 def ask_to_end():

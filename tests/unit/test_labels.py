@@ -2,9 +2,9 @@ r"""Labels: what holds one answer is read, what no answer could match is refused
 
 import pytest
 
-from common.labels import MAX_CHARACTERS, read_label
-from configuration.schema import Reward
-from rewards.math import Grader
+from milepost.common.labels import MAX_CHARACTERS, read_label
+from milepost.configuration.schema import Reward
+from milepost.rewards.math import Grader
 
 # Labels of GSM8K, MATH, DAPO, AIME and OlympiadBench, in their spellings.
 ANSWERS = [

@@ -3,8 +3,8 @@
 import pytest
 from test_qwen3_5_architecture import DENSE_9B, MOE_35B, read
 
-from configuration.layout import shape_fault
-from configuration.schema import Experts, Parallel
+from milepost.configuration.layout import shape_fault
+from milepost.configuration.schema import Experts, Parallel
 
 FLEX = Experts(dispatcher="flex")
 

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from checkpoints.manifest import read_manifest, write_manifest
-from common import versions
-from common.errors import UserError
+from milepost.checkpoints.manifest import read_manifest, write_manifest
+from milepost.common import versions
+from milepost.common.errors import UserError
 
 PROVENANCE = {"config": {"key": 1}, "code": "c", "upstream": {}}
 

@@ -5,12 +5,12 @@ from itertools import product
 import pytest
 import torch
 
-from checkpoints import mapping
-from checkpoints.mapping import Place
-from checkpoints.safetensors_io import HubCheckpoint
-from common.errors import UserError
-from qwen3_5.architecture import Architecture
-from qwen3_5.build import build_model
+from milepost.checkpoints import mapping
+from milepost.checkpoints.mapping import Place
+from milepost.checkpoints.safetensors_io import HubCheckpoint
+from milepost.common.errors import UserError
+from milepost.qwen3_5.architecture import Architecture
+from milepost.qwen3_5.build import build_model
 from tiny_hub import DENSE, EXPERTS, MOE, make_tiny_hub, write_weights
 
 LAYER = "model.language_model.layers."

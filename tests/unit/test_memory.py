@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from configuration.loading import load
-from configuration.memory import CONTEXT_GIB, SYNC_GIB, beside, disk_gib, estimate
-from configuration.shape import architecture_of, text_config
+from milepost.configuration.loading import load
+from milepost.configuration.memory import CONTEXT_GIB, SYNC_GIB, beside, disk_gib, estimate
+from milepost.configuration.shape import architecture_of, text_config
 
 RECORDED = Path(__file__).parents[2] / "benchmarks/results"
 MEASURED = [

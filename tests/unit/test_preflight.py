@@ -11,13 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from common.errors import UserError
-from common.files import write_json
-from configuration.loading import load, read_yaml
-from configuration.memory import GIB, disk_gib, host_gib
-from configuration.preflight import Machine, check_jobs, hub_cache, shortcomings, table
-from configuration.provenance import Provenance
-from configuration.shape import text_config
+from milepost.common.errors import UserError
+from milepost.common.files import write_json
+from milepost.configuration.loading import load, read_yaml
+from milepost.configuration.memory import GIB, disk_gib, host_gib
+from milepost.configuration.preflight import Machine, check_jobs, hub_cache, shortcomings, table
+from milepost.configuration.provenance import Provenance
+from milepost.configuration.shape import text_config
 
 
 def configured(root, overrides=None):
@@ -177,9 +177,9 @@ def test_the_disk_of_two_models_adds_up(root, tmp_path, monkeypatch):
 
 
 def test_the_machine_s_own_disk_and_memory_are_in_gib(tmp_path, monkeypatch):
-    monkeypatch.setattr("common.files.shutil.disk_usage", lambda path: SimpleNamespace(free=3 * 2**30))
+    monkeypatch.setattr("milepost.common.files.shutil.disk_usage", lambda path: SimpleNamespace(free=3 * 2**30))
     pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}
-    monkeypatch.setattr("configuration.preflight.os.sysconf", pages.__getitem__)
+    monkeypatch.setattr("milepost.configuration.preflight.os.sysconf", pages.__getitem__)
     machine = Machine.here(str(tmp_path / "results" / "not-there-yet"))
     assert (machine.free_disk_gib, machine.host_memory_gib) == (3, 4)
 
@@ -252,10 +252,10 @@ def test_a_conversion_and_an_export_need_host_memory_for_the_weights(root):
 
 
 def test_a_container_s_limit_counts_instead_of_the_machine_s_memory(monkeypatch):
-    monkeypatch.setattr("configuration.cgroups.memory_limit", lambda: 2**30)
+    monkeypatch.setattr("milepost.configuration.cgroups.memory_limit", lambda: 2**30)
     machine = Machine.here("results")
     assert (machine.host_memory_gib, machine.is_limited) == (1, True)
-    monkeypatch.setattr("configuration.cgroups.memory_limit", lambda: 2**60)
+    monkeypatch.setattr("milepost.configuration.cgroups.memory_limit", lambda: 2**60)
     machine = Machine.here("results")
     assert machine.host_memory_gib > 1 and not machine.is_limited
 

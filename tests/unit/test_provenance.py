@@ -6,10 +6,10 @@ from itertools import count
 import pytest
 
 import train
-from configuration import provenance
-from configuration.code import code_digest
-from configuration.loading import load
-from configuration.provenance import Provenance
+from milepost.configuration import provenance
+from milepost.configuration.code import code_digest
+from milepost.configuration.loading import load
+from milepost.configuration.provenance import Provenance
 
 
 @pytest.mark.parametrize(("name", "depends"), [("4B", True), ("tiny", False)])
@@ -68,7 +68,7 @@ def digest(tmp_path):
         root = tmp_path / str(next(numbers))  # digests are kept for as long as a process runs
         files = dict.fromkeys(("package/__init__.py", "package/inner/__init__.py", "package/inner/deep.py"), "X = 1\n")
         files |= dict.fromkeys(
-            ("package/module.py", "package/unused.py", "other.py", "configuration/schema.py"), "X = 1\n"
+            ("package/module.py", "package/unused.py", "other.py", "milepost/configuration/schema.py"), "X = 1\n"
         )
         files |= {script: f"{imports}\n", "package/through.py": "from other import X\n"}
         if edited:
@@ -126,13 +126,13 @@ def test_relative_imports_are_code_too(digest, script, imports, module):
     ("edited", "addition"),
     [
         ("package/unused.py", "EDITED = 1\n"),
-        ("configuration/schema.py", "EDITED = 1\n"),  # what it decides is in the slice
+        ("milepost/configuration/schema.py", "EDITED = 1\n"),  # what it decides is in the slice
         ("package/module.py", "# a comment\n\n"),
         ("other.py", "EDITED = 1\n"),
     ],
 )
 def test_what_a_script_does_not_use_is_not_its_code(digest, edited, addition):
-    imports = "from configuration import schema\nfrom package import module"
+    imports = "from milepost.configuration import schema\nfrom package import module"
     assert digest(imports) == digest(imports, edited=edited, addition=addition)
 
 
@@ -216,7 +216,7 @@ def test_how_a_job_ends_or_waits_is_no_code_of_its_result(root, tmp_path, module
     scripts = shutil.copytree(root / "workflow_scripts", tmp_path / "scripts")
     before = code_digest(scripts, "train.py")
     edited = shutil.copytree(scripts, tmp_path / "edited")
-    with (edited / "common" / f"{module}.py").open("a") as file:
+    with (edited / "milepost/common" / f"{module}.py").open("a") as file:
         file.write("\nEDITED = 1\n")
     assert (code_digest(edited, "train.py") != before) == (module == "problems")
 
@@ -248,10 +248,13 @@ def test_a_training_s_record_holds_every_section_that_the_script_reads(recipes):
 @pytest.mark.parametrize(
     ("file", "stale"),
     [
-        ("rollout/sglang_engine.py", {"train", "evaluate"}),  # which the scripts import by its name in the settings
-        ("rollout/cpu_engine.py", set()),
-        ("grpo/losses.py", {"train"}),
-        ("evaluate.py", {"evaluate"}),
+        (
+            "milepost/rollout/sglang_engine.py",
+            {"train", "evaluate"},
+        ),  # which the scripts import by its name in the settings
+        ("milepost/rollout/cpu_engine.py", set()),
+        ("milepost/grpo/losses.py", {"train"}),
+        ("evaluate_model.py", {"evaluate"}),
     ],
 )
 def test_an_edit_makes_what_runs_that_code_stale(root, tmp_path, file, stale):

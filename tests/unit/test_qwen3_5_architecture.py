@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import UserError
-from qwen3_5.architecture import Architecture
+from milepost.common.errors import UserError
+from milepost.qwen3_5.architecture import Architecture
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,5 +137,5 @@ def test_layer_types_that_are_not_regular_are_refused(kinds):
 
 
 def test_reading_an_architecture_imports_no_torch():
-    code = "import sys, qwen3_5.architecture; sys.exit('torch' in sys.modules)"
+    code = "import sys, milepost.qwen3_5.architecture; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": "workflow_scripts"}, cwd=ROOT)

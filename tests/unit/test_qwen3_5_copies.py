@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qwen3_5.copies import copy_rows, find_copies, sum_copies
+from milepost.qwen3_5.copies import copy_rows, find_copies, sum_copies
 
 pytestmark = pytest.mark.numerical
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
 
+from milepost.qwen3_5 import kernels
+from milepost.qwen3_5.packed import pack, shift_left
 from precision import assert_as_precise
-from qwen3_5 import kernels
-from qwen3_5.packed import pack, shift_left
 
 pytestmark = pytest.mark.numerical
 

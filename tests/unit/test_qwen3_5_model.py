@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import qwen3_5_reference as reference
+from milepost.qwen3_5.architecture import Architecture
+from milepost.qwen3_5.build import build_model
+from milepost.qwen3_5.model import Qwen3_5, hidden_states, output_weight
+from milepost.qwen3_5.packed import pack
 from precision import assert_as_precise, computing_in, in_float64
-from qwen3_5.architecture import Architecture
-from qwen3_5.build import build_model
-from qwen3_5.model import Qwen3_5, hidden_states, output_weight
-from qwen3_5.packed import pack
 
 pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_process")]
 

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 
 import qwen3_5_reference as reference
+from milepost.qwen3_5.build import build_model
+from milepost.qwen3_5.model import hidden_states, output_weight
+from milepost.qwen3_5.mtp import mtp_loss, mtp_targets
+from milepost.qwen3_5.packed import pack
 from precision import assert_sum_as_precise, computing_in, in_float64
-from qwen3_5.build import build_model
-from qwen3_5.model import hidden_states, output_weight
-from qwen3_5.mtp import mtp_loss, mtp_targets
-from qwen3_5.packed import pack
 
 pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_process")]
 

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from test_grpo_policy import SHAPES, learned, models, sequences
 
-from configuration.schema import Mtp
-from grpo.samples import TrainingSequence
+from milepost.configuration.schema import Mtp
+from milepost.grpo.samples import TrainingSequence
+from milepost.qwen3_5.packed import pack
+from milepost.qwen3_5.routing import replay_routing, take_routing_agreement
 from precision import assert_as_precise, in_float64
-from qwen3_5.packed import pack
-from qwen3_5.routing import replay_routing, take_routing_agreement
 
 pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_process")]
 

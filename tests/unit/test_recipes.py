@@ -2,10 +2,10 @@
 
 import pytest
 
-from common.files import write_json
-from configuration.loading import load
-from configuration.shape import require_shape
-from tiny.tokenizer import train_tokenizer
+from milepost.common.files import write_json
+from milepost.configuration.loading import load
+from milepost.configuration.shape import require_shape
+from milepost.tiny.tokenizer import train_tokenizer
 
 DENSE = {
     "hardware.gpus": 8,

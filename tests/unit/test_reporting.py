@@ -13,18 +13,18 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from checkpoints.manifest import read_manifest, write_manifest
-from common.errors import UserError
-from common.problems import Problem
-from configuration.schema import Evaluation, Plots, Reward
-from evaluation.sampling import Sample
-from evaluation.scores import scores
-from reporting.plots import all_plots
-from reporting.report import HEAD, TAIL, _training_facts, shortened
-from reporting.results import pairs, read_scores, read_trainings
-from reporting.tables import difference_table, in_words, markdown, points, readable_scores, score_table
-from rewards.math import Grader
-from stages import flip_a_bit, job_arguments
+from milepost.checkpoints.manifest import read_manifest, write_manifest
+from milepost.common.errors import UserError
+from milepost.common.problems import Problem
+from milepost.configuration.schema import Evaluation, Plots, Reward
+from milepost.evaluation.sampling import Sample
+from milepost.evaluation.scores import scores
+from milepost.reporting.plots import all_plots
+from milepost.reporting.report import HEAD, TAIL, _training_facts, shortened
+from milepost.reporting.results import pairs, read_scores, read_trainings
+from milepost.reporting.tables import difference_table, in_words, markdown, points, readable_scores, score_table
+from milepost.rewards.math import Grader
+from stages import flip_a_bit, job_arguments, script
 
 SCRIPTS = Path(__file__).parents[2] / "workflow_scripts"
 PROBLEMS, SAMPLES = 30, 8
@@ -130,9 +130,9 @@ def results(tmp_path_factory) -> Path:
     return folder
 
 
-def run(script: str, config: dict, *arguments: object) -> subprocess.CompletedProcess:
+def run(name: str, config: dict, *arguments: object) -> subprocess.CompletedProcess:
     """Run an entry script as the rules do."""
-    command = [sys.executable, "-m", script, *job_arguments(config), *map(str, arguments)]
+    command = [sys.executable, script(name), *job_arguments(config), *map(str, arguments)]
     environment = {"PYTHONPATH": str(SCRIPTS), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 

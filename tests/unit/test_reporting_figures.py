@@ -7,14 +7,14 @@ from html.parser import HTMLParser
 import pytest
 from matplotlib.colors import to_hex
 
-from checkpoints.manifest import write_manifest
-from common.errors import UserError
-from configuration.schema import Plots
-from evaluation.estimators import bootstrap_interval, paired_difference
-from reporting.plots import Theme, all_plots
-from reporting.report import report_page
-from reporting.results import pairs, read_scores, read_trainings
-from reporting.tables import (
+from milepost.checkpoints.manifest import write_manifest
+from milepost.common.errors import UserError
+from milepost.configuration.schema import Plots
+from milepost.evaluation.estimators import bootstrap_interval, paired_difference
+from milepost.reporting.plots import Theme, all_plots
+from milepost.reporting.report import report_page
+from milepost.reporting.results import pairs, read_scores, read_trainings
+from milepost.reporting.tables import (
     difference_table,
     in_words,
     readable_differences,

@@ -4,8 +4,8 @@ from fractions import Fraction
 
 import pytest
 
-from rewards.answers import extract, last_box, read_answer
-from rewards.latex import OutOfBounds
+from milepost.rewards.answers import extract, last_box, read_answer
+from milepost.rewards.latex import OutOfBounds
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards import arithmetic
-from rewards.arithmetic import MAX_BITS, NotArithmetic, NoValue
-from rewards.expressions import read_expression
-from rewards.latex import OutOfBounds, tokenize
-from rewards.lists import Unreadable
+from milepost.rewards import arithmetic
+from milepost.rewards.arithmetic import MAX_BITS, NotArithmetic, NoValue
+from milepost.rewards.expressions import read_expression
+from milepost.rewards.latex import OutOfBounds, tokenize
+from milepost.rewards.lists import Unreadable
 
 
 def evaluate(text):

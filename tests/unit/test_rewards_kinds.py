@@ -6,8 +6,8 @@ math-verify's documentation.
 
 import pytest
 
-from configuration.schema import Reward
-from rewards.math import Grader
+from milepost.configuration.schema import Reward
+from milepost.rewards.math import Grader
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configuration.schema import Reward
-from rewards.math import Grader, Verdict
+from milepost.configuration.schema import Reward
+from milepost.rewards.math import Grader, Verdict
 
 DATA = Path(__file__).parents[1] / "data"
 CASES = [

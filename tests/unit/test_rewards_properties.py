@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configuration.schema import Reward
-from rewards.math import Grader
+from milepost.configuration.schema import Reward
+from milepost.rewards.math import Grader
 
 PIECE = re.compile(r"\\[A-Za-z]+|\\.|[0-9]*\.?[0-9]+|[A-Za-z]+|.", re.DOTALL)
 SPACES = [" ", r"\,", r"\;", r"\ ", "~", r"\:"]

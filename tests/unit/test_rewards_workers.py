@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rewards import workers as workers_module
-from rewards.answers import read_answer
-from rewards.workers import Question, SympyWorkers
+from milepost.rewards import workers as workers_module
+from milepost.rewards.answers import read_answer
+from milepost.rewards.workers import Question, SympyWorkers
 
 SOURCES = Path(__file__).parents[2] / "workflow_scripts"
 QUESTION = Question(read_answer("x").statement, read_answer("y").statement)
@@ -35,7 +35,7 @@ ATTACKS = {
 HIJACKED = """
 import os, resource, signal, socket, subprocess, sys
 sys.path.append({sources!r})
-from rewards import confinement, symbolic, sympy_worker
+from milepost.rewards import confinement, symbolic, sympy_worker
 attacks, unconfined, parent = {attacks!r}, 1, os.getppid()
 written = os.open('filled', os.O_WRONLY | os.O_CREAT)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -109,7 +109,7 @@ def test_a_question_ends_when_its_time_is_up_and_the_next_is_answered():
 def test_a_worker_knows_neither_torch_nor_secrets(environment):
     """What reads a model's text imports nothing heavy and holds no token that the text could carry off."""
     code = (
-        "from rewards.answers import read_answer; from rewards.workers import SympyWorkers, Question\n"
+        "from milepost.rewards.answers import read_answer; from milepost.rewards.workers import SympyWorkers, Question\n"
         "statements = [read_answer(text).statement for text in ('x', 'y')]\n"
         "workers = SympyWorkers(30); print(workers.ask([Question(*statements)]))\n"
         "pid = next(w.process.pid for w in workers.workers if w.process)\n"
@@ -124,7 +124,7 @@ def test_a_worker_knows_neither_torch_nor_secrets(environment):
 def test_a_kernel_without_filters_is_told_once(monkeypatch, caplog, tmp_path):
     script = tmp_path / "worker.py"
     script.write_text("print('unfiltered', flush=True)\nfor _ in __import__('sys').stdin: print('equal', flush=True)\n")
-    monkeypatch.setattr("rewards.workers.SCRIPT", script)
+    monkeypatch.setattr("milepost.rewards.workers.COMMAND", [sys.executable, script])
     workers_module._warn_once.cache_clear()
     workers = SympyWorkers(max_seconds=30)
     try:

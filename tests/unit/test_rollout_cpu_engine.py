@@ -5,10 +5,10 @@ import torch
 from transformers import AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
-from common.errors import UserError
-from configuration.schema import Engine
+from milepost.common.errors import UserError
+from milepost.configuration.schema import Engine
+from milepost.rollout.engine import Completion, Request, SamplingParams, start_engine
 from precision import assert_as_precise, computing_in, in_float64
-from rollout.engine import Completion, Request, SamplingParams, start_engine
 from tiny_hub import DENSE, MOE, make_tiny_hub, write_weights
 
 pytestmark = pytest.mark.numerical

@@ -2,10 +2,10 @@
 
 import pytest
 
-from common.errors import UserError
-from common.files import write_json
-from rollout.prompts import decode, encode_prompt, load_tokenizer, stop_token_ids
-from tiny.tokenizer import train_tokenizer, write_tokenizer
+from milepost.common.errors import UserError
+from milepost.common.files import write_json
+from milepost.rollout.prompts import decode, encode_prompt, load_tokenizer, stop_token_ids
+from milepost.tiny.tokenizer import train_tokenizer, write_tokenizer
 
 MESSAGES = [{"role": "user", "content": "What is 12 + 34?"}]
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import UserError
-from rollout.engine import SamplingParams
-from rollout.sampling import sample, seed_words, uniforms
+from milepost.common.errors import UserError
+from milepost.rollout.engine import SamplingParams
+from milepost.rollout.sampling import sample, seed_words, uniforms
 
 PROBS = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoints.safetensors_io import INDEX, HubCheckpoint, HubWriter
-from common.errors import UserError
+from milepost.checkpoints.safetensors_io import INDEX, HubCheckpoint, HubWriter
+from milepost.common.errors import UserError
 from tiny_hub import write_weights
 
 FIRST = "model-00001-of-00002.safetensors"

@@ -16,13 +16,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.errors import UserError
-from configuration.schema import Engine, Speculation
-from qwen3_5.architecture import Architecture
-from rollout import sglang_engine
-from rollout.engine import Drafting, Request, SamplingParams
-from rollout.sglang_engine import SglangEngine
-from rollout.sglang_server import Server, server_arguments
+from milepost.common.errors import UserError
+from milepost.configuration.schema import Engine, Speculation
+from milepost.qwen3_5.architecture import Architecture
+from milepost.rollout import sglang_engine
+from milepost.rollout.engine import Drafting, Request, SamplingParams
+from milepost.rollout.sglang_engine import SglangEngine
+from milepost.rollout.sglang_server import Server, server_arguments
 from tiny_hub import MOE, make_tiny_hub
 
 SERVER_ARGS = """

@@ -4,11 +4,11 @@ import os
 
 import pytest
 
-from common.errors import UserError
-from configuration.loading import load
-from configuration.preflight import check_jobs
-from configuration.provenance import Provenance
-from configuration.slurm import Node, nodes_of
+from milepost.common.errors import UserError
+from milepost.configuration.loading import load
+from milepost.configuration.preflight import check_jobs
+from milepost.configuration.provenance import Provenance
+from milepost.configuration.slurm import Node, nodes_of
 
 NODES = """main*|gpu:h100:8(S:0-1)|2063937|128
 main*|gpu:a100:4,shard:16|515000|64+
@@ -50,7 +50,7 @@ def check(root, capsys, partitions, overrides=None) -> str:
 
 @pytest.fixture(autouse=True)
 def roomy(monkeypatch):
-    monkeypatch.setattr("configuration.preflight.free_bytes", lambda folder: 2**50)
+    monkeypatch.setattr("milepost.configuration.preflight.free_bytes", lambda folder: 2**50)
 
 
 def test_a_partition_with_a_node_that_has_everything_will_do(root, sinfo, capsys):

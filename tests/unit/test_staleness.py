@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 
-from checkpoints.manifest import same_result, write_manifest
-from common.contents import content_of
-from common.errors import UserError
-from common.files import read_json, write_json
-from common.jobs import read_job
-from configuration import provenance, runs, staleness
-from configuration.loading import load
-from configuration.provenance import Provenance, State
+from milepost.checkpoints.manifest import same_result, write_manifest
+from milepost.common.contents import content_of
+from milepost.common.errors import UserError
+from milepost.common.files import read_json, write_json
+from milepost.common.jobs import read_job
+from milepost.configuration import provenance, runs, staleness
+from milepost.configuration.loading import load
+from milepost.configuration.provenance import Provenance, State
 
 STAGES = {
     "dataset": [{"name": "sums-train"}, {"name": "sums-evaluation"}],
@@ -307,7 +307,7 @@ def test_of_two_runs_that_could_go_on_the_furthest_does(workflow):
 
 
 def test_a_folder_serves_again_only_where_all_that_made_it_is_the_same(tmp_path):
-    from checkpoints.manifest import keep_manifest
+    from milepost.checkpoints.manifest import keep_manifest
 
     folder = tmp_path / "folder"
     folder.mkdir()

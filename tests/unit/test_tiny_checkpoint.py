@@ -9,10 +9,10 @@ import transformers
 from safetensors import safe_open
 
 import make_tiny
-from checkpoints.manifest import Manifest, read_manifest
-from common.files import read_json
+from milepost.checkpoints.manifest import Manifest, read_manifest
+from milepost.common.files import read_json
+from milepost.tiny.checkpoint import lengthen_memory
 from stages import job_arguments
-from tiny.checkpoint import lengthen_memory
 
 STEPS = 2
 

@@ -5,10 +5,10 @@ import json
 import pytest
 
 import make_problems
-from checkpoints.manifest import read_manifest
-from common.errors import UserError
-from configuration.schema import Problems
-from tiny.problems import OPERANDS, all_additions, computed, draw, estimated
+from milepost.checkpoints.manifest import read_manifest
+from milepost.common.errors import UserError
+from milepost.configuration.schema import Problems
+from milepost.tiny.problems import OPERANDS, all_additions, computed, draw, estimated
 
 
 def operands(additions) -> set[frozenset[int]]:

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.files import write_json
-from rollout.prompts import load_tokenizer
-from tiny.problems import Addition, all_additions, computed, estimated
-from tiny.tokenizer import CONTROL_TOKENS, THINK_TOKENS, TURN_END, VOCABULARY, train_tokenizer, write_tokenizer
+from milepost.common.files import write_json
+from milepost.rollout.prompts import load_tokenizer
+from milepost.tiny.problems import Addition, all_additions, computed, estimated
+from milepost.tiny.tokenizer import CONTROL_TOKENS, THINK_TOKENS, TURN_END, VOCABULARY, train_tokenizer, write_tokenizer
 
 TOKENIZER = train_tokenizer()
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-import with_gpus
-from common.errors import UserError
+from milepost.common.errors import UserError
+from milepost.launch import with_gpus
 
 UUIDS = ("GPU-aaaa-1", "GPU-bbbb-2", "GPU-cccc-3")
 
@@ -50,7 +50,7 @@ def test_more_gpus_than_are_visible_are_refused(driver, monkeypatch):
 def test_locks_go_with_a_job_that_is_killed(driver, tmp_path, environment, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     code = (
-        "import pathlib, sys, with_gpus;"
+        "import pathlib, sys; from milepost.launch import with_gpus;"
         f"with_gpus.LOCKS = pathlib.Path({str(tmp_path / 'locks')!r});"
         "sys.argv[1:] = ['3', 'sh', '-c', 'echo $CUDA_VISIBLE_DEVICES; exec sleep 100'];"
         "with_gpus.main()"

@@ -1,0 +1,241 @@
+"""Megatron-Core distributed checkpoints (torch_dist): saved by any parallel layout, loaded by any other.
+
+The format is Megatron-Core's own, written and read through its ``dist_checkpointing``. Two things differ from its
+defaults, both for host memory: the writer passes one tensor at a time to its file (the default first copies to the
+host, at once, all that a rank writes), and the reader fills the model's own storage (the default makes a second copy
+of every tensor that is stored in components).
+
+Every function here is collective: all processes of the job call it.
+"""
+
+import math
+import os
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch import nn
+from torch.distributed.checkpoint import FileSystemWriter, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint import save as write_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _write_item
+from torch.distributed.checkpoint.planner import WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from milepost.checkpoints.folders import finish_folder, partial_folder, start_folder
+from milepost.common.errors import UserError
+from milepost.common.files import require_room
+from milepost.qwen3_5.experts import is_expert
+from milepost.qwen3_5.model import bare
+
+MAX_FILES = 8  # of one rank
+FILE_BYTES = 2**29
+# All that a .metadata names, besides torch's types.
+DESCRIPTIONS = {
+    "pathlib": {"PosixPath"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "_MEM_FORMAT_ENCODING",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+    },
+}
+
+# Called with the number of bytes after each tensor.
+Progress = Callable[[int], object]
+
+
+def save(model: nn.Module, folder: Path | str, progress: Progress | None = None) -> None:
+    """Write the weights of ``model`` to ``folder``, which is whole or stays as it was; `UserError` without the room."""
+    partial = partial_folder(folder)
+    if dist.get_rank() == 0:
+        start_folder(partial)
+    dist.barrier()
+    require_room(partial, whole_bytes(model))
+    try:
+        dist_checkpointing.save(_sharded_state_dict(model), str(partial), _OneTensorAtATime(progress))
+    except CheckpointException as error:  # raised on every rank, with what any rank met: a full disk, say
+        raise next((cause for cause, _ in error.failures.values() if isinstance(cause, OSError)), error) from error
+    if dist.get_rank() == 0:
+        finish_folder(partial, folder)
+    dist.barrier()
+
+
+def whole_bytes(model: nn.Module) -> int:
+    """What the weights of this pipeline stage take when every shard of them is written once."""
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    routed = (
+        parallel_state.get_expert_model_parallel_world_size() * parallel_state.get_expert_tensor_parallel_world_size()
+    )
+    total = 0
+    for parameter in model.parameters():
+        if is_expert(parameter):
+            total += parameter.nbytes * routed
+        else:
+            total += parameter.nbytes * (tensor if getattr(parameter, "tensor_model_parallel", False) else 1)
+    return total
+
+
+def load(model: nn.Module, folder: Path | str) -> None:
+    """Fill the weights of ``model`` from ``folder``, each cast to the type it has in the model.
+
+    What the checkpoint holds beyond the model (an MTP layer) is left there. A missing folder, a missing tensor, one of
+    another shape or a damaged file is a `UserError`.
+    """
+    state = _sharded_state_dict(model)
+    apply_factories(state)  # into views of the parameters' own storage
+    _check(state, Path(folder))
+    try:
+        dist_checkpointing.load(state, str(folder))
+    except (CheckpointException, CheckpointingException) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"{folder}: damaged ({reason}): delete it and make it again") from error
+
+
+def mtp_num_layers(folder: Path | str) -> int:
+    """How many multi-token-prediction layers a checkpoint holds."""
+    return len({name.split(".")[2] for name in _tensors(Path(folder)) if name.startswith("mtp.layers.")})
+
+
+def _sharded_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The parameters of ``model`` as Megatron-Core shards them for a checkpoint; their data are the parameters."""
+    groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    state = bare(model).sharded_state_dict(metadata=groups)
+    # Transformer Engine would keep its FP8 scales here; without it these entries are empty.
+    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
+class _OneTensorAtATime(TorchDistSaveShardedStrategy):
+    """Megatron-Core's plan and layout, written by torch's own synchronous machinery through `_StreamingWriter`."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        super().__init__()
+        self.progress = progress
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        write_checkpoint(
+            mcore_to_pyt_state_dict(by_key),
+            storage_writer=_StreamingWriter(checkpoint_dir, self.progress),
+            planner=MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+        )
+
+
+class _StreamingWriter(FileSystemWriter):
+    """Some files a rank, written side by side, each one tensor at a time.
+
+    torch's own writer keeps what it copied to the host until its file is done.
+    """
+
+    def __init__(self, folder: Path, progress: Progress | None) -> None:
+        super().__init__(folder)
+        self.progress = progress or (lambda written: None)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        buckets = _buckets(plan.items)
+        names = [f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}" for number in range(len(buckets))]
+        with ThreadPoolExecutor(max(len(buckets), 1)) as pool:
+            results = pool.map(self._write_file, names, buckets, repeat(planner))
+            done: Future[list[WriteResult]] = Future()
+            done.set_result([result for of_file in results for result in of_file])
+        return done
+
+    def _write_file(self, name: str, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+        results = []
+        with (self.path / name).open("wb") as stream:
+            for item in items:
+                data = _host_data(planner, item)
+                results.append(_write_item(self.transforms, stream, data, item, name, self.serialization_format))
+                self.progress(getattr(data, "nbytes", 0))
+            stream.flush()
+            os.fsync(stream.fileno())
+        return results
+
+
+def _buckets(items: list[WriteItem]) -> list[list[WriteItem]]:
+    """Share ``items`` out over up to `MAX_FILES` files of about `FILE_BYTES` or more."""
+    sizes = {item.index: _bytes(item) for item in items}
+    count = min(max(sum(sizes.values()) // FILE_BYTES, 1), MAX_FILES, len(items))
+    buckets, filled = [[] for _ in range(count)], [0] * count
+    for item in sorted(items, key=lambda item: -sizes[item.index]):
+        emptiest = filled.index(min(filled))
+        buckets[emptiest].append(item)
+        filled[emptiest] += sizes[item.index]
+    return buckets
+
+
+def _bytes(item: WriteItem) -> int:
+    if item.type == WriteItemType.BYTE_IO:
+        return 0
+    return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+
+
+def _host_data(planner: SavePlanner, item: WriteItem) -> Any:
+    """What ``item`` writes: bytes, or a tensor on the CPU that owns exactly its own storage."""
+    data = planner.resolve_data(item)
+    if item.type == WriteItemType.BYTE_IO:
+        return data
+    data = data.detach().cpu()
+    return data if data.untyped_storage().nbytes() == data.nbytes else data.clone()
+
+
+def _check(state: dict[str, Any], folder: Path) -> None:
+    """Every tensor of ``state`` must be in the checkpoint with its global shape."""
+    stored = _tensors(folder)
+    for wanted in nested_values(state):
+        found = stored.get(wanted.key)
+        if found is None:
+            raise UserError(f"{folder}: has no tensor {wanted.key}: it was made for another model or without it")
+        if tuple(found.global_shape) != tuple(wanted.global_shape):
+            raise UserError(
+                f"{folder}: {wanted.key} has the shape {tuple(found.global_shape)}, the model"
+                f" {tuple(wanted.global_shape)}: it was made for another model"
+            )
+
+
+def _tensors(folder: Path) -> dict[str, ShardedTensor]:
+    """Name -> global shape and type of what a checkpoint holds."""
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+        raise UserError(f"{folder}: no torch_dist checkpoint is there: make it again")
+    try:
+        with (folder / ".metadata").open("rb") as metadata:
+            _HarmlessUnpickler(metadata).load()
+        return dist_checkpointing.load_tensors_metadata(str(folder))
+    except (OSError, EOFError, pickle.UnpicklingError, CheckpointException) as error:
+        raise UserError(f"{folder}: its .metadata can't be read ({error}): delete it and make it again") from error
+
+
+class _HarmlessUnpickler(pickle.Unpickler):
+    """Reads the one pickle of a checkpoint, its .metadata, if it makes nothing but descriptions of tensors.
+
+    A pickle can call whatever it names, so torch must not read one that has not been read here first.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_type or name in DESCRIPTIONS.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it would call {module}.{name}")

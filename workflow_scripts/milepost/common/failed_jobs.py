@@ -1,0 +1,50 @@
+"""What a failed job leaves on the screen. A mistake of the user's is one line, the last, and is not tried again.
+
+Snakemake prints the failed command three times over, its whole log, and starts the job anew, which helps nobody who has
+to correct a file. `FailedJobs` watches what Snakemake logs, the one place that says under every executor that a job has
+failed. All other failures are printed and tried again as Snakemake does it.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from snakemake_interface_logger_plugins.common import LogEvent
+
+from milepost.common.errors import USER_ERROR
+
+
+class FailedJobs(logging.Filter):
+    """A filter of Snakemake's logger.
+
+    A job leaves a user's mistake beside its log, in a file with the ending ``.error`` (``begin`` in rules/job.sh).
+    """
+
+    def __init__(self, workflow: Any) -> None:
+        super().__init__()
+        self._workflow = workflow
+        self._lines: list[str] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        event = getattr(record, "event", None)
+        if event == LogEvent.ERROR:  # of a local job, before the next one: its command, at length
+            return f"returned non-zero exit status {USER_ERROR}." not in record.getMessage()
+        if event != LogEvent.JOB_ERROR or not record.log:
+            return True
+        error = Path(record.log[0]).with_suffix(".error")
+        if not error.is_file():
+            return True
+        line = error.read_text().strip()
+        if line not in self._lines:
+            self._lines.append(line)
+        job = next(job for job in self._workflow.dag.jobs if self._workflow.dag.jobid(job) == record.jobid)
+        job.attempt = job.restart_times + 1  # the last one
+        record.event, record.args = None, ()
+        record.msg = f"Job {record.jobid} failed ({job.message}): the reason follows when no other job runs"
+        return True
+
+    def say(self) -> None:
+        """Print each mistake, once."""
+        for line in self._lines:
+            print(line, file=sys.stderr)

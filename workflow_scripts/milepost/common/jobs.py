@@ -1,0 +1,32 @@
+"""A job's settings travel in a file: the workflow writes it before anything runs, the entry script reads it."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from milepost.common.contents import content_of
+from milepost.common.errors import UserError
+from milepost.common.files import read_json
+
+
+def job_parser(description: str | None) -> argparse.ArgumentParser:
+    """The parser of an entry script; ``arguments.job`` will be what `read_job` returns."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--job", type=read_job, required=True, help="the job's settings: a JSON file (config, code, upstream)"
+    )
+    return parser
+
+
+def read_job(path: Path | str) -> dict[str, Any]:
+    """What `configuration.provenance.Provenance.job` wrote; ``config`` holds the job's settings.
+
+    ``inputs`` is added: the content of each manifest that ``upstream`` names. A `UserError` where there is no job file.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file: Snakemake writes it at the start of a run, but not under --no-hooks")
+    job = read_json(path)
+    if not isinstance(job, dict) or not isinstance(job.get("config"), dict):
+        raise UserError(f"{path}: not the settings of a job: run Snakemake again, which writes it anew")
+    upstream = {name: read_json(manifest) for name, manifest in job.get("upstream", {}).items() if manifest}
+    return job | {"inputs": {name: content_of(manifest) for name, manifest in upstream.items()}}

@@ -1,0 +1,169 @@
+"""Reading a problem set: JSON lines, each with a chat prompt and a label."""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from milepost.common.errors import UserError
+from milepost.common.labels import BOX, read_label
+
+ROLES = ("system", "user", "assistant")
+HALF_A_PAIR = re.compile("[\ud800-\udfff]")
+
+BadRows = list[tuple[int, str]]  # of each row that is no problem the line (from 1) and what is wrong
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One usable row: the chat that asks, the answer that is right, and where it stood in the file (from 1)."""
+
+    messages: list[dict[str, str]]
+    label: str
+    line: int
+
+
+class ProblemSet(Protocol):
+    """What is known of a problem set's file (`configuration.schema.Dataset`)."""
+
+    prompt_key: str
+    label_key: str
+    instruction: str | None
+    rows: int | None
+    unique_prompts: bool
+    max_bad_share: float
+
+
+def load_problem_set(
+    path: Path | str, known: ProblemSet, *, max_bad_share: float | None = None
+) -> tuple[list[Problem], BadRows]:
+    """The usable rows of a file and the others; a `UserError` where `require_problems` refuses it.
+
+    ``max_bad_share`` takes the place of what is known.
+    """
+    problems, bad = read_problems(path, known.prompt_key, known.label_key)
+    share = known.max_bad_share if max_bad_share is None else max_bad_share
+    require_problems(path, problems, bad, rows=known.rows, unique=known.unique_prompts, max_bad_share=share)
+    if known.instruction:
+        problems = [p if asks_for_a_box(p) else _instructed(p, known.instruction) for p in problems]
+    return problems, bad
+
+
+def read_problems(path: Path | str, prompt_key: str, label_key: str) -> tuple[list[Problem], BadRows]:
+    """Read every row of a file, in its order; blank lines are none."""
+    problems, bad = [], []
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                problems.append(_read_row(line, prompt_key, label_key, number))
+            except (ValueError, RecursionError) as error:
+                bad.append((number, _reason(error)))
+    return problems, bad
+
+
+def require_problems(
+    path: Path | str,
+    problems: list[Problem],
+    bad: BadRows,
+    *,
+    rows: int | None = None,
+    unique: bool = False,
+    max_bad_share: float = 0.0,
+) -> None:
+    """Refuse (`UserError`) a set with too many bad rows, another number of rows than ``rows``, or repeated prompts."""
+    if bad and len(bad) > max_bad_share * (len(bad) + len(problems)):
+        found = f"{len(bad)} of {len(bad) + len(problems)} rows are unusable: {'; '.join(kinds_of(bad)[:3])}"
+        remedy = ", or raise max_bad_share" if max_bad_share else ""
+        raise UserError(f"{path}: {found}: correct them at the source{remedy}")
+    if not problems:
+        raise UserError(f"{path}: not one usable row: give another file")
+    if rows is not None and len(problems) != rows:
+        raise UserError(
+            f"{path}: {len(problems)} usable rows instead of {rows}: is it the right file? Else correct `rows`"
+        )
+    if unique:
+        seen: dict[str, int] = {}
+        for problem in problems:
+            first = seen.setdefault(json.dumps(problem.messages, sort_keys=True), problem.line)
+            if first != problem.line:
+                raise UserError(f"{path}: line {problem.line} repeats the prompt of line {first}: remove one of them")
+
+
+def kinds_of(bad: BadRows) -> list[str]:
+    """Each kind of bad row in a few words, the most frequent first: what is wrong, how many, and the first line."""
+    lines: dict[str, list[int]] = {}
+    for line, reason in bad:
+        lines.setdefault(reason, []).append(line)
+    return [
+        f"{reason} (line {found[0]})"
+        if len(found) == 1
+        else f"{reason} ({len(found)} rows, the first in line {found[0]})"
+        for reason, found in sorted(lines.items(), key=lambda kind: -len(kind[1]))
+    ]
+
+
+def asks_for_a_box(problem: Problem) -> bool:
+    r"""Whether a chat speaks of ``\boxed``, in which alone the math reward finds an answer."""
+    return any(BOX in message["content"] for message in problem.messages)
+
+
+def _instructed(problem: Problem, instruction: str) -> Problem:
+    """The problem with the instruction behind its question."""
+    *before, question = problem.messages
+    return replace(problem, messages=[*before, question | {"content": f"{question['content']}\n\n{instruction}"}])
+
+
+def _read_row(line: bytes, prompt_key: str, label_key: str, number: int) -> Problem:
+    row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=_no_constant)
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    for key in (prompt_key, label_key):
+        if key not in row:
+            raise ValueError(f"no {key!r}")
+    messages = _messages(row[prompt_key], prompt_key)
+    try:
+        label = read_label(row[label_key])
+    except ValueError as error:
+        raise ValueError(f"{label_key!r} {error}") from None
+    for key, text in ((prompt_key, "".join(message["content"] for message in messages)), (label_key, label)):
+        if HALF_A_PAIR.search(text):
+            raise ValueError(f"{key!r} has half of a surrogate pair, which is no character")
+    return Problem(messages, label, number)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which a key that stands twice would leave open which value is meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"not JSON: {name}")
+
+
+def _messages(value: Any, key: str) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{key!r} is not a list of messages")
+    for message in value:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise ValueError(f"{key!r} has a message without a role of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str) or not message["content"].strip():
+            raise ValueError(f"{key!r} has a message without text")
+    if value[-1]["role"] != "user":
+        raise ValueError(f"{key!r} does not end with the user's message")
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg}"
+    return "nested too deep" if isinstance(error, RecursionError) else str(error)

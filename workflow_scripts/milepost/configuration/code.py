@@ -1,0 +1,112 @@
+"""Which code a result depends on: the syntax trees of its modules, as far as they can change what is computed."""
+
+import ast
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+# What these packages and modules do decides whether and how a job runs or ends, never what it computes.
+# `configuration` is read by the workflow: what it decides is in the record's settings.
+NOT_COMPUTING = {
+    *("milepost/configuration", "milepost/launch"),
+    *(f"milepost/common/{name}.py" for name in ("errors", "files", "interrupts", "loopback", "working_folder")),
+}
+# Calls whose texts are for people, by the last part of their name. `print` is one where it writes to stderr.
+TELLING = {
+    *("UserError", "error", "exit", "say", "tqdm", "warn", "_warn"),
+    *("debug", "info", "warning", "critical", "exception", "add_argument", "ArgumentParser"),
+}
+TELLING_KEYWORDS = {"help", "description", "desc", "epilog"}
+
+
+@functools.cache
+def code_digest(root: Path, *scripts: str) -> str:
+    """Digest of ``scripts`` and of every module below ``root`` that they import.
+
+    Comments, formatting, docstrings and the texts of errors, messages, logs and help do not count.
+    """
+    waiting, trees = [root / script for script in scripts], {}
+    while waiting:
+        file = waiting.pop()
+        relative = file.relative_to(root)
+        if file in trees or NOT_COMPUTING & {relative.as_posix(), relative.parent.as_posix()}:
+            continue
+        trees[file], imported = _read(root, file)
+        waiting += imported
+    return digest(sorted((file.relative_to(root).as_posix(), tree) for file, tree in trees.items()))
+
+
+def digest(value: object) -> str:
+    """A short digest of plain JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _read(root: Path, file: Path) -> tuple[str, list[Path]]:
+    """Digest of one module's syntax tree, and the files below ``root`` that it imports, their packages included.
+
+    Of a file in another language every byte counts.
+    """
+    if file.suffix != ".py":
+        return hashlib.sha256(file.read_bytes()).hexdigest(), []
+    tree = ast.parse(file.read_bytes(), filename=str(file))
+    package, names = file.relative_to(root).parent.parts, set()
+    for node in ast.walk(tree):  # what is imported inside functions, too
+        if isinstance(node, ast.Import):
+            names.update(tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            module = (*above, *(node.module.split(".") if node.module else ()))
+            names.update((*module, alias.name) for alias in node.names)  # a module, or a name in the one before
+    files = []
+    for name in names:
+        for depth in range(1, len(name) + 1):
+            path = root.joinpath(*name[:depth])
+            files += [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()]
+    return digest(ast.dump(_WithoutTexts().visit(tree))), files
+
+
+class _WithoutTexts(ast.NodeTransformer):
+    """Drops docstrings, and empties texts that are written for people."""
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node
+        ):
+            node.body = node.body[1:]
+        return super().generic_visit(node)
+
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        if isinstance(node.exc, ast.Call):
+            node.exc.args = [_emptied(argument) for argument in node.exc.args]
+        return self.generic_visit(node)
+
+    def visit_Assert(self, node: ast.Assert) -> ast.AST:
+        node.msg = None
+        return self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        name = ast.unparse(node.func).rpartition(".")[2]
+        to_stderr = any(
+            keyword.arg == "file" and ast.unparse(keyword.value) == "sys.stderr" for keyword in node.keywords
+        )
+        if name in TELLING or (name == "print" and to_stderr):
+            # The first argument of `add_argument` is the argument's name.
+            node.args = node.args if name == "add_argument" else [_emptied(argument) for argument in node.args]
+        for keyword in node.keywords:
+            if keyword.arg in TELLING_KEYWORDS:
+                keyword.value = _emptied(keyword.value)
+        return self.generic_visit(node)
+
+
+def _emptied(node: ast.expr) -> ast.expr:
+    """An empty text in place of a literal one, with all that is formatted into it; anything else as it is."""
+    parts = [node]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, ast.BinOp):
+            parts += [part.left, part.right]
+        elif isinstance(part, ast.JoinedStr) or (isinstance(part, ast.Constant) and isinstance(part.value, str)):
+            return ast.Constant("")
+    return node

@@ -1,0 +1,181 @@
+"""Which settings a model and a node admit, the parallel layout above all: plain Python, no torch."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from milepost.configuration.schema import Experts, Hardware, Model, Parallel
+from milepost.configuration.shape import architecture_of
+from milepost.qwen3_5.architecture import Architecture
+
+Rule = tuple[str, str, bool]  # the key, what is allowed, whether it is broken
+
+
+class Fault(NamedTuple):
+    """A setting that can't be: its key, and what is allowed."""
+
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}"
+
+
+def processes(hardware: Hardware) -> int:
+    """Training processes: one a GPU, or as many as configured on CPU."""
+    return hardware.processes or hardware.gpus or 1
+
+
+def fault(model: Model) -> Fault | None:
+    """The first setting that can't be, or None."""
+    return next((Fault(key, message) for key, message, wrong in _rules(model) if wrong), None)
+
+
+def _rules(model: Model) -> Iterator[Rule]:
+    """Cheapest to explain first."""
+    yield (
+        "sampling.temperature",
+        "0 gives every sample of a prompt the same answer: use one above 0",
+        model.sampling.temperature == 0,
+    )
+    parallel, hardware, engine, training = model.parallel, model.hardware, model.engine, model.training
+    world, dense = processes(hardware), parallel.tensor * parallel.pipeline * parallel.context
+    routed = parallel.expert * parallel.expert_tensor * parallel.pipeline
+    yield (
+        "engine.kind",
+        f"{engine.kind!r} does not fit hardware.gpus {hardware.gpus}: sglang needs GPUs, cpu takes none",
+        (engine.kind == "sglang") != (hardware.gpus > 0),
+    )
+    yield (
+        "parallel",
+        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = {dense}"
+        f" does not divide the {world} training processes",
+        world % dense != 0,
+    )
+    yield (
+        "parallel.expert",
+        f"expert {parallel.expert} x expert_tensor {parallel.expert_tensor} x pipeline {parallel.pipeline} = {routed}"
+        f" does not divide the {world} training processes",
+        world % routed != 0,
+    )
+    yield (
+        "engine.gpus_per_engine",
+        f"{engine.gpus_per_engine} does not divide hardware.gpus {hardware.gpus}",
+        engine.kind == "sglang" and hardware.gpus % engine.gpus_per_engine != 0,
+    )
+    yield (
+        "engine.expert_parallel",
+        f"{engine.expert_parallel} does not divide gpus_per_engine {engine.gpus_per_engine}",
+        engine.gpus_per_engine % engine.expert_parallel != 0,
+    )
+    yield (
+        "engine.replay_routing",
+        "needs kind: sglang, whose choice of experts is replayed",
+        engine.replay_routing and engine.kind != "sglang",
+    )
+    for stage in ("sampling", "evaluation"):
+        yield (
+            f"{stage}.enable_thinking",
+            "false closes the think block in the prompt, so no response holds the </think> that reward.think_block:"
+            " required asks for: set think_block: optional",
+            model.reward.think_block == "required" and not getattr(model, stage).enable_thinking,
+        )
+    yield "mtp.train", "needs conversion.mtp_num_layers: 1", model.mtp.train and not model.conversion.mtp_num_layers
+    if world % dense == 0:
+        yield (
+            "training.global_batch",
+            f"{training.global_batch} is not a multiple of the {world // dense} data-parallel copies",
+            training.global_batch % (world // dense) != 0,
+        )
+    yield "parallel.pipeline", "training takes 1; use tensor, context or expert parallelism", parallel.pipeline != 1
+    architecture = architecture_of(model)
+    if architecture and (found := conversion_fault(architecture, model.conversion.processes)):
+        yield "conversion.processes", found, True
+    yield (
+        "engine.replay_routing",
+        "needs a mixture of experts",
+        engine.replay_routing and architecture is not None and not architecture.is_moe,
+    )
+    if architecture and (found := shape_fault(architecture, parallel, model.experts, on_gpu=hardware.gpus > 0)):
+        yield *found, True
+
+
+def conversion_fault(architecture: Architecture, processes: int) -> str | None:
+    """Why so many processes can't share a model's conversion: its experts, or a dense model's matrices; or None."""
+    if architecture.is_moe:
+        if architecture.num_experts % processes:
+            return f"{processes} does not divide the {architecture.num_experts} experts"
+    elif architecture.num_query_groups % processes or architecture.linear_num_key_heads % processes:
+        return (
+            f"{processes} does not divide the {architecture.num_query_groups} key-value groups"
+            f" and {architecture.linear_num_key_heads} linear-attention heads"
+        )
+    return None
+
+
+def shape_fault(architecture: Architecture, parallel: Parallel, experts: Experts, *, on_gpu: bool) -> Fault | None:
+    """The first setting under which a model of this shape can't be laid out, or None."""
+    rules = [*_dense_rules(architecture, parallel)]
+    if architecture.is_moe:
+        rules += _expert_rules(architecture, parallel, experts, on_gpu)
+    return next((Fault(key, message) for key, message, wrong in rules if wrong), None)
+
+
+def _dense_rules(architecture: Architecture, parallel: Parallel) -> Iterator[Rule]:
+    tensor, context = parallel.tensor, parallel.context
+    for what, number in (
+        ("attention heads", architecture.num_attention_heads),
+        ("linear-attention key heads", architecture.linear_num_key_heads),
+    ):
+        yield (
+            "parallel.tensor",
+            f"tensor {tensor} x context {context} does not divide the {number} {what}",
+            number % (tensor * context) != 0,
+        )
+    groups = architecture.num_query_groups
+    yield "parallel.tensor", f"{tensor} does not divide the {groups} key-value groups", groups % tensor != 0
+    here = max(1, groups // tensor)
+    yield (
+        "parallel.context",
+        f"{context} neither divides nor is a multiple of the {here} key-value groups of a tensor-parallel rank",
+        here % context != 0 and context % here != 0,
+    )
+    for what, number in (
+        ("vocabulary", architecture.vocab_size),
+        ("ffn width", architecture.ffn_hidden_size),
+        ("shared expert's width", architecture.shared_expert_ffn_hidden_size),
+    ):
+        if number is not None:
+            yield "parallel.tensor", f"{tensor} does not divide the {what} {number}", number % tensor != 0
+    layers, pipeline = architecture.num_layers, parallel.pipeline
+    yield "parallel.pipeline", f"{pipeline} does not divide the {layers} layers", layers % pipeline != 0
+    experts = parallel.expert * parallel.expert_tensor
+    yield "parallel.expert", f"{experts} needs a mixture of experts: use 1", not architecture.is_moe and experts != 1
+
+
+def _expert_rules(architecture: Architecture, parallel: Parallel, experts: Experts, on_gpu: bool) -> Iterator[Rule]:
+    number, width = architecture.num_experts, architecture.expert_ffn_hidden_size
+    yield (
+        "parallel.expert",
+        f"{parallel.expert} does not divide the {number} experts",
+        number % parallel.expert != 0,
+    )
+    yield (
+        "parallel.expert_tensor",
+        f"{parallel.expert_tensor} does not divide an expert's width {width}",
+        width % parallel.expert_tensor != 0,
+    )
+    yield (
+        "parallel.sequence",
+        "a mixture of experts under tensor parallelism needs sequence: true",
+        parallel.tensor > 1 and not parallel.sequence,
+    )
+    yield (
+        "experts.dispatcher",
+        "alltoall over expert-tensor ranks needs GPUs: use flex or allgather",
+        experts.dispatcher == "alltoall" and parallel.expert_tensor > 1 and not on_gpu,
+    )
+    yield (
+        "experts.deepep",
+        "needs GPUs and experts.dispatcher: flex",
+        experts.deepep and (not on_gpu or experts.dispatcher != "flex"),
+    )

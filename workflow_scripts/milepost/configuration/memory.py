@@ -1,0 +1,171 @@
+"""How much memory and disk a recipe takes, estimated from the shape of its model before anything is fetched."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from milepost.configuration import schema
+from milepost.configuration.layout import processes
+from milepost.configuration.schema import Recompute
+from milepost.configuration.shape import architecture_of
+from milepost.qwen3_5.architecture import Architecture
+
+GIB = 2**30
+CONTEXT_GIB = 1.5  # CUDA context, NCCL's buffers and kernels of one process
+SYNC_GIB = 5.0  # to send weights: two buckets, and one layer's tensors as they are gathered and put together
+BESIDE_GIB = 20.0  # what an engine takes beside its static memory: graphs, activations, workspaces, its context
+PROCESS_GIB = 3.0  # host memory of a conversion's or an export's process beside the weights; measured: 1.1 to 2.6
+LEFT_FREE = 0.2  # of a GPU: the first step, which tunes kernels, took 10 GiB more; and the engine keeps CUDA graphs
+
+
+class Settings(Protocol):
+    """The sections of the configuration that memory depends on."""
+
+    hardware: schema.Hardware
+    training: schema.Training
+    parallel: schema.Parallel
+    optimizer: schema.Optimizer
+    mtp: schema.Mtp
+    sampling: schema.Sampling
+    engine: schema.Engine
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Estimated peak of one training rank, in GiB, by what holds it; and of a rank while the engine generates.
+
+    Attributes:
+        recompute: what is recomputed: as the settings say, or with ``auto`` the least that fits.
+        engine: the engine's static share: its weights, and behind them the requests' states.
+        engine_weights: of that the weights, in bf16 and with the MTP layer where it drafts.
+    """
+
+    recompute: Recompute
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    engine: float
+    engine_weights: float
+
+    @property
+    def training(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + CONTEXT_GIB
+
+    @property
+    def rollout(self) -> float:
+        """What meets when a part of the engine was started anew and is sent the weights while the rest generates."""
+        return self.engine + self.weights + SYNC_GIB + CONTEXT_GIB
+
+    @property
+    def lasting(self) -> float:
+        """What training needs again in its next step."""
+        return self.weights + self.optimizer
+
+    def lasts_beside_engine(self, gpu_memory_gib: float) -> bool:
+        """Whether that can stay while the engine generates, and need not wait on the host."""
+        return self.engine + CONTEXT_GIB + BESIDE_GIB + self.lasting < gpu_memory_gib
+
+
+def estimate(shape: Architecture, settings: Settings, gpu_memory_gib: float) -> GpuMemory:
+    """Estimate the memory of the fullest rank.
+
+    Per parameter held: 2 bytes of bf16 weights, 4 of fp32 gradients, 12 of fp32 master weights and Adam moments, the
+    last shared over the data-parallel copies (none of it on the GPU where Adam runs on the CPU).
+    """
+    asked, room = settings.training.recompute, (1 - LEFT_FREE) * gpu_memory_gib
+    ways = ("none", "selective", "full") if asked == "auto" else (asked,)
+    estimates = [_estimate(shape, settings, way, gpu_memory_gib) for way in ways]
+    return next((memory for memory in estimates if memory.training < room), estimates[-1])
+
+
+def _estimate(shape: Architecture, settings: Settings, recompute: Recompute, gpu_memory_gib: float) -> GpuMemory:
+    parallel, training = settings.parallel, settings.training
+    world, mtp = processes(settings.hardware), int(settings.mtp.train)
+    drafts = int(settings.engine.speculation is not None)
+    routed = shape.parameters(mtp) - _without_experts(shape, mtp)
+    dense_here = (shape.parameters(mtp) - routed) / (parallel.tensor * parallel.pipeline)
+    routed_here = routed / (parallel.expert * parallel.expert_tensor * parallel.pipeline)
+    dense_copies = world // (parallel.tensor * parallel.pipeline)
+    routed_copies = world // (parallel.expert * parallel.expert_tensor * parallel.pipeline)
+    states = 0 if settings.optimizer.cpu_offload else 12 * (dense_here / dense_copies + routed_here / routed_copies)
+    width = 2 if training.dtype == "bfloat16" else 4
+    # Of the fullest pack, without those of other context-parallel ranks: a longer sequence gets a pack of its own.
+    longest = settings.sampling.max_prompt_tokens + settings.sampling.max_response_tokens
+    tokens = max(training.max_tokens_per_gpu * parallel.tensor, longest / parallel.context)
+    return GpuMemory(
+        recompute=recompute,
+        weights=width * (dense_here + routed_here) / GIB,
+        gradients=4 * (dense_here + routed_here) / GIB,
+        optimizer=states / GIB,
+        activations=tokens * width * _activations_per_token(shape, parallel, recompute) / GIB,
+        # logits of one chunk, their softmax and their gradient, in fp32
+        logits=3 * 4 * training.log_prob_chunk * shape.vocab_size / parallel.tensor / GIB,
+        engine=settings.engine.mem_fraction_static * gpu_memory_gib,
+        engine_weights=2 * shape.parameters(drafts) / settings.engine.gpus_per_engine / GIB,
+    )
+
+
+def _without_experts(shape: Architecture, mtp: int) -> int:
+    """Parameters outside the routed experts."""
+    if not shape.is_moe:
+        return shape.parameters(mtp)
+    one_expert = 3 * shape.hidden_size * shape.expert_ffn_hidden_size
+    return shape.parameters(mtp) - (shape.num_layers + mtp) * shape.num_experts * one_expert
+
+
+def _activations_per_token(shape: Architecture, parallel: schema.Parallel, recompute: Recompute) -> float:
+    """Values a token keeps for the backward pass: of every layer what recomputation leaves, and all of one layer."""
+    hidden = 4 * shape.hidden_size / (parallel.tensor if parallel.sequence else 1)  # two residuals, two norms
+    key = shape.linear_num_key_heads * shape.linear_key_head_dim
+    value = shape.linear_num_value_heads * shape.linear_value_head_dim
+    # Projections, what the convolution gives and its cut into three, the delta rule's output and the gated one.
+    linear = (2 * key + 2 * value + 2 * (2 * key + value) + 2 * value) / parallel.tensor
+    query = shape.num_attention_heads * shape.head_dim
+    group = shape.num_query_groups * shape.head_dim
+    # Projections with the gate, rotated queries and keys, the output and the gated one.
+    full = (2 * query + 2 * group + query + group + 2 * query) / parallel.tensor
+    if shape.is_moe:
+        ffn = shape.experts_per_token * shape.expert_ffn_hidden_size + shape.shared_expert_ffn_hidden_size
+        copies = shape.experts_per_token * shape.hidden_size  # every expert keeps a copy of the token
+        mlp, passing = 3 * ffn + copies, copies  # and gives one back
+    else:
+        mlp, passing = 3 * shape.ffn_hidden_size / parallel.tensor, 0
+    average = ((shape.full_attention_interval - 1) * linear + full) / shape.full_attention_interval
+    kept = {"full": hidden / 4, "selective": hidden + average, "none": hidden + average + mlp}
+    layers = shape.num_layers / parallel.pipeline
+    # Whole on every tensor-parallel rank: what a projection gathers, the final hidden states and their gradient.
+    whole = 3 * shape.hidden_size if parallel.tensor > 1 else 0
+    return layers * kept[recompute] + hidden + max(linear, full) + mlp + passing + whole
+
+
+def beside(engine: schema.Engine, taken_gib: float, gpu_memory_gib: float) -> schema.Engine:
+    """The same memory for an engine that does not find ``taken_gib`` of the GPU free: its fraction is of the rest."""
+    fraction = engine.mem_fraction_static * gpu_memory_gib / (gpu_memory_gib - taken_gib)
+    return engine.model_copy(update={"mem_fraction_static": fraction})
+
+
+def host_gib(model: schema.Model, stage: str) -> float:
+    """Host memory that one stage takes: a conversion and an export hold the bf16 weights once, over all processes."""
+    if stage in ("train", "evaluate"):
+        return model.hardware.host_memory_gib
+    if stage not in ("convert", "export") or (architecture := architecture_of(model)) is None:
+        return 0.0
+    count = model.conversion.processes if stage == "convert" else 1
+    return 2 * architecture.parameters(mtp_num_layers=1) / GIB + PROCESS_GIB * count
+
+
+def disk_gib(model: schema.Model, stage: str) -> float:
+    """Disk that one stage's results take: bf16 weights, and for training the checkpoints with fp32 Adam states.
+
+    A download's are in the Hub's cache; a local folder's are linked.
+    """
+    if stage == "download" and not model.source.repo:
+        return 0.0
+    if (architecture := architecture_of(model)) is None:
+        return 0.0
+    parameters = architecture.parameters(mtp_num_layers=1)
+    kept = model.training.keep_checkpoints + 2  # the best one, and the one being written
+    checkpoints = min(kept, -(-model.training.rollouts // model.training.save_interval))
+    width = {"download": 2, "convert": 2, "train": 14 * checkpoints, "export": 2}
+    return width.get(stage, 0) * parameters / GIB

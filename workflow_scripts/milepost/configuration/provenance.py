@@ -1,0 +1,354 @@
+"""What each result depends on, whether it is still that, and what Snakemake is told of it.
+
+Snakemake reruns a job when the value of one of its params changes. Every rule here has one param for that,
+`Provenance.key`. As long as a result is fresh the param keeps the value that the result was made with, whatever has
+changed in ways that do not matter: so it is decided here, by comparing a result's manifest with what it would be made
+of today, and not by Snakemake's own comparison of params.
+
+A result is fresh when its settings, its code and the versions of its packages are the same, all that it was made of has
+the same content, and its files are there. What is upstream counts by its content alone: when a download is made again
+and gives the same files, nothing that was made of them is stale.
+"""
+
+import functools
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from milepost.common import versions
+from milepost.common.contents import content_of
+from milepost.common.errors import UserError
+from milepost.common.files import read_json, sha256_of
+from milepost.configuration import runs, staleness
+from milepost.configuration.code import code_digest, digest
+from milepost.configuration.loading import Configuration
+from milepost.configuration.schema import Engine, Evaluation, Section
+
+OF_TRAINING = {"mem_fraction_static", "check_weights", "replay_routing"}  # the engine's, beside a training alone
+TRAIN_SECTIONS = (
+    "training",
+    "validation",
+    "parallel",
+    "algorithm",
+    "optimizer",
+    "mtp",
+    "sampling",
+    "engine",
+    "experts",
+    "reward",
+)
+# Where each result's manifest lies, below the results' folder.
+MANIFESTS = {
+    "dataset": "data/{name}.json",
+    "download": "{model}/download.json",
+    "convert": "{model}/convert.json",
+    "train": "{model}/grpo/{run}/train.json",
+    "export": "{model}/hf/{run}.json",
+    "evaluate": "{model}/eval/{dataset}/{weights}.json",
+    "plots": "plots.json",
+}
+
+
+class Parts(NamedTuple):
+    """What a result is made of.
+
+    Attributes:
+        config: its slice of the settings.
+        scripts: the entry script and what else is code, for `code_digest`.
+        packages: whose versions count.
+        upstream: name -> (stage, what tells its results apart).
+    """
+
+    config: dict[str, Any]
+    scripts: list[str]
+    packages: tuple[str, ...]
+    upstream: dict[str, tuple[str, dict[str, str]]]
+
+
+class State(NamedTuple):
+    """Whether a result is there and fresh.
+
+    Attributes:
+        made: its manifest, None where there is none.
+        stale: why it must be made again, in words.
+        tolerated: what has changed, too, and is no reason to.
+        damage: of ``stale``, which of its files are not there whole.
+    """
+
+    made: dict[str, Any] | None
+    stale: tuple[str, ...]
+    tolerated: tuple[str, ...] = ()
+    damage: tuple[str, ...] = ()
+
+    @property
+    def fresh(self) -> bool:
+        return self.made is not None and not self.stale
+
+
+class Provenance:
+    """Answers for every stage what it depends on, and what has become of it.
+
+    Stages and what tells their results apart:
+    ``dataset`` (name), ``download``, ``convert``, ``train``, ``export`` (model), ``evaluate`` (model, dataset,
+    weights), ``tables``, ``plots``, ``report`` (none).
+    """
+
+    def __init__(self, configuration: Configuration, scripts: Path):
+        self._configuration = configuration
+        self._scripts = scripts
+
+    @functools.cache  # noqa: B019  one instance lives as long as the process
+    def of(self, stage: str, **which: str) -> dict[str, Any]:
+        """The record of one result, which is plain JSON: ``{"config", "code", "versions", "upstream"}``.
+
+        ``upstream`` holds the manifests that it is made of, by name.
+        """
+        parts = self._parts(stage, **which)
+        return {
+            "config": {k: v.model_dump(mode="json") if isinstance(v, Section) else v for k, v in parts.config.items()},
+            "code": code_digest(self._scripts, *parts.scripts),
+            "versions": versions.versions(parts.packages),
+            "upstream": {name: str(self._manifest(*source) or "") for name, source in parts.upstream.items()},
+        }
+
+    @functools.cache  # noqa: B019
+    def state(self, stage: str, **which: str) -> State:
+        """Compare a result with what it would be made of today."""
+        path = self._manifest(stage, which)
+        made = _read(path) if path else None
+        if made is None:
+            return State(None, ())
+        before, now = made["provenance"], self.of(stage, **which)
+        damage = tuple(staleness.missing_files(path, made))
+        changed = *staleness.settings(before["config"], now["config"]), *self._changed_inputs(before, stage, **which)
+        by = tuple(staleness.makers(before, now))
+        if stage == "train" and self._on_code_change(**which) == "continue":
+            return State(made, (*changed, *damage), by, damage)
+        return State(made, (*changed, *damage, *by), damage=damage)
+
+    @functools.cache  # noqa: B019
+    def key(self, stage: str, **which: str) -> str:
+        """The value of the param that makes Snakemake run a job again when it changes."""
+        state = self.state(stage, **which)
+        if state.fresh:
+            return state.made["provenance"]["key"]
+        upstream = {name: self.key(of, **its) for name, (of, its) in self._parts(stage, **which).upstream.items()}
+        return digest([self.of(stage, **which) | {"upstream": upstream}, state.damage])
+
+    def job(self, stage: str, **which: str) -> dict[str, Any]:
+        """What a job is given: the record, its key, the commit of the code that runs, and what else it must know."""
+        job = self.of(stage, **which) | {"key": self.key(stage, **which), "commit": _commit(self._scripts)}
+        if stage == "train":
+            job["on_code_change"] = self._on_code_change(**which)
+        elif stage == "dataset":
+            job["every_row"] = which["name"] in self._configuration.scored
+        elif stage == "evaluate":
+            job["sampler"] = self._sampler(which["model"])
+        return job
+
+    def why(self, stage: str, **which: str) -> str:
+        """What has changed since a result was made, for people; empty where nothing did, or nothing was made."""
+        if (state := self.state(stage, **which)).fresh:
+            return ""
+        changed = staleness.few(state.stale, ", ")
+        if stage == "train":
+            return self._why_training(changed, **which)
+        if stage == "evaluate" and state.made:
+            return f"{changed}; {self._of_samples(state.made['provenance'], **which)}"
+        return changed
+
+    def run(self, model: str, on_code_change: str | None = None) -> Path | None:
+        """The folder of the run that a training would go on with, by what its inputs are now; None if it begins."""
+        states = {name: self.state(of, **its) for name, (of, its) in self._parts("train", model=model).upstream.items()}
+        job = self.of("train", model=model) | {
+            "inputs": {name: content_of(state.made) for name, state in states.items() if state.made},
+            "on_code_change": on_code_change or self._on_code_change(model),
+        }
+        return runs.find(self._manifest("train", {"model": model}).parent, job)
+
+    def _why_training(self, changed: str, model: str) -> str:
+        """What has changed, whether the run goes on, and how to get the other where the code decides."""
+        if run := self.run(model):
+            goes_on = f"the run goes on after {runs.rollouts(run)} rollouts"
+            last = runs.made_by(run)[-1]
+            if by := staleness.makers(last, self.of("train", model=model)):
+                goes_on += f", made by {last['commit'] or last['code']} ({staleness.few(by, ', ')})"
+                goes_on += "; training.on_code_change: new would begin another"
+            return "; ".join(filter(None, [changed, goes_on]))
+        if not changed:
+            return ""
+        hint = "; training.on_code_change: continue would go on" if self.run(model, "continue") else ""
+        return f"{changed}; a new run begins, and the old one stays{hint}"
+
+    def _sampler(self, model: str) -> dict[str, Any]:
+        settings = self._configuration.models[model]
+        code = code_digest(self._scripts, "milepost/evaluation/sampling.py", engine_file(settings.engine.kind))
+        return sampler(settings.evaluation, settings.engine, code, versions.versions(versions.SAMPLING))
+
+    def _of_samples(self, before: dict[str, Any], model: str, **which: str) -> str:
+        """What becomes of an evaluation's samples when it is made again."""
+        again = "its samples are drawn again"
+        if before.get("sampler") != self._sampler(model):
+            return again
+        conditions = []
+        for name, (of, its) in self._parts("evaluate", model=model, **which).upstream.items():
+            state = self.state(of, **its)
+            same = state.fresh and content_of(state.made) == before["inputs"].get(name)
+            if name == "dataset" and not same:
+                conditions.append("prompts")
+            elif not state.fresh:
+                conditions.append("weights")
+            elif not same:
+                return again
+        kept = "its samples are kept"
+        return f"{kept} if the {' and the '.join(conditions)} stay the same" if conditions else kept
+
+    def _on_code_change(self, model: str) -> str:
+        return self._configuration.models[model].training.on_code_change
+
+    def _changed_inputs(self, before: dict[str, Any], stage: str, **which: str) -> list[str]:
+        """What a result was made of and is no longer the same, in words."""
+        others, again = [], []
+        upstream = self._parts(stage, **which).upstream
+        for name, (of, its) in upstream.items():
+            state = self.state(of, **its)
+            if not state.fresh:
+                again.append(name)
+            elif content_of(state.made) != before["inputs"].get(name):
+                others.append(name)
+        others += [name for name in before["inputs"] if name not in upstream]
+        return [
+            *([f"another result of {staleness.few(others, ' and ')}"] if others else []),
+            *([f"{staleness.few(again, ' and ')} made again"] if again else []),
+        ]
+
+    def _manifest(self, stage: str, which: dict[str, str]) -> Path | None:
+        if stage not in MANIFESTS:
+            return None
+        return Path(self._configuration.results, MANIFESTS[stage].format(run=self._configuration.run, **which))
+
+    def _parts(self, stage: str, **which: str) -> Parts:
+        return getattr(self, f"_{stage}")(**which)
+
+    def _dataset(self, name: str) -> Parts:
+        dataset = self._configuration.datasets[name]
+        config = {"dataset": dataset, "name": name}
+        if dataset.folder:
+            file = Path(dataset.folder).expanduser() / dataset.file
+            config["content"] = _content(file) if file.is_file() else None  # the download says that it is missing
+        return Parts(config, [f"{dataset.script}.py"], (), {})
+
+    def _download(self, model: str) -> Parts:
+        settings = self._configuration.models[model]
+        config = {"source": settings.source}
+        if not settings.source.tiny:
+            config["architecture"] = settings.architecture
+        packages = versions.CONVERTING if settings.source.tiny else ()
+        return Parts(config, [f"{settings.source.script}.py"], packages, {})
+
+    def _convert(self, model: str) -> Parts:
+        conversion = self._configuration.models[model].conversion
+        # Any number of processes gives the same tensors.
+        config = {"conversion": conversion.model_dump(mode="json", include={"mtp_num_layers"})}
+        upstream = {"download": ("download", {"model": model})}
+        return Parts(config, ["convert.py"], versions.CONVERTING, upstream)
+
+    def _train(self, model: str) -> Parts:
+        settings = self._configuration.models[model]
+        config = {section: getattr(settings, section) for section in TRAIN_SECTIONS}
+        config["training"] = settings.training.model_dump(mode="json", exclude={"on_code_change"})  # see `job`
+        config["hardware"] = settings.hardware.model_dump(mode="json", include={"gpus", "processes"})
+        upstream = {
+            "download": ("download", {"model": model}),
+            "convert": ("convert", {"model": model}),
+            "dataset": ("dataset", {"name": settings.training.dataset}),
+        }
+        if settings.validation.interval:
+            upstream["validation"] = ("dataset", {"name": settings.validation.dataset})
+        return Parts(config, ["train.py", engine_file(settings.engine.kind)], versions.TRAINING, upstream)
+
+    def _export(self, model: str) -> Parts:
+        upstream = {"download": ("download", {"model": model}), "train": ("train", {"model": model})}
+        return Parts({}, ["export.py"], versions.CONVERTING, upstream)
+
+    def _evaluate(self, model: str, dataset: str, weights: str) -> Parts:
+        settings = self._configuration.models[model]
+        config = {
+            "evaluation": settings.evaluation.model_dump(mode="json", exclude={"datasets"}),
+            "engine": settings.engine.model_dump(mode="json", exclude=OF_TRAINING),
+            "reward": settings.reward,
+            "hardware": settings.hardware.model_dump(mode="json", include={"gpus"}),
+        }
+        source = "download" if weights == "base" else "export"
+        upstream = {source: (source, {"model": model}), "dataset": ("dataset", {"name": dataset})}
+        packages = (*versions.SAMPLING, *versions.GRADING)
+        return Parts(config, ["evaluate_model.py", engine_file(settings.engine.kind)], packages, upstream)
+
+    def _tables(self) -> Parts:
+        return Parts({}, ["make_tables.py", *self._templates()], versions.STATISTICS, self._evaluations())
+
+    def _plots(self) -> Parts:
+        upstream = self._evaluations() | self._trainings()
+        return Parts({"plots": self._configuration.plots}, ["make_plots.py"], versions.STATISTICS, upstream)
+
+    def _report(self) -> Parts:
+        upstream = {"tables": ("tables", {}), "plots": ("plots", {})}
+        return Parts({}, ["make_report.py", *self._templates()], versions.STATISTICS, upstream)
+
+    def _templates(self) -> list[str]:
+        folder = self._scripts / "milepost/reporting/templates"
+        return sorted(file.relative_to(self._scripts).as_posix() for file in folder.iterdir())
+
+    def _trainings(self) -> dict[str, tuple[str, dict[str, str]]]:
+        return {f"train {model}": ("train", {"model": model}) for model in self._configuration.listed}
+
+    def _evaluations(self) -> dict[str, tuple[str, dict[str, str]]]:
+        return {
+            f"evaluate {model} {dataset} {weights}": (
+                "evaluate",
+                {"model": model, "dataset": dataset, "weights": weights},
+            )
+            for model in self._configuration.listed
+            for dataset in self._configuration.models[model].evaluation.datasets
+            for weights in ("base", self._configuration.run)
+        }
+
+
+def sampler(evaluation: Evaluation, engine: Engine, code: str, packages: dict[str, str]) -> dict[str, Any]:
+    """What decides an evaluation's samples besides weights and prompts: as long as it stays, they are kept."""
+    return {
+        "protocol": evaluation.protocol,
+        "engine": engine.model_dump(mode="json", include={"kind", "speculation", "server_arguments"}),
+        "code": code,
+        "versions": packages,
+    }
+
+
+def engine_file(kind: str) -> str:
+    """The one file of a rollout engine, which the code that calls it does not import by name."""
+    return f"milepost/rollout/{kind}_engine.py"
+
+
+@functools.cache
+def _read(path: Path) -> dict[str, Any] | None:
+    """A manifest of this pipeline's; None for anything else: whoever reads it says so."""
+    try:
+        made = read_json(path)
+        return made if {"key", "inputs", "versions"} <= made["provenance"].keys() else None
+    except (UserError, AttributeError, KeyError, TypeError, OSError):
+        return None
+
+
+@functools.cache
+def _content(file: Path) -> str:
+    return sha256_of(file)
+
+
+@functools.cache
+def _commit(folder: Path) -> str | None:
+    """The commit that is checked out, with a + where files differ from it; None outside of git."""
+    try:
+        git = ["git", "-C", folder, "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,60 @@
+"""Whether the nodes of a Slurm partition have what jobs ask for, as far as sinfo tells."""
+
+import re
+import subprocess
+from collections.abc import Set
+from dataclasses import dataclass
+
+from milepost.configuration.schema import Model
+
+GPUS = re.compile(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)")  # gpu:8, gpu:h100:8(S:0-1), of a list with commas between
+HEAVY = {"train", "evaluate"}  # the jobs that ask for the recipe's GPUs and cores; the others ask for fewer cores
+
+
+@dataclass(frozen=True)
+class Node:
+    gpus: int
+    memory_gib: float
+    cores: int
+
+
+def nodes_of(partition: str | None) -> list[Node]:
+    """The nodes of a partition (None: of Slurm's default one), up or not; none where sinfo does not answer."""
+    chosen = ["--partition", partition] if partition else []
+    command = ["sinfo", "--noheader", "--Node", *chosen, "--format", "%P|%G|%m|%c"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    nodes = []
+    for line in answer.splitlines():
+        fields = [field.strip().removesuffix("+") for field in line.split("|")]
+        if len(fields) == 4 and fields[2].isdecimal() and fields[3].isdecimal():
+            name, gpus, mebibytes, cores = fields
+            if partition or name.endswith("*"):  # the default partition
+                nodes.append(Node(sum(map(int, GPUS.findall(gpus))), int(mebibytes) / 1024, int(cores)))
+    return nodes
+
+
+def called(partition: str | None) -> str:
+    return f"Slurm's partition {partition}" if partition else "Slurm's default partition"
+
+
+def shortcomings(model: Model, stages: Set[str], partition: str | None, nodes: list[Node]) -> list[str]:
+    """What no node of ``partition`` has of that which the jobs of ``stages`` ask for, as words after a model's name."""
+    hardware, where = model.hardware, f"the nodes of {called(partition)}"
+    is_heavy = bool(HEAVY & stages)
+    faults = []
+    for wanted, unit, key, has in (
+        (hardware.gpus if is_heavy else 0, "GPUs", "gpus", lambda node: node.gpus),
+        (hardware.host_memory_gib, "GiB of memory", "host_memory_gib", lambda node: node.memory_gib),
+        (hardware.cores if is_heavy else 0, "cores", "cores", lambda node: node.cores),
+    ):
+        fitting = [node for node in nodes if has(node) >= wanted]
+        if not fitting:
+            faults.append(
+                f"asks for {wanted} {unit} (hardware.{key}), and {where} have at most {max(map(has, nodes)):.0f}"
+            )
+        elif len(fitting) < len(nodes):  # one node must have all of it
+            nodes, where = fitting, f"{where} with {wanted} {unit}"
+    return faults

@@ -1,0 +1,58 @@
+"""Prompts that a training set shares with a set of problems to score on: scores on them say little of new problems."""
+
+import itertools
+import unicodedata
+from collections.abc import Sequence
+
+from milepost.checkpoints.manifest import Manifest
+from milepost.common.problems import Problem, read_problems
+
+FEWEST_CHARACTERS = 30  # of a question that is compared without what all prompts of its set say
+LINES = 5  # that are named
+
+
+def overlap(training: Manifest, scored: Manifest) -> str | None:
+    """How many prompts of ``scored`` stand in ``training`` as well, and in which lines, as a sentence; None for none.
+
+    Prompts are the same where the user's last message is, in any spacing, case and compatibility characters, and
+    without what all prompts of a set begin or end with, such as an instruction.
+    """
+    lines = {key: problem.line for problem, keys in reversed(_keys(training)) for key in keys}
+    problems = _keys(scored)
+    found = [(problem.line, [lines[key] for key in keys & lines.keys()]) for problem, keys in problems]
+    shared = [f"line {line} is line {min(there)}" for line, there in found if there]
+    if not shared:
+        return None
+    named = ", ".join([*shared[:LINES], *(["..."] if len(shared) > LINES else [])])
+    return (
+        f"{len(shared)} of the {len(problems)} prompts of {scored.path.stem} are in the training set"
+        f" {training.path.stem} as well ({named}): scores on them say little about new problems"
+    )
+
+
+def _keys(data: Manifest) -> list[tuple[Problem, set[str]]]:
+    """The problems of a data set, and what each question is recognised by."""
+    problems, _ = read_problems(data.root / data.facts["file"], data.facts["prompt_key"], data.facts["label_key"])
+    questions = [_words(problem.messages[-1]["content"]) for problem in problems]
+    bare = _without_template(questions) if len(problems) > 1 else questions
+    return [
+        (problem, {" ".join(words)} | ({key} if len(key := " ".join(rest)) >= FEWEST_CHARACTERS else set()))
+        for problem, words, rest in zip(problems, questions, bare, strict=True)
+    ]
+
+
+def _words(text: str) -> list[str]:
+    return unicodedata.normalize("NFKC", text).casefold().split()
+
+
+def _without_template(questions: Sequence[list[str]]) -> list[list[str]]:
+    """Without the words that all begin and end with."""
+    begin = _alike(questions)
+    end = _alike([words[begin:][::-1] for words in questions])
+    return [words[begin : len(words) - end] for words in questions]
+
+
+def _alike(questions: Sequence[list[str]]) -> int:
+    """How many words all begin with."""
+    places = zip(*questions, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda words: len(set(words)) == 1, places))

@@ -1,0 +1,100 @@
+"""Learning from one rollout: its optimizer steps, and which of them are skipped for what reason."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from milepost.configuration.schema import Optimizer as OptimizerSettings
+from milepost.grpo.metrics import warn
+from milepost.grpo.optimizer import Optimizer, learning_rate_at
+from milepost.grpo.policy import MicroBatch, Policy, StepTotals
+from milepost.grpo.run_state import Progress
+from milepost.grpo.samples import TrainingSequence
+
+PER_STEP = (
+    *("loss", "mtp_loss", "grad_norm", "idle_share", "seconds_optimizer"),
+    *("expert_load_max", "expert_load_min", "expert_imbalance", "routing_agreement"),
+)
+MEANS = ("clip_fraction", "ratio", "kl", "entropy", "log_prob_diff")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: this rank's packs, and what all ranks' packs hold together."""
+
+    batches: list[MicroBatch]
+    totals: StepTotals
+    learns: bool  # or are its packs there for the metrics alone?
+
+
+class Learner:
+    """Turns a rollout's sequences into new weights. Every rank has one and calls it with the same sequences."""
+
+    def __init__(self, policy: Policy, optimizer: Optimizer, settings: OptimizerSettings) -> None:
+        self.policy, self.optimizer, self.settings = policy, optimizer, settings
+
+    def learn(self, sequences: Sequence[TrainingSequence], progress: Progress) -> dict[str, float]:
+        """Take the rollout's optimizer steps, counting them in ``progress``; gives the metrics of training.
+
+        With one step the policy that trains is the policy that sampled, so the old log-probs are its own. With several
+        they are computed before the first.
+        """
+        size = self.policy.training.global_batch
+        steps = [self._prepare(sequences[start : start + size]) for start in range(0, len(sequences), size)]
+        old = len(steps) > 1 or self.policy.algorithm.old_log_prob_forward
+        steps = [replace(step, batches=self.policy.with_past_log_probs(step.batches, old)) for step in steps]
+        reports = [self._step(step, progress) for step in steps if step.batches]
+        if not any(step.learns for step in steps):
+            warn(
+                f"rollout {progress.rollout + 1}: no group's rewards differ, so there is nothing to learn: step skipped"
+            )
+        return _summary(reports) | {"bad_steps": progress.bad_steps}
+
+    def _prepare(self, sequences: Sequence[TrainingSequence]) -> Step:
+        """Pack a step's sequences, without those whose gradient is exactly zero.
+
+        A response with no advantage pulls no weight unless some other term of the loss reaches it; it still counts in
+        the means. A step in which nothing has a gradient is skipped, since Adam's momentum and weight decay would go on
+        without any evidence.
+        """
+        policy = self.policy
+        totals = StepTotals(len(sequences), sum(sequence.response_length for sequence in sequences))
+        learns = policy.learns_without_advantage or any(sequence.advantage for sequence in sequences)
+        if not (policy.learns_without_advantage or policy.measures_every_response):
+            sequences = [sequence for sequence in sequences if sequence.advantage]
+        return Step(policy.micro_batches(sequences, totals) if sequences else [], totals, learns)
+
+    def _step(self, step: Step, progress: Progress) -> dict[str, float]:
+        self.optimizer.zero_grad()
+        report = self.policy.accumulate_gradients(step.batches, step.totals)
+        if not step.learns:
+            return report | {"grad_norm": 0.0, "learning_rate": 0.0, "seconds_optimizer": 0.0}
+        began = time.perf_counter()
+        self.optimizer.reduce()
+        report["learning_rate"] = learning_rate_at(progress.optimizer_step + 1, self.settings)
+        finite = math.isfinite(report["loss"])
+        report["grad_norm"] = self.optimizer.step(report["learning_rate"]) if finite else math.nan
+        report["seconds_optimizer"] = time.perf_counter() - began
+        if math.isfinite(report["grad_norm"]):
+            progress.optimizer_step += 1
+            progress.bad_steps_in_a_row = 0
+        else:
+            progress.bad_steps += 1
+            progress.bad_steps_in_a_row += 1
+            warn(
+                f"rollout {progress.rollout + 1}: loss {report['loss']}, gradient norm {report['grad_norm']}: step"
+                f" skipped ({progress.bad_steps_in_a_row} in a row)"
+            )
+        return report
+
+
+def _summary(reports: list[dict[str, float]]) -> dict[str, float]:
+    """One line of metrics from those of a rollout's steps; means over tokens where they are over tokens."""
+    if not reports:
+        return {"loss": 0.0, "grad_norm": 0.0, "clip_fraction": 0.0, "learning_rate": 0.0}
+    weight = sum(report["weight"] for report in reports)
+    means = {name: sum(r[name] for r in reports) / weight for name in MEANS if name in reports[0]}
+    per_step = [name for name in PER_STEP if name in reports[0]]
+    averages = {name: sum(report[name] for report in reports) / len(reports) for name in per_step}
+    return averages | means | {"learning_rate": reports[-1]["learning_rate"]}

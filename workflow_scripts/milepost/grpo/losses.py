@@ -1,0 +1,118 @@
+"""GRPO's loss over response tokens, normalised once for the whole optimizer step.
+
+Every token carries its weight in the step's mean, worked out from global counts before anything is packed. A pack's
+loss is then a plain weighted sum, and sums over packs and data-parallel ranks add up to the same loss and gradient
+however the sequences were laid out.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from milepost.configuration.schema import Algorithm
+
+MAX_LOG_RATIO = 20.0  # nats between two probabilities of one token: exp is 4.9e8
+MAX_KL = 10.0  # nats of one token's k3 estimate
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """What the loss needs to know of N response tokens besides their log-probs; every tensor is (N,)."""
+
+    weights: Tensor
+    advantages: Tensor
+    rollout_log_probs: Tensor
+    old_log_probs: Tensor | None = None
+    reference_log_probs: Tensor | None = None
+
+
+def has_kl_loss(algorithm: Algorithm) -> bool:
+    """Whether the divergence from the starting weights is a part of the loss."""
+    return algorithm.use_kl_loss and algorithm.kl_coefficient > 0
+
+
+def token_weight(response_length: int, responses: int, tokens: int, aggregation: str) -> float:
+    """One token's weight in the step's loss.
+
+    Args:
+        response_length: tokens of the response that the token belongs to.
+        responses: responses in the whole optimizer step, over all ranks.
+        tokens: response tokens in the whole optimizer step, over all ranks.
+        aggregation: ``mean_of_response_means`` (GRPO's own) or ``token_mean`` (DAPO, arXiv 2503.14476, eq. 8).
+    """
+    return 1.0 / (response_length * responses) if aggregation == "mean_of_response_means" else 1.0 / tokens
+
+
+def probability_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
+    """New over old probability of each token (N,), from their logarithms.
+
+    The log ratio is held within ``MAX_LOG_RATIO`` before exp: beyond 88 a ratio in fp32 is infinite, and times an
+    advantage of 0 not a number. There the gradient is 0, as in verl (``compute_policy_loss`` in trainer/ppo/
+    core_algos.py); within it nothing changes.
+    """
+    return torch.exp((log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+
+def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip: float, clip_high: float) -> tuple[Tensor, Tensor]:
+    """PPO's pessimistic surrogate (arXiv 1707.06347, eq. 7) with its own upper bound, to be minimised.
+
+    Args:
+        ratio: (N,) new over old probability.
+        advantages: (N,)
+
+    Returns:
+        the loss of each token (N,), and whether the clip decided it (N,).
+    """
+    free = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip_high)
+    return torch.maximum(free, clipped), clipped > free
+
+
+def low_variance_kl(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
+    """The k3 estimate of KL(policy || reference) per token, never negative (Schulman 2020, "Approximating KL").
+
+    It is held below ``MAX_KL``, and its log ratio within ``MAX_LOG_RATIO``, as in verl (``kl_penalty`` in trainer/ppo/
+    core_algos.py): a token with a log ratio of 19 would otherwise count 1.8e8. Where a bound holds the gradient is 0.
+    """
+    log_ratio = (reference_log_probs - log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (torch.exp(log_ratio) - log_ratio - 1.0).clamp(max=MAX_KL)
+
+
+def grpo_loss(
+    log_probs: Tensor, entropy: Tensor | None, batch: TokenBatch, algorithm: Algorithm
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The step's share of the loss that N response tokens carry.
+
+    Without old log-probs the policy that sampled is the policy that trains, so that the ratio is exactly 1 and its
+    gradient that of the log-prob.
+
+    Args:
+        log_probs: (N,) of the policy, with gradient.
+        entropy: (N,) of the policy, where it is asked for.
+
+    Returns:
+        the loss, a scalar to be summed over packs and data-parallel ranks; and the weighted sums of the metrics, which
+        are means once they are summed likewise and divided by the sum of ``weight``.
+    """
+    weights = batch.weights
+    old_log_probs = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
+    ratio = probability_ratio(log_probs, old_log_probs)
+    token_loss, clipped = clipped_policy_loss(ratio, batch.advantages, algorithm.clip, algorithm.clip_high)
+    metrics = {
+        "weight": weights,
+        "clip_fraction": weights * clipped,
+        "ratio": weights * ratio,
+        "log_prob_diff": weights * (old_log_probs - batch.rollout_log_probs).abs(),
+    }
+    if batch.reference_log_probs is not None:
+        kl = low_variance_kl(log_probs, batch.reference_log_probs)
+        metrics["kl"] = weights * kl
+        if has_kl_loss(algorithm):
+            token_loss = token_loss + algorithm.kl_coefficient * kl
+    if entropy is not None:
+        metrics["entropy"] = weights * entropy
+        if algorithm.entropy_coefficient:
+            token_loss = token_loss - algorithm.entropy_coefficient * entropy
+    loss = (weights * token_loss).sum()
+    return loss, {name: values.detach().sum() for name, values in metrics.items()}

@@ -1,0 +1,165 @@
+"""What a run reports: metrics.jsonl and samples.jsonl, TensorBoard, and Weights & Biases where it is asked for."""
+
+import json
+import math
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from milepost.common.errors import UserError
+from milepost.common.files import json_line
+from milepost.configuration.early import require_wandb
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+SHOWN, TAIL = 3, 160  # samples that a warning shows, and characters of each
+
+
+class JsonLines:
+    """A log of one JSON object a line."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("ab")
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one line; numbers that JSON has no word for become null."""
+        clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        self.file.write(json_line(clean))
+        self.file.flush()
+
+    def read(self) -> list[dict[str, Any]]:
+        """All lines so far."""
+        with open(self.file.name, encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    def sync(self) -> int:
+        """Make what was written durable; the length in bytes."""
+        self.file.flush()  # raises again what kept a line from being written: the length would count it
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class RunLog:
+    """All logs of one run in its work folder. Rank 0 holds one; the others none."""
+
+    def __init__(self, work: Path, first_rollout: int, wandb_project: str | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+
+        self.lines = {name: JsonLines(work / name) for name in (METRICS, SAMPLES)}
+        self.tensorboard = SummaryWriter(str(work / "tensorboard"), purge_step=first_rollout)
+        self.wandb = _start_wandb(wandb_project, work) if wandb_project else None
+
+    def metrics(self, rollout: int, values: dict[str, float | int]) -> None:
+        """Report ``values`` of ``rollout`` everywhere."""
+        self.lines[METRICS].append({"rollout": rollout, **values})
+        for name, value in values.items():
+            self.tensorboard.add_scalar(name, value, rollout)
+        if self.wandb:
+            self.wandb.log({"rollout": rollout, **values})
+
+    def sample(self, row: dict[str, Any]) -> None:
+        """Keep one sample for whoever wants to read what the model writes."""
+        self.lines[SAMPLES].append(row)
+
+    def sync(self) -> dict[str, int]:
+        """Make the logs durable; their lengths in bytes, for the checkpoint."""
+        self.tensorboard.flush()
+        return {name: lines.sync() for name, lines in self.lines.items()}
+
+    def close(self) -> None:
+        for lines in self.lines.values():
+            lines.close()
+        self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def equal_rewards(log: RunLog) -> str | None:
+    """A warning where all responses so far earned 0, or all 1: three answers and why. None where rewards differ."""
+    means = {row["reward_mean"] for row in log.lines[METRICS].read() if "reward_mean" in row}
+    if means not in ({0.0}, {1.0}):
+        return None
+    samples = log.lines[SAMPLES].read()
+    first_of_reason = {row["reason"]: number for number, row in reversed([*enumerate(samples)])}
+    rest = (number for number in range(len(samples)) if number not in first_of_reason.values())
+    shown = [samples[number] for number in [*sorted(first_of_reason.values()), *rest][:SHOWN]]
+    lines = [
+        f"every reward of rollouts 1 to {samples[-1]['rollout']} is {means.pop():.0f}, and equal rewards teach"
+        " nothing; training goes on. Is this what the prompts ask for, and what the labels hold?"
+    ]
+    lines += [
+        f"  line {row['line']}, label {row['label']!r}: {row['reason']}, answer {row['answer']!r}, the response ends"
+        f" {row['response'][-TAIL:]!r}"
+        for row in shown
+    ]
+    return "\n".join(lines)
+
+
+def expert_metrics(load: Tensor | None, agreement: float | None) -> dict[str, float]:
+    """How evenly experts are used, from the tokens that visited each: (layers, experts) or None.
+
+    ``expert_load_max`` and ``_min`` are the busiest and the idlest expert's share as a multiple of an even one, means
+    over the layers; ``expert_imbalance`` is the standard deviation over the mean, likewise.
+    ``routing_agreement`` is the share of the engine's choices of experts that the trainer would have made as well.
+    """
+    if load is None:
+        return {}
+    share = load / load.double().mean(dim=1, keepdim=True)
+    return {
+        "expert_load_max": share.amax(dim=1).mean().item(),
+        "expert_load_min": share.amin(dim=1).mean().item(),
+        "expert_imbalance": share.std(dim=1, correction=0).mean().item(),
+        **({} if agreement is None else {"routing_agreement": agreement}),
+    }
+
+
+def peak_memory() -> dict[str, float]:
+    """Peaks in GiB; every rank calls this.
+
+    ``host_memory_gib`` is that of all ranks together since their start, ``gpu_memory_gib`` that of the tensors of the
+    fullest rank since the last call (nothing on CPU).
+    """
+    host = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20], dtype=torch.float64)  # from KiB
+    dist.all_reduce(host)
+    peaks = {"host_memory_gib": host.item()}
+    if torch.cuda.is_available():
+        gpu = torch.tensor([torch.cuda.max_memory_allocated() / 2**30], dtype=torch.float64)
+        dist.all_reduce(gpu, dist.ReduceOp.MAX)
+        torch.cuda.reset_peak_memory_stats()
+        peaks["gpu_memory_gib"] = gpu.item()
+    return peaks
+
+
+def truncate_logs(work: Path, log_bytes: dict[str, int]) -> None:
+    """Cut the logs to where a checkpoint saw them, so that what a resumed run does again stands there once."""
+    for name in (METRICS, SAMPLES):
+        length = log_bytes.get(name, 0)
+        with (work / name).open("ab") as file:
+            if file.tell() < length:
+                raise UserError(f"{work / name}: {file.tell()} of {length} bytes left: put it back, or delete {work}")
+            file.truncate(length)
+
+
+def warn(message: str) -> None:
+    """Tell the user once, above the progress bar: rank 0 does, though every rank may call this."""
+    from tqdm import tqdm
+
+    if dist.get_rank() == 0:
+        tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def _start_wandb(project: str, work: Path) -> Any:
+    require_wandb()
+    import wandb
+
+    log = wandb.init(project=project, id=work.name, dir=work, resume="allow")
+    log.define_metric("*", step_metric="rollout")  # its own step never goes back, as a resumed run does
+    return log

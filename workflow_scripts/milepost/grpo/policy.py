@@ -1,0 +1,280 @@
+"""The policy's forward passes over packs: old and reference log-probs, and the gradient of GRPO's loss."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from torch import Tensor, nn
+
+from milepost.configuration.schema import Algorithm, Mtp, Sampling, Training
+from milepost.grpo.log_probs import token_log_probs
+from milepost.grpo.losses import TokenBatch, grpo_loss, has_kl_loss, token_weight
+from milepost.grpo.metrics import expert_metrics
+from milepost.grpo.packing import pack_sequences
+from milepost.grpo.samples import TrainingSequence
+from milepost.qwen3_5.experts import take_expert_load
+from milepost.qwen3_5.model import hidden_states, output_weight
+from milepost.qwen3_5.mtp import mtp_loss
+from milepost.qwen3_5.packed import Packed, context_shard, pack
+from milepost.qwen3_5.routing import replay_routing, take_routing_agreement
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What one optimizer step holds over all ranks; every mean is taken over these, however the step is packed."""
+
+    responses: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One pack of this rank. Under context parallelism N counts the response tokens that this rank predicts.
+
+    Attributes:
+        input_ids: (1, R) of the whole pack; ``response_mask`` (1, R) likewise, true at response tokens.
+        position_ids: (1, R)
+        predicting: (N,) places, within this rank's rows, that predict a response token.
+        targets: (N,) those next tokens.
+        tokens: what the loss needs of them.
+        routing: (R / cp, layers, k) experts that this rank's rows visit; None to leave the choice to the routers.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    packed: Packed
+    response_mask: Tensor
+    predicting: Tensor
+    targets: Tensor
+    tokens: TokenBatch
+    routing: Tensor | None = None
+
+
+class Policy:
+    """A model together with the settings under which it samples and trains.
+
+    With ``replays_routing`` every sequence says which experts its tokens visit, and the routers do as they are told.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        training: Training,
+        algorithm: Algorithm,
+        sampling: Sampling,
+        mtp: Mtp,
+        *,
+        replays_routing: bool = False,
+    ) -> None:
+        self.model, self.training, self.algorithm, self.sampling, self.mtp = model, training, algorithm, sampling, mtp
+        self.device = next(model.parameters()).device
+        self.reference = _copy_of(model) if _wants_reference(algorithm) else None
+        # The MTP layer wants every token's next one, and an auxiliary loss wants every token counted.
+        self.shares_prompts = not (mtp.train or model.config.moe_aux_loss_coeff)
+        self.replays_routing = replays_routing
+
+    @property
+    def learns_without_advantage(self) -> bool:
+        """Whether a response of advantage 0 has a gradient."""
+        algorithm = self.algorithm
+        return (
+            has_kl_loss(algorithm)
+            or bool(algorithm.entropy_coefficient)
+            or self.mtp.train
+            or bool(self.model.config.moe_aux_loss_coeff)
+        )
+
+    @property
+    def measures_every_response(self) -> bool:
+        """Whether the metrics ask for those, too, that have no gradient."""
+        algorithm = self.algorithm
+        return self.reference is not None or algorithm.entropy_metric or algorithm.old_log_prob_forward
+
+    def micro_batches(self, sequences: Sequence[TrainingSequence], totals: StepTotals) -> list[MicroBatch]:
+        """This rank's packs of an optimizer step's sequences; every data-parallel rank gets equally many."""
+        ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        lengths = [len(sequence.ids) for sequence in sequences]
+        sharing = parallel_state.get_tensor_model_parallel_world_size() * _context_size()  # GPUs that take one pack
+        packs = pack_sequences(lengths, self.training.max_tokens_per_gpu * sharing, ranks)[rank]
+        return [self._micro_batch([sequences[index] for index in indices], totals) for indices in packs]
+
+    def _micro_batch(self, sequences: Sequence[TrainingSequence], totals: StepTotals) -> MicroBatch:
+        multiple = parallel_state.get_tensor_model_parallel_world_size() * _context_size()
+        # Where there are too few sequences for all ranks, two tokens that nothing is asked of keep the ranks in step.
+        rows = [sequence.ids for sequence in sequences] or [torch.zeros(2, dtype=torch.long)]
+        prefixes = [sequence.prompt_length for sequence in sequences] if self.shares_prompts else []
+        input_ids, position_ids, packed = pack(rows, prefixes=prefixes, multiple_of=multiple, device=self.device)
+        response_tokens = _response_tokens(sequences).to(self.device)  # (N,) their places in the pack
+        row_of_token = packed.spread(torch.arange(input_ids.shape[1], device=self.device))  # (T,)
+        mask = torch.zeros(input_ids.shape[1], dtype=torch.bool, device=self.device)
+        mask[row_of_token[response_tokens]] = True
+        aggregation = self.algorithm.loss_aggregation
+        weights = [token_weight(s.response_length, totals.responses, totals.tokens, aggregation) for s in sequences]
+        columns = torch.stack(
+            [
+                _per_token(weights, sequences),
+                _per_token([sequence.advantage for sequence in sequences], sequences),
+                torch.cat([sequence.log_probs for sequence in sequences] or [torch.empty(0)]),
+            ]
+        )
+        shard = input_ids.shape[1] // _context_size()
+        start = shard * parallel_state.get_context_parallel_rank()
+        predicting = row_of_token[response_tokens - 1] - start
+        mine = (predicting >= 0) & (predicting < shard)
+        columns = columns.to(self.device)[:, mine]
+        return MicroBatch(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            packed=packed,
+            response_mask=mask[None],
+            predicting=predicting[mine],
+            targets=input_ids[0, row_of_token[response_tokens[mine]]],
+            tokens=TokenBatch(weights=columns[0], advantages=columns[1], rollout_log_probs=columns[2]),
+            routing=self._routing(sequences, packed) if self.replays_routing else None,
+        )
+
+    def _routing(self, sequences: Sequence[TrainingSequence], packed: Packed) -> Tensor:
+        """The experts that this rank's rows are to visit, (R / cp, layers, k); padding visits the first ones."""
+        config = self.model.config
+        known = [sequence.routing.view(-1, config.num_layers, config.moe_router_topk) for sequence in sequences]
+        padding = len(packed.positions) - sum(map(len, known))
+        first = torch.arange(config.moe_router_topk, dtype=torch.int16).expand(padding, config.num_layers, -1)
+        experts = torch.cat([*known, first]).to(self.device).long()
+        return context_shard(packed.collect(experts), dim=0)
+
+    def with_past_log_probs(self, batches: list[MicroBatch], old: bool) -> list[MicroBatch]:
+        """Add the old log-probs, if asked for, and the reference's, if it is kept; before the first step."""
+        if old:
+            found = self._log_probs_of(batches)
+            batches = [_with(b, old_log_probs=log_probs) for b, log_probs in zip(batches, found, strict=True)]
+        if self.reference is not None:
+            with _weights_swapped(self.model, self.reference):
+                found = self._log_probs_of(batches)
+            batches = [_with(b, reference_log_probs=log_probs) for b, log_probs in zip(batches, found, strict=True)]
+        return batches
+
+    @torch.no_grad()
+    def _log_probs_of(self, batches: list[MicroBatch]) -> list[Tensor]:
+        return [self._forward(batch, with_entropy=False)[0] for batch in batches]
+
+    def accumulate_gradients(self, batches: list[MicroBatch], totals: StepTotals) -> dict[str, float]:
+        """Run forward and backward over this rank's packs.
+
+        Returns:
+            the loss and the metrics' weighted sums of the whole step, over all data-parallel ranks.
+        """
+        wants_entropy = bool(self.algorithm.entropy_coefficient) or self.algorithm.entropy_metric
+        # The mean over packs; of a pack's loss every context-parallel rank has its part of the gradient already.
+        packs = len(batches) * parallel_state.get_data_parallel_world_size()
+        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / packs, device=self.device))
+        sums: dict[str, Tensor] = {}
+        began = time.perf_counter()
+        for batch in batches:
+            log_probs, entropy, hidden = self._forward(batch, wants_entropy)
+            loss, metrics = grpo_loss(log_probs, entropy, batch.tokens, self.algorithm)
+            metrics["loss"] = loss.detach()
+            if self.mtp.train:
+                mtp = mtp_loss(
+                    self.model,
+                    hidden,
+                    batch.input_ids,
+                    batch.response_mask,
+                    batch.packed,
+                    token_count=totals.tokens,
+                    chunk=self.training.log_prob_chunk,
+                )
+                metrics["mtp_loss"] = mtp.detach()
+                loss = loss + self.mtp.loss_scale * mtp
+            loss.backward()
+            for name, value in metrics.items():
+                sums[name] = sums[name] + value if name in sums else value
+        together = torch.stack([value.double() for value in sums.values()])
+        idle = _idle_share(began, self.device)
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        if group.size() > 1:
+            dist.all_reduce(together, group=group)
+        of_experts = expert_metrics(take_expert_load(self.model), take_routing_agreement(self.model))
+        return dict(zip(sums, together.tolist(), strict=True)) | idle | of_experts
+
+    def _forward(self, batch: MicroBatch, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Log-probs (N,) and entropy (N,) of the response tokens, and all hidden states (T / cp, H)."""
+        ids, positions = context_shard(batch.input_ids), context_shard(batch.position_ids)
+        if batch.routing is not None:
+            replay_routing(self.model, batch.routing)
+        hidden = hidden_states(self.model, ids, positions, batch.packed)
+        # Where samples share a row, the gradient of hidden[rows] is summed in whatever order the CPU's threads come.
+        log_probs, entropy = token_log_probs(
+            hidden.index_select(0, batch.predicting),  # (N, H)
+            output_weight(self.model),
+            batch.targets,
+            temperature=self.sampling.temperature,
+            chunk=self.training.log_prob_chunk,
+            with_entropy=with_entropy,
+            tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        )
+        return log_probs, entropy, hidden
+
+
+def _idle_share(began: float, device: torch.device) -> dict[str, float]:
+    """The share of its time that a rank waits on average for the slowest one, since ``began``; nothing for one rank."""
+    if dist.get_world_size() == 1:
+        return {}
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    busy = torch.tensor([time.perf_counter() - began], dtype=torch.float64)  # on the CPU: over gloo
+    everyone = [torch.empty_like(busy) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, busy)
+    seconds = torch.cat(everyone)
+    return {"idle_share": 1 - (seconds.mean() / seconds.max()).item()}
+
+
+def _wants_reference(algorithm: Algorithm) -> bool:
+    return algorithm.reference_forward or has_kl_loss(algorithm)
+
+
+def _context_size() -> int:
+    return parallel_state.get_context_parallel_world_size()
+
+
+def _response_tokens(sequences: Sequence[TrainingSequence]) -> Tensor:
+    """Places of the response tokens among those of the sequences laid end to end: (N,)."""
+    start, places = 0, [torch.empty(0, dtype=torch.long)]
+    for sequence in sequences:
+        end = start + len(sequence.ids)
+        places.append(torch.arange(start + sequence.prompt_length, end))
+        start = end
+    return torch.cat(places)
+
+
+def _per_token(values: list[float], sequences: Sequence[TrainingSequence]) -> Tensor:
+    """Repeat each sequence's value once for every token of its response: (N,)."""
+    return torch.tensor(values).repeat_interleave(
+        torch.tensor([s.response_length for s in sequences], dtype=torch.long)
+    )
+
+
+def _with(batch: MicroBatch, **log_probs: Tensor) -> MicroBatch:
+    return replace(batch, tokens=replace(batch.tokens, **log_probs))
+
+
+def _copy_of(model: nn.Module) -> dict[str, Tensor]:
+    """The weights as they are now, on the CPU."""
+    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
+
+
+@contextlib.contextmanager
+def _weights_swapped(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Let ``model`` compute with other ``weights`` for a while."""
+    own = {name: parameter.data for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.data = weights[name].to(parameter.device)
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = own[name]

@@ -1,0 +1,275 @@
+"""Hub requests, through the Hub's own client: retried when transient, otherwise a one-line error."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import httpx
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, get_token, hf_hub_download, snapshot_download
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, HFValidationError, LocalEntryNotFoundError, OIDCError
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import logging
+from tqdm import tqdm
+
+from milepost.common.errors import UserError
+from milepost.common.files import atomic_write, free_bytes, in_mib
+from milepost.hub import environment
+from milepost.hub.faults import explain, hub_address, with_retries
+
+WORKERS = 8
+SHOWN = 2**20  # bytes from which a download shows its progress
+STALE = 3600  # seconds since the last byte after which a partial file has no writer any more
+
+# The client warns with addresses, some of them signed; what matters is said here, without them.
+logging.set_verbosity_error()
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """What the Hub says of a file: its size in bytes and its digest, a sha256 (64 digits) or a git blob id (40)."""
+
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository on the Hub; ``kind`` is ``model`` or ``dataset``."""
+
+    kind: str
+    name: str
+
+    @property
+    def cache(self) -> Path:
+        """Its folder in the user's Hub cache."""
+        return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.name, repo_type=self.kind)
+
+    @property
+    def page(self) -> str:
+        """The address at which a person finds it."""
+        return f"{hub_address()}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a repository at one commit."""
+
+    repository: Repository
+    commit: str
+    files: dict[str, RemoteFile]
+
+    def only(self, names: Iterable[str]) -> "Listing":
+        """The same of fewer files."""
+        return replace(self, files={name: self.files[name] for name in names})
+
+
+def resolve(repository: Repository, revision: str) -> Listing:
+    """Resolve ``revision`` (branch, tag or commit) to a commit, and list what it holds: from the cache when offline.
+
+    The commit is remembered in the cache, so that an offline run resolves the same name to it.
+    """
+    environment.require_cache(Path(constants.HF_HUB_CACHE))
+    if constants.is_offline_mode():
+        return _resolve_offline(repository, revision)
+    environment.require_usable(constants.ENDPOINT)
+    _require_token()
+    not_a_hub = (
+        f"{hub_address()} does not list commits, sizes and digests as a Hub does: check HF_ENDPOINT and the proxy"
+    )
+    try:
+        info = with_retries(
+            lambda: HfApi().repo_info(
+                repository.name, repo_type=repository.kind, revision=revision, files_metadata=True, timeout=30
+            ),
+            repository,
+            f"revision {revision}",
+        )
+    except (AttributeError, LookupError, TypeError):  # JSON of another kind
+        raise UserError(not_a_hub) from None
+    files = {}
+    for file in info.siblings or ():
+        if file.rfilename.startswith("/") or ".." in file.rfilename.split("/"):
+            raise UserError(f"{repository}: holds a file named {file.rfilename!r}: not a name to write to")
+        files[file.rfilename] = (
+            RemoteFile(file.lfs.size, file.lfs.sha256) if file.lfs else RemoteFile(file.size, file.blob_id)
+        )
+    if not info.sha or any(file.bytes is None or not file.digest for file in files.values()):
+        raise UserError(not_a_hub)
+    if revision != info.sha:
+        with contextlib.suppress(OSError):  # a cache that is read-only, or whose disk is full, may hold all files
+            atomic_write(repository.cache / "refs" / revision, info.sha)
+    return Listing(repository, info.sha, files)
+
+
+def _require_token() -> None:
+    """Refuse (`UserError`) a token that can't be read or made; that there is none is no fault."""
+    try:
+        get_token()
+    except (OIDCError, httpx.HTTPError) as error:
+        raise UserError(f"HF_OIDC_RESOURCE is set and gives no token: {error}") from None
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise UserError(
+            f"the token's file {constants.HF_TOKEN_PATH} can't be read ({reason}): mend it, or set HF_TOKEN"
+        ) from None
+
+
+def _resolve_offline(repository: Repository, revision: str) -> Listing:
+    """The same from the user's cache alone.
+
+    The cache keeps the listing of a commit that was downloaded whole. Without it, as in a cache that an older client
+    made, the files that are there are listed; the cache names a file's blob by the digest that the Hub gave for it.
+    """
+    asked = {"repo_type": repository.kind, "revision": revision}
+    try:
+        folder = Path(snapshot_download(repository.name, **asked, allow_patterns=[], local_files_only=True))
+        tree = get_cached_repo_tree(repository.name, **asked)
+        files = {file.path: RemoteFile(file.size, file.lfs.sha256 if file.lfs else file.blob_id) for file in tree}
+    except LocalEntryNotFoundError:
+        raise _lacking(repository, f"revision {revision}") from None
+    except CachedRepoTreeNotFoundError:
+        files = {
+            file.relative_to(folder).as_posix(): RemoteFile(
+                file.stat().st_size, file.readlink().name if file.is_symlink() else ""
+            )
+            for file in folder.rglob("*")
+            if file.is_file()
+        }
+    except HFValidationError as error:
+        explain(error, repository, revision)
+    return Listing(repository, folder.name, files)
+
+
+def _lacking(repository: Repository, what: str) -> UserError:
+    return UserError(
+        f"{repository}: {what}: {environment.offline_variable()} is set and the cache {constants.HF_HUB_CACHE} does not"
+        f" hold all of it: run once without {environment.offline_variable()}, or bring the cache of a machine that did"
+    )
+
+
+def cached(listing: Listing) -> Path:
+    """The folder in the user's cache with the files of ``listing``, fetched unless offline.
+
+    What is missing is fetched after checking that the disk has room for it.
+    """
+    repository, commit = listing.repository, listing.commit
+    folder = repository.cache / "snapshots" / commit
+    if constants.is_offline_mode():
+        for name in listing.files:
+            if not (folder / name).is_file():
+                raise _lacking(repository, name)
+        return folder
+    blobs = repository.cache / "blobs"
+    _remove_stale(blobs)
+    missing = {name: file for name, file in listing.files.items() if not (blobs / file.digest).exists()}
+    needed = sum(file.bytes for file in missing.values())
+    _require_space(repository, needed)
+    with (
+        tqdm(
+            desc=repository.name, total=needed, unit="B", unit_scale=True, mininterval=1, disable=needed < SHOWN
+        ) as progress,
+        ThreadPoolExecutor(WORKERS) as workers,
+    ):
+        # Files that are cached under another commit still need their name under this one.
+        tasks = [workers.submit(_fetch_file, repository, commit, name, progress) for name in listing.files]
+        try:
+            for task in tasks:
+                task.result()
+        except BaseException:
+            workers.shutdown(wait=False, cancel_futures=True)
+            raise
+    # This fetches nothing: it keeps the commit's listing, by which an offline run knows what belongs to it.
+    with_retries(
+        lambda: snapshot_download(
+            repository.name,
+            repo_type=repository.kind,
+            revision=commit,
+            allow_patterns=[],
+            tqdm_class=partial(tqdm, disable=True),
+        ),
+        repository,
+        "its listing",
+    )
+    return folder
+
+
+def _fetch_file(repository: Repository, commit: str, name: str, progress: tqdm) -> None:
+    """Fetch one file into the cache, counting its bytes on ``progress``; each try counts afresh."""
+
+    def attempt() -> None:
+        counter = _counter(progress)
+        try:
+            hf_hub_download(
+                repository.name, name, repo_type=repository.kind, revision=commit, tqdm_class=counter, etag_timeout=30
+            )
+        except BaseException:
+            progress.update(-counter.counted)
+            raise
+
+    with_retries(attempt, repository, name)
+
+
+def _counter(progress: tqdm) -> type:
+    """A class that the client takes for a file's progress bar, and that feeds the one bar of the download.
+
+    It has `update_transfer` because that tells the client that one bar is enough: the bytes that reach the disk.
+    """
+
+    class Counter:
+        counted = 0
+
+        def __init__(self, **settings) -> None:
+            pass
+
+        def __enter__(self) -> "Counter":
+            return self
+
+        def __exit__(self, *exception) -> None:
+            pass
+
+        def update(self, count: int) -> None:
+            Counter.counted += count
+            progress.update(count)
+
+        def update_transfer(self, count: int) -> None:
+            pass
+
+        def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+            pass
+
+        def set_transfer_postfix_str(self, text: str, refresh: bool = True) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    return Counter
+
+
+def _require_space(repository: Repository, needed: int) -> None:
+    """Refuse a download that the cache's disk cannot hold, before its first byte."""
+    cache = Path(constants.HF_HUB_CACHE)
+    free = free_bytes(cache)
+    if needed > free:
+        raise UserError(
+            f"{repository}: {in_mib(needed)} to download and {in_mib(free)} free in {cache}:"
+            f" make room, or set {environment.cache_variable()} to a folder on a larger disk"
+        )
+
+
+def _remove_stale(blobs: Path) -> None:
+    """Remove the partial files of killed downloads: the client names them anew each time and never returns to one.
+
+    Their age is by the clock of the disk, which may be another machine's than this one.
+    """
+    for file in blobs.glob("*.incomplete"):
+        with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=blobs) as now:
+            if Path(now.name).stat().st_mtime - file.stat().st_mtime > STALE:
+                file.unlink()

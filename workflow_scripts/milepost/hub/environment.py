@@ -1,0 +1,126 @@
+"""The Hub's settings in the environment: a wrong one ends in one line, not in the traceback of a library that reads it.
+
+This module does not import huggingface_hub, which reads its own settings, and may fail, when it is imported.
+"""
+
+import os
+import ssl
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import httpx
+
+from milepost.common.errors import UserError
+
+WHOLE_NUMBERS = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")  # read when huggingface_hub is imported
+PUBLIC_HUB = "https://huggingface.co"
+
+
+def require_importable() -> None:
+    """Refuse (`UserError`) settings with which huggingface_hub can't be imported."""
+    for name in WHOLE_NUMBERS:
+        value = os.environ.get(name, "")
+        if value and not value.isdecimal():
+            raise UserError(f"{name} is {value!r}: a whole number of seconds is expected")
+
+
+def require_usable(endpoint: str) -> None:
+    """Refuse (`UserError`) an address, a proxy or certificates with which no request to ``endpoint`` can be made."""
+    _require_address(endpoint)
+    for scheme in ("http", "https", "all"):
+        if proxy := getproxies().get(scheme):
+            _require_proxy(_variable(f"{scheme}_proxy"), proxy)
+    try:
+        httpx.Client().close()
+    except (OSError, ssl.SSLError):
+        name = "SSL_CERT_FILE" if os.environ.get("SSL_CERT_FILE") else "SSL_CERT_DIR"
+        raise UserError(
+            f"{name} is {os.environ.get(name)!r}, which can't be read as certificates: correct it, or unset it"
+        ) from None
+    except (ValueError, httpx.InvalidURL) as error:  # all proxies are sound: what is left are the exceptions to them
+        name = _variable("no_proxy")
+        raise UserError(
+            f"{name} is {os.environ.get(name)!r} ({error}): host names are expected, with commas between them"
+        ) from None
+
+
+def _require_address(endpoint: str) -> None:
+    wanted = f"an address such as {PUBLIC_HUB} is expected; unset it for that one"
+    if not endpoint.strip():
+        raise UserError(f"HF_ENDPOINT is empty: {wanted}")
+    try:
+        parts = urlsplit(endpoint.strip())
+        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        httpx.URL(endpoint.strip())
+    except (ValueError, httpx.InvalidURL):
+        sound = False
+    if not sound:
+        raise UserError(f"HF_ENDPOINT is {without_password(endpoint)!r}: {wanted}")
+
+
+def _require_proxy(name: str, proxy: str) -> None:
+    shown = without_password(proxy)
+    try:
+        httpx.HTTPTransport(verify=False, proxy=proxy if "://" in proxy else f"http://{proxy}").close()
+    except ImportError:
+        raise UserError(
+            f"{name} is {shown!r}, a SOCKS proxy, which needs a package that is not installed: run"
+            " `uv pip install socksio`, name an http:// proxy instead, or unset it"
+        ) from None
+    except (ValueError, httpx.InvalidURL):  # their texts may hold a part of the password
+        raise UserError(
+            f"{name} is {shown!r}: not the address of a proxy, such as http://proxy.example.org:3128"
+        ) from None
+
+
+def proxy_for(address: str) -> str | None:
+    """The proxy through which ``address`` is asked, and the variable that names it; None without one."""
+    parts = urlsplit(address)
+    if proxy_bypass(parts.netloc):
+        return None
+    for scheme in (parts.scheme, "all"):
+        if proxy := getproxies().get(scheme):
+            return f"{without_password(proxy)} ({_variable(f'{scheme}_proxy')})"
+    return None
+
+
+def without_password(address: str) -> str:
+    """``address`` without the user and password that it may hold before an @."""
+    scheme, separator, rest = address.rpartition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
+def offline_variable() -> str:
+    """The variable that keeps huggingface_hub from asking the Hub."""
+    return "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
+
+
+def cache_variable() -> str:
+    """The variable that decides where the Hub's cache is."""
+    return next((name for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") if name in os.environ), "HF_HOME")
+
+
+def token_source(file: str) -> str | None:
+    """Where the token comes from: a variable, or the ``file`` of `hf auth login`; None where there is none."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if os.environ.get(name):
+            return name
+    return file if os.path.lexists(file) else None
+
+
+def require_cache(cache: Path) -> None:
+    """Refuse (`UserError`) a place for the cache that is no folder and can't become one; a read-only one may do."""
+    advice = f"set {cache_variable()} to a folder that you may write to"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        other = next(place for place in (cache, *cache.parents) if os.path.lexists(place) and not place.is_dir())
+        raise UserError(f"the Hub's cache {cache} can't be made: {other} is not a folder: {advice}") from None
+    except OSError as error:
+        raise UserError(f"the Hub's cache {cache} can't be made ({error.strerror}): {advice}") from None
+
+
+def _variable(name: str) -> str:
+    """The environment's spelling of a proxy variable, of which the lower-case one counts first."""
+    return name if os.environ.get(name) else name.upper()

@@ -1,0 +1,1 @@
+"""What starts a job's processes and gives it GPUs."""

@@ -1,0 +1,121 @@
+"""torchrun on this machine alone: it opens no port, and waits for processes that save themselves when asked to end.
+
+    python -P -m milepost.launch.torchrun --standalone --nproc-per-node=8 train.py ...
+
+torchrun's own rendezvous opens two TCPStores on all interfaces, without authentication. One launcher that starts all
+processes has nobody to meet: `OneMachine` takes the place of the rendezvous, and the processes find each other through
+files (see `common.loopback`).
+
+torchrun passes SIGTERM and SIGINT on to its processes and kills what is left of them 30 seconds later, but a training
+needs minutes to save itself. Here only a second signal starts that clock. If a process fails, the others still have no
+more than the 30 seconds.
+"""
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import FrameType
+
+import torch.distributed as dist
+from torch.distributed import run
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousStoreInfo,
+    rendezvous_handler_registry,
+)
+from torch.distributed.launcher import api
+
+from milepost.common.errors import LAUNCH, TOLD, end
+from milepost.common.interrupts import ECHO_SECONDS
+
+PATIENCE = 24 * 60 * 60  # seconds
+ENDED_BY = {"SIGKILL": "if nobody did that, the machine's memory ran out; run again"}
+
+
+class PatientAgent(LocalElasticAgent):
+    """Starts and ends the processes of this machine."""
+
+    def _shutdown(self, death_sig: signal.Signals | None = None) -> None:
+        if death_sig is not None and self._pcontext:  # otherwise one of the processes has failed, or all have ended
+            _ignore_echoes()
+            self._pcontext.close(death_sig, timeout=PATIENCE)
+        super()._shutdown()
+
+
+def _ignore_echoes() -> None:
+    """Ignore further signals for a few seconds: one Ctrl-C may come from the terminal and from Snakemake."""
+    began = time.monotonic()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - began > ECHO_SECONDS:
+            handlers[number](number, frame)
+
+    for number in handlers:
+        signal.signal(number, handle)
+
+
+class OneMachine(RendezvousHandler):
+    """The rendezvous of a single launcher: a store in its own memory."""
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+
+    def get_backend(self) -> str:
+        return "one-machine"
+
+    def get_run_id(self) -> str:
+        return self.run_id
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        # Nothing listens at this address; the processes are given a folder instead.
+        nowhere = RendezvousStoreInfo(master_addr="127.0.0.1", master_port=0)
+        return RendezvousInfo(dist.HashStore(), rank=0, world_size=1, bootstrap_store_info=nowhere)
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        """Nobody else could join."""
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def shutdown(self) -> bool:
+        return True
+
+
+def main(arguments: list[str]) -> None:
+    """Run torchrun with ``arguments``."""
+    api.LocalElasticAgent = PatientAgent
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a process that fails says why itself
+    rendezvous_handler_registry.register("one-machine", lambda parameters: OneMachine(parameters.run_id))
+    arguments = [argument for argument in arguments if argument != "--standalone"]  # would choose torch's rendezvous
+    with tempfile.TemporaryDirectory(prefix="milepost-") as folder:
+        os.environ[LAUNCH] = folder
+        try:
+            run.main(["--nnodes=1", "--rdzv-backend=one-machine", *arguments])
+        except ChildFailedError as error:
+            told = Path(folder, TOLD)
+            if told.exists():
+                end(told.read_text())
+            sys.exit(_ending(*error.get_first_failure()))
+
+
+def _ending(rank: int, failure: ProcessFailure) -> int | str:
+    """What to end with after the failure of a process: it has said why, unless a signal ended it."""
+    if failure.exitcode >= 0:
+        return failure.exitcode
+    name = signal.Signals(-failure.exitcode).name
+    return f"error: the process of rank {rank} was ended by {name}: {ENDED_BY.get(name, 'run again')}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,272 @@
+"""One page that holds everything, numbers, plots, samples, settings, origins, and needs no network and no script."""
+
+import base64
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from milepost.checkpoints.manifest import Manifest
+from milepost.configuration.schema import Plots
+from milepost.reporting.plots import Theme
+from milepost.reporting.results import Pair, Score, Training
+from milepost.reporting.tables import in_words, percent, points, titled
+
+EACH = 3  # right samples, and as many wrong ones, of every group
+LAST_ROLLOUTS = 5  # whose samples are shown
+FIRST_ROLLOUTS = 3  # whose rewards are told where all are equal
+HEAD, TAIL = 12_000, 4_000  # characters of a long response that are shown
+TEXT_COLUMNS = ("dataset", "weights")
+CHAT_MARKS = re.compile(r"<\|im_start\|>(system|user|assistant)?|<\|im_end\|>|</?think>")
+
+templates = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,  # what a model wrote is hostile
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def tables_page(tables: dict[str, pd.DataFrame], settings: Plots) -> str:
+    """The readable tables as a page of their own."""
+    shown = {title: _table(table) for title, table in tables.items()}
+    return templates.get_template("tables.html").render(tables=shown, colors=_colors(settings))
+
+
+def report_page(
+    scores: Sequence[Score],
+    pairs: Sequence[Pair],
+    trainings: Sequence[Training],
+    plots: Manifest,
+    sources: Sequence[Manifest],
+    settings: Plots,
+    overlaps: Sequence[str] = (),
+) -> str:
+    """The report as one HTML page.
+
+    ``plots`` is the manifest that make_plots.py wrote; ``sources`` are manifests to name the origins from; ``overlaps``
+    say which prompts were trained on and scored.
+    """
+    names = list(dict.fromkeys([*(score.model for score in scores), *(training.model for training in trainings)]))
+    models = [_model(name, scores, trainings) for name in names]
+    results = [score.manifest for score in scores] + [training.manifest for training in trainings]
+    page = templates.get_template("report.html").render(
+        colors=_colors(settings),
+        models=models,
+        protocol=_protocol(scores),
+        gains=[_gain(pair) for pair in pairs],
+        tables={title: _table(table) for title, table in titled(scores, pairs).items()},
+        sentences=[in_words(pair) for pair in pairs],
+        overlaps=overlaps,
+        plots=[_embedded(plot, plots.root) for plot in plots.facts["plots"]],
+        versions=_versions(results),
+        origins=[_origin(manifest) for manifest in [*sources, *results]],
+    )
+    # A model may write a lone surrogate, which UTF-8 can't hold: a question mark takes its place.
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def _model(name: str, scores: Sequence[Score], trainings: Sequence[Training]) -> dict[str, Any]:
+    """What the page says of one model alone."""
+    own = [score for score in scores if score.model == name]
+    trained = [training for training in trainings if training.model == name]
+    groups = [
+        {
+            "title": f"{'Base' if score.is_base else 'Trained'} weights on {score.dataset}, samples",
+            "rows": evaluation_samples(score),
+        }
+        for score in own
+    ]
+    groups += [
+        {"title": "Samples of the last rollouts", "rows": training_samples(training)}
+        for training in trained
+        if "samples" in training.manifest.facts
+    ]
+    settings: dict[str, Any] = {}
+    for result in [*own, *trained]:  # what both tell, the engine's settings, a training tells in full
+        settings |= result.manifest.provenance["config"]
+    return {
+        "name": name,
+        "training": [row for training in trained for row in _training_facts(training)],
+        "samples": [group for group in groups if group["rows"]],
+        "settings": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
+    }
+
+
+def evaluation_samples(score: Score) -> list[dict[str, Any]]:
+    """A few right and wrong samples of an evaluation, spread evenly over its problems."""
+    correct = [problem["correct"] for problem in score.facts["per_problem"]]
+    chosen: set[tuple[int, int]] = set()
+    for wanted in (True, False):
+        chosen.update(
+            _spread([(p, s) for p, row in enumerate(correct) for s, is_right in enumerate(row) if is_right == wanted])
+        )
+    rows = [
+        _sample(row, row["prompt"][-1]["content"], f"problem {row['problem'] + 1}, sample {row['sample'] + 1}")
+        for row in score.read_samples(chosen)
+    ]
+    return sorted(rows, key=lambda row: not row["correct"])
+
+
+def training_samples(training: Training) -> list[dict[str, Any]]:
+    """A few right and wrong samples of the last rollouts."""
+    rows = [row | {"correct": row["reward"] > 0} for row in training.read_samples(LAST_ROLLOUTS)]
+    return [
+        _sample(row, row["prompt"], f"rollout {row['rollout']}")
+        for wanted in (True, False)
+        for row in _spread([row for row in rows if row["correct"] == wanted])
+    ]
+
+
+def _sample(row: dict[str, Any], prompt: str, source: str) -> dict[str, Any]:
+    question = " ".join(CHAT_MARKS.sub(" ", prompt).split())
+    return {
+        "correct": row["correct"],
+        "question": question if len(question) < 200 else f"{question[:199]}…",
+        "source": source,
+        "prompt": shortened(prompt),
+        "response": shortened(row["response"]),
+        **{key: row[key] for key in ("answer", "label", "reason", "finish")},
+        "tokens": f"{row['tokens']:,}",
+    }
+
+
+def _spread[Item](items: list[Item]) -> list[Item]:
+    """`EACH` of ``items``, evenly spaced."""
+    count = min(EACH, len(items))
+    return [items[(2 * index + 1) * len(items) // (2 * count)] for index in range(count)]
+
+
+def shortened(text: str) -> str:
+    """The text, or its beginning and its end where it is long."""
+    left_out = len(text) - HEAD - TAIL
+    return text if left_out <= 0 else f"{text[:HEAD]}\n\n[… {left_out:,} characters left out …]\n\n{text[-TAIL:]}"
+
+
+def _training_facts(training: Training) -> list[tuple[str, str]]:
+    """A training in a few lines; a metric that was not logged is left out."""
+    facts, reward = training.manifest.facts, training.column("reward_mean")
+    few = max(1, len(reward) // 20)
+    rows = {"rollouts": f"{facts['rollouts']:,}"}
+    if len(reward):
+        rows["reward, first and last twentieth"] = (
+            f"{percent(reward.iloc[:few].mean())}% → {percent(reward.iloc[-few:].mean())}%"
+        )
+        first = reward.iloc[:FIRST_ROLLOUTS]
+        if set(first) in ({0.0}, {1.0}):
+            rows[f"rewards of the first {len(first)} rollouts"] = f"all {first.iloc[0]:.0f}, which teaches nothing"
+    if len(step := training.column("seconds_step")):
+        parts = {name: training.column(f"seconds_{name}") for name in ("rollout", "train", "sync", "sleep_wake")}
+        split = ", ".join(f"{name.replace('_', ' and ')} {part.median():.3g} s" for name, part in parts.items())
+        rows["a step, median"] = f"{step.median():.3g} s ({split})"
+    if len(speed := training.column("tokens_per_second")):
+        rows["tokens per second, median"] = f"{speed.median():,.0f}"
+    if len(gap := training.column("log_prob_diff")):
+        rows["|log-prob trainer − engine|, largest"] = f"{gap.max():.2g}"
+    rows["checkpoint"] = facts["checkpoint"]
+    if best := facts.get("best"):
+        rows["best by validation"] = f"{best['checkpoint']} ({percent(best['score'])}%)"
+    return list(rows.items())
+
+
+def _gain(pair: Pair) -> dict[str, Any]:
+    """A tile: the difference, and a bar for each of the two scores, the shorter over the longer."""
+    difference, base, trained = pair.difference(), pair.base.facts["average"], pair.trained.facts["average"]
+    (shorter, shorter_color), (longer, longer_color) = sorted([(base, "--base"), (trained, "--accent")])
+    return {
+        "model": pair.base.model,
+        "dataset": pair.base.dataset,
+        "points": points(difference.value),
+        "base": percent(base),
+        "trained": percent(trained),
+        "interval": difference.interval and " to ".join(map(points, difference.interval)),
+        "shorter": round(100 * shorter, 1),
+        "shorter_color": shorter_color,
+        "longer": round(100 * longer, 1),
+        "longer_color": longer_color,
+    }
+
+
+def _protocol(scores: Sequence[Score]) -> str:
+    """The evaluations' protocols in words, each once."""
+    sentences = []
+    for score in scores:
+        used, facts = score.protocol, score.facts
+        sampled = [f"temperature {used['temperature']:g}", f"top-p {used['top_p']:g}"]
+        if used["top_k"] != -1:
+            sampled.append(f"top-k {used['top_k']}")
+        if used["presence_penalty"]:
+            sampled.append(f"presence penalty {used['presence_penalty']:g}")
+        if not used["enable_thinking"]:
+            sampled.append("without thinking")
+        sentence = (
+            f"{score.dataset}: {facts['problems']} problems, {facts['samples_per_problem']} samples each,"
+            f" {', '.join(sampled)}, up to {used['max_response_tokens']:,} tokens."
+        )
+        if sentence not in sentences:
+            sentences.append(sentence)
+    return " ".join(sentences)
+
+
+def _embedded(plot: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A plot's facts with its drawings as data URIs."""
+
+    def uri(name: str) -> str:
+        return f"data:image/svg+xml;base64,{base64.b64encode((folder / name).read_bytes()).decode()}"
+
+    return plot | {"light": uri(plot["light"]), "dark": uri(plot["dark"])}
+
+
+def _versions(manifests: Iterable[Manifest]) -> str:
+    """The packages that made the results; more than one version of one is said."""
+    found: dict[str, set[str]] = {}
+    for manifest in manifests:
+        for package, version in manifest.versions.items():
+            found.setdefault(package, set()).add(version)
+    return "; ".join(f"{package} {' and '.join(sorted(versions))}" for package, versions in sorted(found.items()))
+
+
+def _origin(manifest: Manifest) -> dict[str, str]:
+    """A line of the origins: what a manifest vouches for and where it is from."""
+    facts = manifest.facts
+    if facts.get("repo"):
+        source = f"{facts['repo']} at {facts['commit']}"
+    else:
+        source = facts.get("folder") or facts.get("checkpoint") or "made here"
+    size = sum(entry["bytes"] for entry in manifest.files.values())
+    unit = min(int(math.log(max(size, 1), 1024)), 4)
+    return {
+        "result": "/".join(manifest.path.parts[-4 if manifest.kind in ("evaluate", "train") else -2 :]),
+        "stage": manifest.kind,
+        "from": source,
+        "files": str(len(manifest.files)),
+        "size": f"{size / 1024**unit:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}",
+        "code": _makers(manifest),
+    }
+
+
+def _makers(manifest: Manifest) -> str:
+    """The commits that made a result, a training's in their order; digests of their code outside of git."""
+    makers = manifest.facts.get("made_by") or [manifest.provenance]
+    return ", ".join(dict.fromkeys(maker.get("commit") or maker.get("code") or "–" for maker in makers))
+
+
+def _table(table: pd.DataFrame) -> dict[str, Any]:
+    """A readable table as the templates take it."""
+    columns = list(table.columns)
+    return {
+        "columns": columns,
+        "rows": table.to_dict("records"),
+        "text": [column for column in columns if column in TEXT_COLUMNS],
+    }
+
+
+def _colors(settings: Plots) -> dict[str, str]:
+    light, dark = Theme.light(settings), Theme.dark(settings)
+    return {"base": light.base, "trained": light.trained, "base_dark": dark.base, "trained_dark": dark.trained}

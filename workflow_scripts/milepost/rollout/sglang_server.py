@@ -1,0 +1,293 @@
+"""One SGLang server: a process of its own on the loopback interface, and the calls that the engine makes of it."""
+
+import base64
+import contextlib
+import http.client
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from milepost.common import loopback
+from milepost.common.errors import UserError
+from milepost.configuration.schema import Engine
+from milepost.rollout import sglang_launch
+from milepost.rollout.engine import Completion, Drafting, Request, SamplingParams
+
+HOST = "127.0.0.1"
+START_SECONDS = 1800  # a cold start compiles kernels
+KINDS_OF_MEMORY = ("kv_cache", "weights", "cuda_graph")
+SCRIPTS = Path(__file__).parents[2]
+
+# What a launcher such as torchrun sets for its processes is not meant for theirs.
+NOT_INHERITED = re.compile(
+    r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*|MILEPOST_.*)"
+)
+# What SGLang's processes say when another of them has failed.
+CONSEQUENCE = re.compile(r"EOFError|scheduler died|Initialization failed|error messages above", re.IGNORECASE)
+
+
+class ServerDown(Exception):
+    """The server's process ended, or no longer answers."""
+
+
+class Server:
+    """A server that can be started, asked, killed and started anew.
+
+    Attributes:
+        name: for messages.
+        starts: how often it was started, so that late news of an earlier process can be told apart.
+        has_answered: a request, since its last start; until then it may be compiling kernels.
+        holds_weights: its weights are the ones it should answer with.
+        log: the output of all its starts; the previous server's log is kept next to it.
+    """
+
+    def __init__(self, folder: Path, settings: Engine, index: int, logs: Path):
+        self.index, self.name = index, f"SGLang server {index}"
+        self.starts, self.has_answered, self.holds_weights = 0, False, False
+        self._arguments = server_arguments(folder, settings, index)
+        self._key = secrets.token_hex()
+        self._process: subprocess.Popen | None = None
+        self._port = 0
+        self._private: tempfile.TemporaryDirectory | None = None
+        self.log = logs / f"sglang-{index}.log"
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process runs; it may still not answer."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start the process and wait until it answers; `UserError` with the reason if it does not."""
+        if not self.starts:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            if self.log.exists():
+                self.log.replace(self.log.with_suffix(".previous.log"))
+        self.starts += 1
+        self.has_answered = False
+        self._port = _free_port()
+        arguments = self._arguments | {"port": self._port, "api_key": self._key}
+        # New for every start: a store that a killed process left is useless to the next. What was killed may be dying.
+        self._private = tempfile.TemporaryDirectory(prefix="milepost-sglang-", ignore_cleanup_errors=True)
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", sglang_launch.__name__],
+                stdin=subprocess.PIPE,  # stays open: its end is the end of the server
+                bufsize=0,
+                stdout=log,
+                stderr=log,
+                env=self._environment(),
+                start_new_session=True,  # an interrupt from the keyboard is the trainer's to handle
+            )
+        with contextlib.suppress(BrokenPipeError):  # its log says why
+            self._process.stdin.write(json.dumps(arguments).encode() + b"\n")
+        deadline = time.monotonic() + START_SECONDS
+        while not self._answers():
+            if not self.alive or time.monotonic() > deadline:
+                why = _reason(self.log) if not self.alive else f"no answer within {START_SECONDS} s"
+                self.kill()
+                raise UserError(f"{self.name} did not start: {why}; its log is {self.log}")
+            time.sleep(0.5)
+
+    def kill(self) -> None:
+        """End the process and all that it started, at once."""
+        self.holds_weights = False
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process.stdin.close()
+        if self._private is not None:
+            self._private.cleanup()
+
+    def call(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
+        """POST ``body`` (GET where there is none) and return the JSON of the answer.
+
+        Raises:
+            ServerDown: no answer, or not within ``timeout`` seconds.
+            RuntimeError: the server refuses.
+        """
+        connection = http.client.HTTPConnection(HOST, self._port, timeout=timeout)
+        headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
+        try:
+            connection.request("GET" if body is None else "POST", path, body and json.dumps(body), headers)
+            response = connection.getresponse()
+            content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerDown(f"{self.name}: {path}: {error!r}") from None
+        finally:
+            connection.close()
+        if response.status >= 500:
+            raise ServerDown(f"{self.name}: {path}: {response.status} {content[:500].decode(errors='replace')}")
+        if response.status >= 400:
+            raise RuntimeError(f"{self.name}: {path}: {content[:2000].decode(errors='replace')}; log: {self.log}")
+        return json.loads(content) if "json" in response.headers.get("Content-Type", "") else None
+
+    def capacity(self, timeout: float | None = None) -> int:
+        """How many requests it answers at once."""
+        return self.state(timeout)["effective_max_running_requests_per_dp"]
+
+    def state(self, timeout: float | None = None) -> dict[str, Any]:
+        """What its scheduler says of itself; a scheduler that hangs does not answer."""
+        return self.call("/server_info", timeout=timeout)["internal_states"][0]
+
+    def answer(self, request: Request, params: SamplingParams) -> Completion | None:
+        """Sample one response; None if it was aborted."""
+        sampling = {
+            "max_new_tokens": params.max_new_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "presence_penalty": params.presence_penalty,
+            "stop_token_ids": list(params.stop_token_ids),
+            "ignore_eos": not params.stop_token_ids,  # true makes SGLang ignore stop_token_ids, too
+            "sampling_seed": request.seed % 2**31,  # heeded under enable_deterministic_inference
+        }
+        body = {"input_ids": request.prompt_ids, "sampling_params": sampling, "return_logprob": True}
+        if params.with_routing:
+            body["return_routed_experts"] = True
+        answer = self.call("/generate", body)
+        self.has_answered = True
+        information = answer["meta_info"]
+        reason = information["finish_reason"]["type"]
+        if reason == "abort":
+            return None
+        tokens = answer["output_ids"]
+        if reason == "length" and len(tokens) < params.max_new_tokens:  # SGLang shortens what it has no room for
+            raise UserError(
+                f"{self.name}: its memory holds an answer of {len(tokens)} tokens, not of {params.max_new_tokens}:"
+                " raise mem_fraction_static, or lower engine.max_running_requests"
+            )
+        scored = information["output_token_logprobs"][: len(tokens)]  # (log-prob, token, text) each
+        if [token for _, token, _ in scored] != tokens:
+            raise RuntimeError(f"{self.name}: the log-probs of an answer are of other tokens than the answer's")
+        return Completion(
+            token_ids=tokens,
+            log_probs=[log_prob for log_prob, _, _ in scored],
+            finish=reason,
+            drafting=_drafting(information),
+            routing=_routing(information, len(request.prompt_ids) + len(tokens) - 1) if params.with_routing else None,
+        )
+
+    def abort(self, timeout: float) -> None:
+        """End all requests as they are."""
+        self.call("/abort_request", {"rid": "", "abort_all": True}, timeout)
+
+    def flush(self) -> None:
+        """Forget what is cached, once nothing runs any more."""
+        self.call("/flush_cache?timeout=60", {}, timeout=120)
+
+    def release(self, *kinds: str) -> None:
+        """Give memory back; weights and caches are lost."""
+        if "weights" in kinds:
+            self.holds_weights = False
+        self.call("/release_memory_occupation", {"tags": list(kinds)}, timeout=600)
+
+    def resume(self, *kinds: str) -> None:
+        """Take memory again, its content undefined."""
+        self.call("/resume_memory_occupation", {"tags": list(kinds)}, timeout=600)
+
+    def _environment(self) -> dict[str, str]:
+        """The environment of SGLang's processes: they meet in a private folder and listen on loopback alone."""
+        inherited = {name: value for name, value in os.environ.items() if not NOT_INHERITED.fullmatch(name)}
+        return (
+            inherited
+            | loopback.INTERFACE
+            | {
+                "PYTHONPATH": os.pathsep.join(filter(None, [str(SCRIPTS), inherited.get("PYTHONPATH")])),
+                "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",  # a check of health must not be a request
+                # Otherwise its processes meet at a TCPStore, which listens on every interface.
+                "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{self._private.name}/group",
+                "TMPDIR": self._private.name,  # for the sockets by which its processes talk
+            }
+        )
+
+    def _answers(self) -> bool:
+        try:
+            self.call("/health", timeout=60)
+        except ServerDown:
+            return False
+        return True
+
+
+def server_arguments(folder: Path, settings: Engine, index: int) -> dict[str, Any]:
+    """SGLang's arguments for the ``index``-th server, by the names of its ``ServerArgs``; None where it may choose."""
+    speculation = settings.speculation
+    arguments: dict[str, Any] = {
+        "model_path": str(folder),
+        "host": HOST,
+        "tp_size": settings.gpus_per_engine,
+        "ep_size": settings.expert_parallel,
+        "base_gpu_id": index * settings.gpus_per_engine,
+        "mem_fraction_static": settings.mem_fraction_static,
+        sglang_launch.CUDA_GRAPH_BATCH_SIZES[0]: settings.cuda_graph_batch_sizes,
+        "max_running_requests": settings.max_running_requests,
+        "enable_memory_saver": True,
+        # It keeps up to five states of linear attention a request, which are large: a fifth of the requests would run.
+        "disable_radix_cache": True,
+        # Half a minute of every start, and a prompt is read once where thousands of tokens are written.
+        "disable_prefill_cuda_graph": True,
+        # SGLang's own choices are flashinfer's, not tried. Without top-p and top-k it samples through torch anyway.
+        "sampling_backend": "pytorch",
+        "enforce_disable_flashinfer_allreduce_fusion": True,
+        "skip_tokenizer_init": True,
+        "enable_multimodal": False,
+        "mm_attention_backend": "sdpa",  # of the vision tower, which never runs
+        "grammar_backend": "none",
+        "log_level_http": "warning",
+    }
+    if speculation:
+        arguments |= {
+            "speculative_algorithm": speculation.algorithm,
+            "speculative_num_steps": speculation.steps,
+            "speculative_eagle_topk": speculation.top_k,
+            "speculative_num_draft_tokens": speculation.draft_tokens,
+        }
+    if settings.replay_routing:
+        arguments["enable_return_routed_experts"] = True
+    arguments |= settings.server_arguments
+    if arguments.get("random_seed") is not None:
+        arguments["random_seed"] += index  # or all servers would draw alike
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _drafting(information: dict[str, Any]) -> Drafting | None:
+    if "spec_verify_ct" not in information:
+        return None
+    return Drafting(
+        passes=information["spec_verify_ct"],
+        drafted=information["spec_num_proposed_drafts"],
+        accepted=information["spec_num_correct_drafts"],
+    )
+
+
+def _routing(information: dict[str, Any], tokens: int) -> Tensor:
+    """SGLang's int32 in base64, as int16."""
+    experts = np.frombuffer(base64.b64decode(information["routed_experts"]), dtype=np.int32)
+    return torch.from_numpy(experts.astype(np.int16)).view(tokens, -1)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def _reason(log: Path) -> str:
+    """The line of the log that says best why the process ended: the last error of its own, else the last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()[-400:] if line.strip()]
+    errors = [line for line in lines if re.match(r"(\[[^]]*\] *)?[\w.]*(Error|Exception)\b|error: ", line)]
+    own = [line for line in errors if not CONSEQUENCE.search(line)]
+    return (own or errors or lines or ["it ended without a word"])[-1][:400]
