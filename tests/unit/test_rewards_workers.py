@@ -109,7 +109,8 @@ def test_a_question_ends_when_its_time_is_up_and_the_next_is_answered():
 def test_a_worker_knows_neither_torch_nor_secrets(environment):
     """What reads a model's text imports nothing heavy and holds no token that the text could carry off."""
     code = (
-        "from milepost.rewards.answers import read_answer; from milepost.rewards.workers import SympyWorkers, Question\n"
+        "from milepost.rewards.answers import read_answer\n"
+        "from milepost.rewards.workers import SympyWorkers, Question\n"
         "statements = [read_answer(text).statement for text in ('x', 'y')]\n"
         "workers = SympyWorkers(30); print(workers.ask([Question(*statements)]))\n"
         "pid = next(w.process.pid for w in workers.workers if w.process)\n"
