@@ -16,7 +16,6 @@ rule tables:
         csv=f"{RESULTS}/tables/scores.csv",
         differences=f"{RESULTS}/tables/differences.csv",
         markdown=f"{RESULTS}/tables/scores.md",
-        html=f"{RESULTS}/tables/scores.html",
     log:
         f"{RESULTS}/logs/tables.log",
     benchmark:
@@ -32,7 +31,7 @@ rule tables:
         "write the tables"
     shell:
         "begin {log:q}; python {SCRIPTS:q}/make_tables.py --job {params.job:q} --scores {input.scores:q} --csv {output.csv:q}"
-        " --differences {output.differences:q} --markdown {output.markdown:q} --html {output.html:q} |& logged"
+        " --differences {output.differences:q} --markdown {output.markdown:q} |& logged"
 
 
 rule plots:

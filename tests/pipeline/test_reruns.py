@@ -149,7 +149,7 @@ def test_a_setting_reruns_what_reads_it_and_nothing_else(snakemake, finished, wh
             "workflow_scripts/milepost/reporting/report.py",
             "\nimport",
             "\nEDITED = 1\nimport",
-            {"write the tables", "write the report"},
+            {"write the report"},
         ),
         ("workflow_scripts/milepost/configuration/schema.py", '"""', '"""Said otherwise. ', set()),
         ("workflow_scripts/make_tiny.py", 'help="what the model is called here"', 'help="its name"', set()),

@@ -285,7 +285,7 @@ class Provenance:
         return Parts(config, ["evaluate_model.py", engine_file(settings.engine.kind)], packages, upstream)
 
     def _tables(self) -> Parts:
-        return Parts({}, ["make_tables.py", *self._templates()], versions.STATISTICS, self._evaluations())
+        return Parts({}, ["make_tables.py"], versions.STATISTICS, self._evaluations())
 
     def _plots(self) -> Parts:
         upstream = self._evaluations() | self._trainings()
@@ -293,11 +293,9 @@ class Provenance:
 
     def _report(self) -> Parts:
         upstream = {"tables": ("tables", {}), "plots": ("plots", {})}
-        return Parts({}, ["make_report.py", *self._templates()], versions.STATISTICS, upstream)
-
-    def _templates(self) -> list[str]:
         folder = self._scripts / "milepost/reporting/templates"
-        return sorted(file.relative_to(self._scripts).as_posix() for file in folder.iterdir())
+        templates = sorted(file.relative_to(self._scripts).as_posix() for file in folder.iterdir())
+        return Parts({}, ["make_report.py", *templates], versions.STATISTICS, upstream)
 
     def _trainings(self) -> dict[str, tuple[str, dict[str, str]]]:
         return {f"train {model}": ("train", {"model": model}) for model in self._configuration.listed}

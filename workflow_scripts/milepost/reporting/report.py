@@ -33,12 +33,6 @@ templates = Environment(
 )
 
 
-def tables_page(tables: dict[str, pd.DataFrame], settings: Plots) -> str:
-    """The readable tables as a page of their own."""
-    shown = {title: _table(table) for title, table in tables.items()}
-    return templates.get_template("tables.html").render(tables=shown, colors=_colors(settings))
-
-
 def report_page(
     scores: Sequence[Score],
     pairs: Sequence[Pair],
