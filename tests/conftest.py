@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from clones import clone
 from milepost.common.files import allow_open_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,10 +51,17 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def snakemake():
-    """Run this repository's workflow: ``snakemake(*arguments, cwd=..., snakefile=...)`` -> CompletedProcess."""
+def snakefile(tmp_path_factory) -> Path:
+    """The Snakefile of a clone: no test reads the settings that a user keeps in the repository."""
+    return clone(tmp_path_factory.mktemp("clone")) / "Snakefile"
 
-    def call(*arguments, cwd=ROOT, snakefile=None, check=False, **environment):
+
+@pytest.fixture(scope="session")
+def snakemake(snakefile):
+    """Run the workflow of a clone: ``snakemake(*arguments, cwd=..., snakefile=...)`` -> CompletedProcess."""
+    home = snakefile.parent
+
+    def call(*arguments, cwd=home, snakefile=None, check=False, **environment):
         command = [sys.executable, "-m", "snakemake", *(["-s", str(snakefile)] if snakefile else []), *arguments]
         return subprocess.run(
             command, cwd=cwd, text=True, capture_output=True, check=check, env=os.environ | environment, timeout=900

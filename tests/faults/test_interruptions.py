@@ -51,12 +51,12 @@ SETTINGS = {
 class Run:
     """The pipeline in a folder of its own."""
 
-    def __init__(self, root: Path, folder: Path, targets: tuple[str, ...] = ("report", "export_tiny")) -> None:
+    def __init__(self, snakefile: Path, folder: Path, targets: tuple[str, ...] = ("report", "export_tiny")) -> None:
         self.folder, self.log = folder, folder / "log"
         folder.mkdir()
         (folder / "settings.yaml").write_text(yaml.safe_dump(SETTINGS))
         self.command = [
-            *(sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--cores", "2"),
+            *(sys.executable, "-m", "snakemake", "--snakefile", str(snakefile), "--cores", "2"),
             *("--directory", str(folder), "--configfile", str(folder / "settings.yaml"), "--rerun-incomplete"),
             *("--", *targets),
         ]
@@ -132,13 +132,13 @@ def strike(snakemake: psutil.Popen, draw: random.Random) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_storm_of_kills_changes_nothing(root, tmp_path):
-    calm = Run(root, tmp_path / "calm")
+def test_a_storm_of_kills_changes_nothing(snakefile, tmp_path):
+    calm = Run(snakefile, tmp_path / "calm")
     calm.finish()
     expected = calm.outcome()
 
     draw, done, number = random.Random(20), [], 0
-    storm = Run(root, tmp_path / "storm-0")
+    storm = Run(snakefile, tmp_path / "storm-0")
     while len(done) < KILLS:
         snakemake, code = storm.start(), None
         while code is None and len(done) < KILLS:
@@ -151,7 +151,7 @@ def test_a_storm_of_kills_changes_nothing(root, tmp_path):
         if code == 0:
             assert storm.outcome() == expected, done
             number += 1
-            storm = Run(root, tmp_path / f"storm-{number}")
+            storm = Run(snakefile, tmp_path / f"storm-{number}")
         elif code is None:  # the last kills were of jobs: it may go on
             snakemake.wait(timeout=300)
     storm.finish()
@@ -161,9 +161,9 @@ def test_a_storm_of_kills_changes_nothing(root, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_scheduler_s_warning_to_all_processes_lets_the_training_save_itself(root, tmp_path):
+def test_a_scheduler_s_warning_to_all_processes_lets_the_training_save_itself(snakefile, tmp_path):
     """Slurm sends SIGTERM to every process of a job at once, and kills what is left when the first one has ended."""
-    run = Run(root, tmp_path / "warned", targets=("train_tiny",))
+    run = Run(snakefile, tmp_path / "warned", targets=("train_tiny",))
     snakemake = run.start()
 
     def trained() -> bool:

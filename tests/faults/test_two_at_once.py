@@ -50,7 +50,9 @@ def test_a_killed_holder_leaves_nothing_behind(holder, tmp_path, capfd):
     assert not capfd.readouterr().err
 
 
-def test_a_second_snakemake_names_the_first_and_a_killed_one_leaves_no_lock(root, tmp_path, environment, snakemake):
+def test_a_second_snakemake_names_the_first_and_a_killed_one_leaves_no_lock(
+    snakefile, tmp_path, environment, snakemake
+):
     left = tmp_path / ".snakemake/locks/0.output.lock"
     left.parent.mkdir(parents=True)
     left.touch()
@@ -66,9 +68,9 @@ def test_a_second_snakemake_names_the_first_and_a_killed_one_leaves_no_lock(root
     assert not left.exists()  # nobody else was there: it can only have been left behind
     left.touch()
     dry_run = ["-n", "--directory", str(tmp_path), "report"]
-    assert f"note: process {first.pid} on" in snakemake(*dry_run, snakefile=root / "Snakefile", check=True).stderr
+    assert f"note: process {first.pid} on" in snakemake(*dry_run, snakefile=snakefile, check=True).stderr
     assert left.exists()
     first.kill()
     first.wait()
-    assert "note:" not in snakemake(*dry_run, snakefile=root / "Snakefile", check=True).stderr
+    assert "note:" not in snakemake(*dry_run, snakefile=snakefile, check=True).stderr
     assert not left.exists()

@@ -10,7 +10,7 @@ from milepost.configuration.provenance import Provenance
 
 
 @pytest.fixture
-def said(snakemake, root, tmp_path):
+def said(snakemake, snakefile, tmp_path):
     """Run the workflow in a folder of the user's own; the lines that it printed. It must have failed."""
     (tmp_path / "mine.yaml").write_text("optimizer: {lr: 1.0e-6}\n")
     (tmp_path / "good.yaml").write_text("run: grpo\n")
@@ -21,7 +21,7 @@ def said(snakemake, root, tmp_path):
     (tmp_path / "empty").mkdir()
 
     def run(*arguments, **environment):
-        done = snakemake(*arguments, cwd=tmp_path, snakefile=root / "Snakefile", **environment)
+        done = snakemake(*arguments, cwd=tmp_path, snakefile=snakefile, **environment)
         lines = (done.stdout + done.stderr).splitlines()
         assert done.returncode == 1, lines
         assert not any("Traceback" in line for line in lines), "\n".join(lines)
@@ -175,7 +175,7 @@ def test_problem_sets_are_fetched_before_a_training_that_could_start(said, tmp_p
     ]
 
 
-def test_fewer_rollouts_than_a_run_has_are_refused_and_its_result_stays(said, snakemake, root, tmp_path):
+def test_fewer_rollouts_than_a_run_has_are_refused_and_its_result_stays(said, snakemake, snakefile, root, tmp_path):
     results, target = tmp_path / "results", "results/tiny/grpo/grpo/train.json"
     configuration = load(root / "config/config.yaml", root / "config/models", {})
     job = Provenance(configuration, root / "workflow_scripts").job("train", model="tiny")
@@ -183,9 +183,7 @@ def test_fewer_rollouts_than_a_run_has_are_refused_and_its_result_stays(said, sn
     (run / "checkpoint-000004").mkdir()
     made(results, *TRAINING_NEEDS, "tiny/grpo/grpo/train.json")
     fewer, asked = "per_model={tiny: {training: {rollouts: 3}}}", ("--", target)
-    snakemake(
-        "--touch", "--forceall", *asked, cwd=tmp_path, snakefile=root / "Snakefile", check=True
-    )  # as if it were made
+    snakemake("--touch", "--forceall", *asked, cwd=tmp_path, snakefile=snakefile, check=True)  # as if it were made
     for flags in (["-n"], ["--cores", "1"]):
         lines = said(*flags, "--config", fewer, *asked)
         assert lines[-1] == (

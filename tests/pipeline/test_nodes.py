@@ -7,13 +7,14 @@ import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+
+from clones import clone
 
 MODELS = ("4B", "9B", "27B", "35B_A3B")
 SBATCH = """#!/bin/sh
@@ -47,16 +48,16 @@ def slurm(tmp_path):
 
 
 @pytest.fixture
-def begin(root, downloaded):
+def begin(snakefile, downloaded):
     """Start Snakemake, wait until ``enough`` is true of what it has said, then end it at once."""
 
     def call(enough, *arguments, environment=os.environ):
-        where = ("--snakefile", str(root / "Snakefile"), "--directory", str(downloaded), "--rerun-triggers", "mtime")
+        where = ("--snakefile", str(snakefile), "--directory", str(downloaded), "--rerun-triggers", "mtime")
         log = downloaded / "log"
         with log.open("w") as written:
             run = subprocess.Popen(
                 [sys.executable, "-m", "snakemake", *where, *arguments],
-                cwd=root,
+                cwd=snakefile.parent,
                 env=environment,
                 stdout=written,
                 stderr=written,
@@ -100,12 +101,9 @@ with open(manifest, "w") as file:
 
 
 @pytest.fixture
-def spans(root, tmp_path):
+def spans(tmp_path):
     """Evaluate tiny_gpu on four data sets with two GPUs and a script that only records which GPUs it had, and when."""
-    workflow = tmp_path / "workflow"
-    workflow.mkdir()
-    for part in ("Snakefile", "rules", "config", "profiles", "workflow_scripts"):
-        (shutil.copytree if (root / part).is_dir() else shutil.copy)(root / part, workflow / part)
+    workflow = clone(tmp_path / "workflow")
     (workflow / "workflow_scripts/evaluate_model.py").write_text(RECORDER)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/nvidia-smi").write_text(NVIDIA_SMI)
@@ -179,17 +177,17 @@ def test_every_training_is_sent_to_a_node_of_its_own(begin, root, slurm):
         assert not any(word.startswith("--ntasks") for word in asked)
 
 
-def test_a_training_that_no_node_of_its_partition_can_hold_is_not_sent(root, downloaded, slurm):
+def test_a_training_that_no_node_of_its_partition_can_hold_is_not_sent(snakefile, root, downloaded, slurm):
     environment, submitted = slurm
     (downloaded / "bin/sinfo").write_text("#!/bin/sh\necho 'main*|gpu:h100:4|2063937|128'\n")
-    where = ("--snakefile", str(root / "Snakefile"), "--directory", str(downloaded), "--rerun-triggers", "mtime")
+    where = ("--snakefile", str(snakefile), "--directory", str(downloaded), "--rerun-triggers", "mtime")
     done = subprocess.run(
         [
             *(sys.executable, "-m", "snakemake", *where, "--workflow-profile", str(root / "profiles" / "slurm")),
             *("--allowed-rules", "train", "train_9B", "--", "train_9B"),
         ],
         env=environment,
-        cwd=root,
+        cwd=snakefile.parent,
         text=True,
         capture_output=True,
     )
@@ -200,7 +198,7 @@ def test_a_training_that_no_node_of_its_partition_can_hold_is_not_sent(root, dow
     assert not submitted.exists()
 
 
-def test_a_crashed_job_is_tried_again_and_its_logs_and_times_are_kept(snakemake, root, tmp_path):
+def test_a_crashed_job_is_tried_again_and_its_logs_and_times_are_kept(snakemake, snakefile, tmp_path):
     blocked = tmp_path / "results/data/sums"
     blocked.parent.mkdir(parents=True)
     blocked.write_text("a file where the job needs a folder")
@@ -209,11 +207,11 @@ def test_a_crashed_job_is_tried_again_and_its_logs_and_times_are_kept(snakemake,
         *("--config", "datasets={sums: {problems: {split: train, rows: 3}, file: sums.jsonl}}"),
         *("--", "results/data/sums.json"),
     )
-    crashed = snakemake(*arguments, snakefile=root / "Snakefile")
+    crashed = snakemake(*arguments, snakefile=snakefile)
     assert crashed.returncode != 0
     assert crashed.stderr.count("Job 0: sums") == 3, crashed.stderr
     blocked.unlink()
-    snakemake(*arguments, snakefile=root / "Snakefile", check=True)
+    snakemake(*arguments, snakefile=snakefile, check=True)
     logs = tmp_path / "results/logs/data"
     assert (logs / "sums.history.log").read_text().count("FileExistsError: ") == 3
     assert (logs / "sums.history.log").read_text().count("----") == 4

@@ -9,8 +9,9 @@ import shutil
 
 import pytest
 
+from clones import clone
+
 MODELS = "models=[tiny, 9B]"
-PARTS = ("Snakefile", "rules", "config", "profiles", "workflow_scripts", "envs")
 
 # The jobs by the messages that their rules announce them with.
 DOWNLOAD = "{}: fetch the starting weights"
@@ -36,11 +37,9 @@ EVALUATED = evaluated("tiny", "sums-evaluation") | evaluated("9B", "aime-2024")
 
 
 @pytest.fixture(scope="module")
-def finished(root, snakemake, tmp_path_factory):
+def finished(snakemake, tmp_path_factory):
     """A copy of the workflow in which everything is made, as Snakemake sees it."""
-    folder = tmp_path_factory.mktemp("workflow")
-    for part in PARTS:
-        (shutil.copytree if (root / part).is_dir() else shutil.copy)(root / part, folder / part)
+    folder = clone(tmp_path_factory.mktemp("workflow"), "envs")
     summary = snakemake("--summary", "--config", MODELS, "--", "all", cwd=folder, check=True).stdout
     for line in summary.splitlines():
         if line.startswith("results/") and "/logs/" not in line:
@@ -167,6 +166,21 @@ def test_an_edited_file_reruns_what_uses_it(snakemake, workflow, file, old, new,
         assert found >= EVALUATED and not any("fetch" in job or "convert" in job for job in found)
     else:
         assert found == jobs
+
+
+@pytest.mark.parametrize(
+    ("settings", "jobs"),
+    [
+        ("# optimizer: {learning_rate: 2.0e-6}\n", set()),
+        ("optimizer: {learning_rate: 2.0e-6}\n", trained("9B")),  # tiny's own file has another
+        ("per_model: {tiny: {optimizer: {learning_rate: 2.0e-4}}}\n", trained("tiny")),
+        ("per_model: {tiny: {evaluation: {temperature: 0.6}}}\n", evaluated("tiny", "sums-evaluation")),
+        ("hardware: {host_memory_gib: 300}\n", set()),
+    ],
+)
+def test_a_user_s_own_settings_rerun_what_reads_them_and_nothing_else(snakemake, workflow, settings, jobs):
+    (workflow / "config/local.yaml").write_text(settings)
+    assert would_run(snakemake, workflow) == jobs
 
 
 def test_another_version_of_a_package_reruns_what_it_computes(snakemake, finished, tmp_path):

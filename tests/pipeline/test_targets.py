@@ -2,9 +2,10 @@
 
 import json
 import re
-import shutil
 
 import pytest
+
+from clones import clone
 
 MODELS = ("4B", "9B", "27B", "35B_A3B", "tiny", "tiny_gpu", "tiny_moe")
 STAGES = ("download", "convert", "train", "export", "eval")
@@ -25,8 +26,8 @@ def test_every_model_has_every_target_and_each_says_what_it_does(snakemake, root
 
 
 @pytest.mark.parametrize("target", ["eval_all", "all", "train_35B_A3B", "eval_tiny_moe"])
-def test_the_dag_resolves_completely(snakemake, tmp_path, target, root):
-    done = snakemake("-n", "--directory", str(tmp_path), "--", target, snakefile=root / "Snakefile")
+def test_the_dag_resolves_completely(snakemake, tmp_path, target, snakefile):
+    done = snakemake("-n", "--directory", str(tmp_path), "--", target, snakefile=snakefile)
     assert done.returncode == 0, said(done)
     models = MODELS[:4] if target in ("all", "eval_all") else [target.split("_", 1)[1]]
     for model in models:
@@ -35,32 +36,32 @@ def test_the_dag_resolves_completely(snakemake, tmp_path, target, root):
 
 
 @pytest.mark.parametrize("interval", [20, 0])
-def test_a_training_waits_for_its_validation_set_if_it_has_one(snakemake, tmp_path, root, interval):
+def test_a_training_waits_for_its_validation_set_if_it_has_one(snakemake, tmp_path, snakefile, interval):
     given = f"per_model={{9B: {{validation: {{interval: {interval}}}}}}}"
     done = snakemake(
-        *("-n", "-p", "--directory", str(tmp_path), "--config", given, "--", "train_9B"), snakefile=root / "Snakefile"
+        *("-n", "-p", "--directory", str(tmp_path), "--config", given, "--", "train_9B"), snakefile=snakefile
     )
     fetched = set(re.findall(r"^Job \d+: (\S+): fetch the problem set$", said(done), flags=re.MULTILINE))
     assert fetched == {"dapo-math-17k"} | ({"aime-2024"} if interval else set())
-    command = next(line for line in said(done).splitlines() if " train --job" in line)
+    command = next(line for line in said(done).splitlines() if "/train.py --job" in line)
     assert ("--validation results/data/aime-2024.json" in command) == bool(interval)
     assert "--data results/data/dapo-math-17k.json" in command
 
 
-def test_without_a_target_everything_is_made(snakemake, tmp_path, root):
-    done = snakemake("-n", "--directory", str(tmp_path), "--config", "models=[tiny]", snakefile=root / "Snakefile")
+def test_without_a_target_everything_is_made(snakemake, tmp_path, snakefile):
+    done = snakemake("-n", "--directory", str(tmp_path), "--config", "models=[tiny]", snakefile=snakefile)
     assert re.search(r"^all +1$", said(done), flags=re.MULTILINE), said(done)
 
 
-def test_a_job_takes_its_settings_from_a_file_that_only_a_real_run_writes(snakemake, tmp_path, root):
+def test_a_job_takes_its_settings_from_a_file_that_only_a_real_run_writes(snakemake, tmp_path, snakefile):
     dataset = "{problems: {split: train, rows: 3}, file: sums.jsonl, instruction: null}"  # read as YAML: null is None
     arguments = ("--cores", "1", "--directory", str(tmp_path), "--config", f"datasets={{sums: {dataset}}}")
     target = ("--", "results/data/sums.json")
     for flags in (("-n",), ("-n", "-p"), ("--summary",), ("--list-changes", "params")):
-        done = snakemake(*flags, *arguments, *target, snakefile=root / "Snakefile", check=True)
+        done = snakemake(*flags, *arguments, *target, snakefile=snakefile, check=True)
         assert not (tmp_path / "results").exists(), flags
         assert '"config"' not in said(done)
-    done = snakemake(*arguments, *target, snakefile=root / "Snakefile", check=True)
+    done = snakemake(*arguments, *target, snakefile=snakefile, check=True)
     job = json.loads((tmp_path / "results/jobs/data/sums.json").read_text())
     assert job["config"]["dataset"]["problems"] == {"split": "train", "seed": 0, "rows": 3}
     assert job["config"]["dataset"]["instruction"] is None
@@ -68,58 +69,42 @@ def test_a_job_takes_its_settings_from_a_file_that_only_a_real_run_writes(snakem
     assert (tmp_path / "results/data/sums/sums.jsonl").read_text().count("\n") == 3
 
 
-@pytest.fixture
-def clone(root, tmp_path):
-    """Put the workflow into a folder of this name."""
-
-    def make(name):
-        (tmp_path / name).mkdir()
-        for part in ("Snakefile", "rules", "config", "profiles", "workflow_scripts"):
-            (shutil.copytree if (root / part).is_dir() else shutil.copy)(root / part, tmp_path / name / part)
-        return tmp_path / name
-
-    return make
-
-
-def test_clone_and_results_may_have_any_name(snakemake, clone):
+def test_clone_and_results_may_have_any_name(snakemake, tmp_path):
     results = 'it\'s "ü" $HOME'
     given = ("--config", f"results={results}", "datasets={sums: {problems: {split: train, rows: 3}, file: sums.jsonl}}")
-    folder = clone("it's ü {x} $HOME")
+    folder = clone(tmp_path / "it's ü {x} $HOME")
     done = snakemake("--cores", "1", *given, "--", f"{results}/data/sums.json", cwd=folder)
     assert done.returncode == 0, said(done)
     assert (folder / results / "data/sums/sums.jsonl").read_text().count("\n") == 3
     assert (folder / results / "logs/data/sums.history.log").is_file()
 
 
-def test_a_clone_whose_name_no_search_path_can_hold_is_refused(snakemake, clone):
-    done = snakemake("-n", "--", "train_tiny", cwd=clone("a:b"))
+def test_a_clone_whose_name_no_search_path_can_hold_is_refused(snakemake, tmp_path):
+    done = snakemake("-n", "--", "train_tiny", cwd=clone(tmp_path / "a:b"))
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith(
         "a:b: a colon ends a folder's name in PATH and PYTHONPATH: move the clone"
     )
 
 
-def test_a_configuration_that_is_not_yaml_is_named_with_the_line(snakemake, tmp_path, root):
-    for name in ("Snakefile", "rules", "config", "workflow_scripts"):
-        (tmp_path / name).symlink_to(root / name)
-    (tmp_path / "config").unlink()
-    shutil.copytree(root / "config", tmp_path / "config")
+def test_a_configuration_that_is_not_yaml_is_named_with_the_line(snakemake, tmp_path):
+    clone(tmp_path)
     file = tmp_path / "config/config.yaml"
     file.write_text(file.read_text().replace("run: grpo", "run: grpo: x"))
     done = snakemake("-n", cwd=tmp_path)
     assert re.search(r"^error: .*config/config.yaml: not valid YAML: .* line \d+", said(done), flags=re.MULTILINE)
 
 
-def test_conversion_of_the_mixture_of_experts_is_launched_by_torchrun_with_its_mtp_layer(snakemake, tmp_path, root):
-    done = snakemake("-n", "-p", "--directory", str(tmp_path), "--", "convert_35B_A3B", snakefile=root / "Snakefile")
-    command = next(line for line in said(done).splitlines() if " convert --job" in line)
+def test_the_mixture_of_experts_is_converted_by_torchrun_with_its_mtp_layer(snakemake, tmp_path, snakefile):
+    done = snakemake("-n", "-p", "--directory", str(tmp_path), "--", "convert_35B_A3B", snakefile=snakefile)
+    command = next(line for line in said(done).splitlines() if "/convert.py --job" in line)
     assert "torchrun --standalone --nproc-per-node=8" in command and "--mtp-num-layers 1" in command
 
 
-def test_training_without_the_gpus_it_needs_ends_before_any_download(snakemake, tmp_path, root):
+def test_training_without_the_gpus_it_needs_ends_before_any_download(snakemake, tmp_path, snakefile):
     done = snakemake(
         "--cores", "all", "--directory", str(tmp_path), "--", "train_9B",
-        snakefile=root / "Snakefile", CUDA_VISIBLE_DEVICES="",
+        snakefile=snakefile, CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
     assert done.returncode == 1
     lines = [line for line in said(done).splitlines() if line.startswith("error: ")]

@@ -8,6 +8,7 @@ import pandas
 import pytest
 import yaml
 
+from clones import clone
 from listeners import listeners
 
 SETTINGS = {
@@ -36,7 +37,7 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory, root, snakemake):
+def work(tmp_path_factory, snakefile, snakemake):
     """A folder of results, made once; `run` runs targets there under settings that a test may change."""
     folder = tmp_path_factory.mktemp("whole")
 
@@ -44,7 +45,7 @@ def work(tmp_path_factory, root, snakemake):
         def __init__(self):
             self.folder = folder
             self.results = folder / "results"
-            self.snakefile = root / "Snakefile"
+            self.snakefile = snakefile
 
         def run(self, *targets, **changes):
             settings = json.loads(json.dumps(SETTINGS))
@@ -104,10 +105,9 @@ def test_a_second_run_starts_nothing(work):
 
 
 @pytest.mark.slow
-def test_what_is_made_again_with_the_same_content_leaves_the_rest(work, root, tmp_path):
+def test_what_is_made_again_with_the_same_content_leaves_the_rest(work, tmp_path):
     """Another version of the pipeline: a text is other, then the code of the first stage."""
-    for part in ("Snakefile", "rules", "config", "profiles", "workflow_scripts"):
-        (shutil.copytree if (root / part).is_dir() else shutil.copy)(root / part, tmp_path / part)
+    clone(tmp_path)
     script = tmp_path / "workflow_scripts/make_tiny.py"
     trained = work.results / "tiny/hf/grpo/model.safetensors.index.json"
     before, original = trained.stat().st_mtime_ns, work.snakefile

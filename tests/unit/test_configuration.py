@@ -219,6 +219,115 @@ def test_the_user_s_word_beats_the_model_s_file_and_per_model_beats_both(root):
     assert (models["tiny"].training.rollouts, models["9B"].training.rollouts) == (7, 9)
 
 
+@pytest.fixture
+def kept(root, tmp_path):
+    """``kept(local=..., user=...)``: the configuration with a user's config/local.yaml, and `user_layers` over it."""
+    local = tmp_path / "config/local.yaml"
+    local.parent.mkdir()
+
+    def make(text, user=()):
+        local.write_text(text)
+        return load(root / "config/config.yaml", root / "config/models", user, local)
+
+    return make
+
+
+def test_a_user_s_own_settings_are_read_as_if_config_yaml_said_so(kept):
+    configuration = kept("models: [9B, tiny]\ntraining: {rollouts: 7, save_interval: 5}\nhardware: {cores: 12}\n")
+    assert configuration.listed == ["9B", "tiny"]
+    rollouts = {name: configuration.models[name].training.rollouts for name in ("9B", "tiny")}
+    assert rollouts == {"9B": 7, "tiny": 60}  # a model's own file says more of it than what all models share
+    assert [configuration.models[name].hardware.cores for name in ("9B", "tiny")] == [12, 2]
+
+
+def test_the_command_line_beats_a_user_s_own_settings_even_those_for_one_model(kept, tmp_path):
+    local = "optimizer: {learning_rate: 1.0}\nper_model: {9B: {training: {rollouts: 5, save_interval: 6}}}\n"
+    file = tmp_path / "given.yaml"
+    file.write_text("per_model: {9B: {training: {rollouts: 7}}}\nrun: mine\n")
+    assert kept(local).models["9B"].training.rollouts == 5
+    model = kept(local, user_layers([file], {})).models["9B"]
+    assert (model.training.rollouts, model.training.save_interval) == (7, 6)
+    for given in ({"training": {"rollouts": 9}}, {"per_model": {"9B": {"training": {"rollouts": 9}}}}):
+        assert kept(local, user_layers([file], given)).models["9B"].training.rollouts == 9
+
+
+@pytest.mark.parametrize("text", ["", "# models: [9B]\n"])
+def test_a_file_of_nothing_but_comments_changes_nothing(root, kept, text):
+    assert kept(text) == configured(root)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("optimizer: {lr: 1}", "config/local.yaml: optimizer.lr: unknown key, did you mean 'learning_rate'?"),
+        ("run: base", "config/local.yaml: run: 'base' is the name of the starting weights"),
+        ("models: [9b]", "config/local.yaml: models: unknown model '9b', did you mean '9B'?"),
+        ("- 9B", "config/local.yaml: a mapping of settings is expected, not list"),
+        ("run: [", "config/local.yaml: not valid YAML: "),
+        ("models_folder: gone", "config/local.yaml: models_folder: no such folder: gone"),
+        ("datasets: {mine: {folder: here}}", "config/local.yaml: datasets.mine.file: missing"),
+        ("training: {dataset: mine}", "config/local.yaml: training.dataset: unknown dataset 'mine'"),
+        ("hardware: {gpus: 6}", "config/local.yaml: hardware.gpus: parallel: tensor 4 x pipeline 1 x context 1 = 4"),
+        (
+            "per_model: {9B: {parallel: {tensor: 3}}}",
+            "config/local.yaml: per_model: 9B: parallel.tensor: parallel: tensor 3 x pipeline 1 x context 1 = 3",
+        ),
+    ],
+)
+@pytest.mark.parametrize("given", [{}, {"plots": {"dpi": 100}, "per_model": {"9B": {"training": {"rollouts": 9}}}}])
+def test_a_mistake_in_a_user_s_own_settings_names_their_file(kept, text, line, given):
+    with pytest.raises(UserError) as error:
+        kept(text, user_layers([], given))
+    assert str(error.value).startswith(line)
+
+
+def test_a_folder_of_the_user_s_holds_further_models(root, tmp_path, monkeypatch):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    recipe = (root / "config/models/9B.yaml").read_text()
+    (mine / "mine.yaml").write_text(recipe.replace("Qwen3.5-9B", "Qwen3.5-mine"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in ("mine", "../" + tmp_path.name + "/mine", "~/mine", str(mine)):
+        configuration = configured(root, {"models_folder": folder, "models": ["mine", "9B"]})
+        assert configuration.models["mine"].source.repo == "Qwen/Qwen3.5-mine"
+        assert configuration.models["9B"].source.repo == "Qwen/Qwen3.5-9B"
+
+
+@pytest.mark.parametrize("folder", ["mine", "../{}/mine", "~/mine"])
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("mine", "source: {repo: a/b}\ntrainings: {}\n", "mine.yaml: trainings: unknown key, did you mean 'training'?"),
+        ("mine", "hardware: {gpus: 0}\n", "mine.yaml: source: missing"),
+        ("mine", "source: {\n", "mine.yaml: not valid YAML: "),
+        ("all", "source: {repo: a/b}\n", "all.yaml: a model can't be called 'all'"),
+        ("9B", "source: {repo: a/b}\n", "9B.yaml: config/models/9B.yaml defines the model '9B' already: give this"),
+    ],
+)
+def test_a_mistake_in_a_model_of_the_user_s_names_the_file_as_they_know_it(
+    root, tmp_path, monkeypatch, folder, name, text, line
+):
+    folder = folder.format(tmp_path.name)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / f"{name}.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError) as error:
+        configured(root, {"models_folder": folder, "models": list({"4B", name})})
+    assert str(error.value).startswith(f"{folder}/{line}")
+
+
+def test_what_is_missing_is_for_the_file_to_say_that_began_the_section(root, tmp_path):
+    shared = tmp_path / "config/config.yaml"
+    shared.parent.mkdir()
+    shared.write_text((root / "config/config.yaml").read_text().replace("  dataset: dapo-math-17k\n", ""))
+    with pytest.raises(UserError, match=r"^config/config.yaml: training.dataset: missing$"):
+        load(shared, root / "config/models", {"training": {"rollouts": 5}})
+    with pytest.raises(UserError, match=r"^--config: per_model: tiny: architecture.layers: missing$"):
+        configured(root, {"per_model": {"tiny": {"architecture": {"hidden": 64}}}, "models": ["tiny"]})
+
+
 def test_naming_another_place_replaces_the_first(root):
     overrides = {"datasets": {"aime-2024": {"folder": "here"}}, "per_model": {"9B": {"source": {"folder": "there"}}}}
     overrides["per_model"]["tiny"] = {"source": {"tiny": {"warm_up": {"steps": 7}}}}
