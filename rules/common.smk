@@ -55,6 +55,7 @@ settings = complain(
         workflow.config_settings.config or {},
         Path(workflow.workdir_init),
     ),
+    BASE / "config/local.yaml",
 )
 provenance = Provenance(settings, SCRIPTS)
 RESULTS = settings.results

@@ -1,17 +1,20 @@
-"""From the YAML files and the command line to one checked `Configuration`.
+"""Read the YAML files and the command line, and check them: the result is one `Configuration`.
 
-What one model is trained with comes from four layers, each laid over the one before:
+The settings of one model come in layers. Each layer overrides those before it:
 
-1. the sections that all models share, in ``config/config.yaml``;
-2. the model's own file, ``config/models/<model>.yaml``;
-3. what the user gives with ``--configfile``, each over the one before, and with ``--config``;
-4. the section ``per_model: {<model>: ...}``, wherever it is given.
+1. ``config/config.yaml``: the sections that all models share;
+2. ``config/local.yaml``, if the user has one: the same sections, changed without editing a tracked file;
+3. the model's own file, ``config/models/<model>.yaml`` or one in the user's ``models_folder``;
+4. ``per_model: {<model>: ...}`` in config.yaml, then in local.yaml;
+5. each ``--configfile``, then ``--config``: first its shared sections, then its ``per_model``.
 
-Every fault is a `UserError` of one line that names the file, the key, the value and what is allowed.
+So what is given later always wins, and within one file or command line ``per_model`` wins over the shared sections.
+Every error is a `UserError` of one line that names the file, the key, the value and what is allowed.
 """
 
 import copy
 import difflib
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,10 +32,10 @@ from milepost.configuration.schema import NAME, Dataset, Model, ModelSource, Plo
 PLACES = frozenset(ModelSource.places + Dataset.places)
 RETYPED = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float")}
 SHARED = tuple(name for name in Model.model_fields if name not in ("source", "architecture"))
-TAKEN = {  # by targets, or by what lies beside the models' results
+TAKEN = {  # names of targets (train_all), and of folders that lie beside those of the models
     *("all", "data", "hub", "jobs", "logs", "benchmarks", "caches", "tables", "plots"),
 }
-EXPECTED = {  # where pydantic's own words are about Python
+EXPECTED = {  # our words where pydantic's own speak of Python types
     "model_type": "a section of settings is expected",
     "dict_type": "a section of settings is expected",
     "list_type": "a list is expected",
@@ -42,7 +45,7 @@ EXPECTED = {  # where pydantic's own words are about Python
 
 @dataclass(frozen=True)
 class Layer:
-    """One source of settings: where it is written, and what it says."""
+    """Settings from one source: where they are written, and what they say."""
 
     origin: str
     content: dict[str, Any]
@@ -53,13 +56,13 @@ class Configuration:
     """All settings, checked.
 
     Attributes:
-        listed: the models that ``*_all`` targets and the report cover.
+        listed: the models that the ``*_all`` targets and the report cover.
         run: the name of the training run.
-        results: the folder of everything that is made.
-        preflight: whether a run that this machine seems too small for is refused, or warned of.
+        results: the folder that all results go to.
+        preflight: whether to refuse jobs that this machine seems too small for, or only to warn.
         datasets: name -> where a problem set comes from.
-        models: name -> settings, for every file in config/models/.
-        faults: name -> what is wrong with a model that is not listed; using it is an error, not using it is none.
+        models: name -> settings, one for every file in config/models/ and in the user's ``models_folder``.
+        faults: name -> the error in a model that is not listed; it is raised only when that model is used.
         plots: how plots look.
     """
 
@@ -74,37 +77,39 @@ class Configuration:
 
     @property
     def scored(self) -> set[str]:
-        """The problem sets that listed models are evaluated or validated on: every row of them is needed."""
+        """The problem sets that listed models are evaluated or validated on: each row of these must be usable."""
         models = [self.models[name] for name in self.listed]
         validated = {model.validation.dataset for model in models if model.validation.interval}
         return validated.union(*(model.evaluation.datasets for model in models))
 
 
-def load(shared: Path, models_folder: Path, user: Sequence[Layer] | dict[str, Any]) -> Configuration:
+def load(
+    shared: Path, models_folder: Path, user: Sequence[Layer] | dict[str, Any], local: Path | None = None
+) -> Configuration:
     """Read and check everything.
 
     Args:
         shared: config/config.yaml.
-        models_folder: config/models, one file a model.
-        user: the user's own settings (`user_layers`), or a mapping of what ``--config`` alone says.
+        models_folder: config/models, one file per model.
+        user: what the command line gives (`user_layers`), or a mapping that stands for ``--config``.
+        local: config/local.yaml, read if it exists.
     """
-    base = Layer(_name(shared), read_yaml(shared))
+    kept = [_layer(shared)]
+    if local and local.exists():
+        kept.append(_layer(local))
     if isinstance(user, dict):
         user = [Layer("--config", user)]
-    root = _check(Root, [base, *user], base)
-    known = {file.stem: file for file in sorted(models_folder.glob("*.yaml"))}
-    for name, file in known.items():
-        if name in TAKEN or not re.match(NAME, name):
-            raise UserError(f"{_name(file)}: a model can't be called {name!r}: give the file another name")
+    root = _check(Root, [*kept, *user], kept[0])
+    files = _model_files(models_folder, root.models_folder, _origin([*kept, *user], ("models_folder",)))
     for key in [*(("models", name) for name in root.models), *(("per_model", name) for name in root.per_model)]:
-        if key[1] not in known:
+        if key[1] not in files:
             raise UserError(
-                f"{_origin([base, *user], key)}: {key[0]}: unknown model {key[1]!r}{nearest(key[1], known)}"
+                f"{_origin([*kept, *user], key)}: {key[0]}: unknown model {key[1]!r}{nearest(key[1], files)}"
             )
     models, faults = {}, {}
-    for name, file in known.items():
+    for name, (origin, file) in files.items():
         try:
-            models[name] = _model(name, Layer(_name(file), read_yaml(file)), base, user, root.datasets)
+            models[name] = _model(name, Layer(origin, read_yaml(file, origin)), kept, user, root.datasets)
         except UserError as error:
             if name in root.models:
                 raise
@@ -112,12 +117,37 @@ def load(shared: Path, models_folder: Path, user: Sequence[Layer] | dict[str, An
     return Configuration(root.models, root.run, root.results, root.preflight, root.datasets, models, faults, root.plots)
 
 
+def _layer(file: Path) -> Layer:
+    return Layer(_name(file), read_yaml(file, _name(file)))
+
+
+def _model_files(shipped: Path, own: str | None, origin: str) -> dict[str, tuple[str, Path]]:
+    """Name -> (the path as the user knows it, the file), of config/models/ and of the user's ``models_folder``."""
+    files = {file.stem: (_name(file), file) for file in sorted(shipped.glob("*.yaml"))}
+    if own is not None:
+        folder = Path(own).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"{origin}: models_folder: no such folder: {own}")
+        for file in sorted(folder.glob("*.yaml")):
+            if file.stem in files:
+                raise UserError(
+                    f"{Path(own, file.name)}: {files[file.stem][0]} defines the model {file.stem!r} already: give this"
+                    f" file another name, or change single settings with per_model: {{{file.stem}: ...}}"
+                )
+            files[file.stem] = str(Path(own, file.name)), file
+    for name, (known_as, _) in files.items():
+        if name in TAKEN or not re.match(NAME, name):
+            raise UserError(f"{known_as}: a model can't be called {name!r}: give the file another name")
+    return files
+
+
 def user_layers(files: Sequence[Path], given: dict[str, Any], folder: Path | None = None) -> list[Layer]:
-    """The user's ``--configfile``, each over the one before, and over them ``given``, Snakemake's ``--config``.
+    """The settings of each ``--configfile``, in order, and then of ``--config``.
 
-    Files below ``folder``, where the user is, are called by their path from there.
-
-    What stands within something in ``--config`` Snakemake leaves as text: it is read as YAML would read it.
+    Args:
+        files: the files that ``--configfile`` names.
+        given: what Snakemake made of ``--config``. It leaves nested values as text; they are read as YAML reads them.
+        folder: where the user runs Snakemake: files below it are named by their path from there.
     """
 
     def typed(value: Any) -> Any:
@@ -136,21 +166,26 @@ def user_layers(files: Sequence[Path], given: dict[str, Any], folder: Path | Non
     return [*layers, Layer("--config", content)] if content else layers
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; anything else is a `UserError`."""
+def read_yaml(path: Path, origin: str | None = None) -> dict[str, Any]:
+    """The settings in a YAML file, which errors call ``origin``; a file of nothing but comments has none."""
+    origin = origin or str(path)
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{origin}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{origin}: can't be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
     if not isinstance(content, dict):
-        raise UserError(f"{path}: a mapping of settings is expected, not {type(content).__name__}")
+        raise UserError(f"{origin}: a mapping of settings is expected, not {type(content).__name__}")
     return content
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, where YAML takes the last and says nothing."""
+    """Refuses a mapping with the same key twice, of which YAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -161,18 +196,28 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _model(name: str, own: Layer, base: Layer, user: Sequence[Layer], datasets: dict[str, Dataset]) -> Model:
+def _model(name: str, own: Layer, kept: Sequence[Layer], user: Sequence[Layer], datasets: dict[str, Dataset]) -> Model:
+    """The settings of one model.
+
+    Args:
+        own: the model's file.
+        kept: config.yaml, and local.yaml if there is one.
+        user: what the command line gives.
+    """
+
     def shared(layer: Layer) -> Layer:
         return Layer(layer.origin, {key: layer.content[key] for key in SHARED if key in layer.content})
 
-    layers = [shared(base), own, *map(shared, user)]
-    for layer in (base, *user):
-        particular = (layer.content.get("per_model") or {}).get(name)
-        if particular is not None:
-            layers.append(Layer(f"{layer.origin}: per_model: {name}", particular))
+    def particular(layer: Layer) -> list[Layer]:
+        settings = (layer.content.get("per_model") or {}).get(name)
+        return [] if settings is None else [Layer(f"{layer.origin}: per_model: {name}", settings)]
+
+    layers = [*map(shared, kept), own]
+    layers += [part for layer in kept for part in particular(layer)]
+    layers += [part for layer in user for part in (shared(layer), *particular(layer))]
     model = _check(Model, layers, own)
     if fault := layout.fault(model):
-        where = _culprit(layers, lambda content: layout.fault(Model.model_validate(content)) is not None)
+        where = _culprit(layers, own, lambda content: layout.fault(Model.model_validate(content)) is not None)
         where = where or f"{_origin(layers, tuple(fault.key.split('.')))}: {fault.key}"
         said = fault.message if where.endswith(f": {fault.key}") else str(fault)
         raise UserError(f"{where}: {said} (of {name}; settings of one model alone belong to per_model)")
@@ -189,12 +234,10 @@ def _model(name: str, own: Layer, base: Layer, user: Sequence[Layer], datasets: 
     return model
 
 
-def _check(kind: type[BaseModel], layers: list[Layer], home: Layer) -> Any:
-    """All layers as one ``kind``; what is missing is ``home``'s to say."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        merged = merge(merged, layer.content)
-    # The root holds the shared sections too; they are checked once for each model.
+def _check(kind: type[BaseModel], layers: Sequence[Layer], own: Layer) -> Any:
+    """Merge all layers and validate them as one ``kind``; ``own`` is the layer that only this kind reads."""
+    merged = _merged(layers)
+    # The shared sections are checked with each model that they are part of.
     if kind is Root:
         merged = {key: value for key, value in merged.items() if key not in SHARED}
     try:
@@ -203,31 +246,43 @@ def _check(kind: type[BaseModel], layers: list[Layer], home: Layer) -> Any:
         first = error.errors()[0]
         key = _written(first["loc"], merged) if first["type"] != "missing" else tuple(map(str, first["loc"]))
         known = [*kind.model_fields, *(SHARED if kind is Root else ())] if len(key) == 1 else _keys(kind, key[:-1])
-        origin = home.origin if first["type"] == "missing" else _origin(layers, key)
+        origin = _home(layers, key, own) if first["type"] == "missing" else _origin(layers, key)
         raise UserError(f"{origin}: {'.'.join(key) or kind.__name__}: {_say(first, key, known)}") from None
 
 
-def _culprit(layers: list[Layer], is_wrong: Callable[[dict[str, Any]], bool]) -> str | None:
-    """The layer with which settings that fit until then become wrong, and the one key of it that does it.
+def _merged(layers: Iterable[Layer]) -> dict[str, Any]:
+    return functools.reduce(merge, (layer.content for layer in layers), {})
 
-    Settings that do not fit together were all written by somebody: to blame is who wrote last. None where the project's
-    own files are wrong already, or are not whole without the user's.
+
+def _home(layers: Sequence[Layer], key: tuple[str, ...], own: Layer) -> str:
+    """Where a missing key belongs: with the rest of its section, and a shared section in config.yaml."""
+    *section, _ = key
+    began = [layer.origin for layer in layers if section and isinstance(_at(layer.content, section), dict)]
+    return [*began, layers[0].origin if key[0] in SHARED else own.origin][0]
+
+
+def _culprit(layers: Sequence[Layer], own: Layer, is_wrong: Callable[[dict[str, Any]], bool]) -> str | None:
+    """The layer that makes settings wrong which were right without it, and if possible its one key that does.
+
+    Settings that contradict each other may all be to blame; the one that was added last is. None if config.yaml and
+    the model's file are wrong by themselves, or incomplete.
     """
 
-    def wrong(layers: list[Layer]) -> bool:
-        merged: dict[str, Any] = {}
-        for layer in layers:
-            merged = merge(merged, layer.content)
-        return is_wrong(merged)
+    def wrong(layers: Iterable[Layer]) -> bool:
+        return is_wrong(_merged(layers))
 
     try:
-        for count in range(2, len(layers)):
-            if wrong(layers[:count]):
-                return None
-            layer = layers[count]
-            if wrong(layers[: count + 1]):
+        taken = [layers[0], own]
+        if wrong(taken):
+            return None
+        for layer in layers:
+            if layer in taken:
+                continue
+            taken = [other for other in layers if other in taken or other is layer]
+            if wrong(taken):
                 for key in _leaves(layer.content):
-                    if not wrong([*layers[:count], Layer(layer.origin, _without(layer.content, key))]):
+                    without = Layer(layer.origin, _without(layer.content, key))
+                    if not wrong(without if other is layer else other for other in taken):
                         return f"{layer.origin}: {'.'.join(key)}"
                 return layer.origin
     except ValidationError:
@@ -236,7 +291,7 @@ def _culprit(layers: list[Layer], is_wrong: Callable[[dict[str, Any]], bool]) ->
 
 
 def _leaves(content: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The keys of all values that are no sections."""
+    """The keys of all values that are not themselves sections."""
     for key, value in content.items():
         if isinstance(value, dict):
             yield from _leaves(value, (*above, key))
@@ -252,7 +307,7 @@ def _without(content: dict[str, Any], key: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _written(place: tuple[int | str, ...], content: Any) -> tuple[str, ...]:
-    """The key of a fault without what pydantic adds of its own: which of several types it tried."""
+    """The key that the user wrote: pydantic's location, without the name of the type that it tried."""
     key: list[str] = []
     for part in place:
         try:
@@ -288,20 +343,25 @@ def _keys(kind: type[BaseModel], path: tuple[str, ...]) -> list[str]:
     return list(kind.model_fields)
 
 
-def _origin(layers: list[Layer], key: tuple[str, ...]) -> str:
-    """Where the value at ``key`` was written last."""
+def _origin(layers: Sequence[Layer], key: tuple[str, ...]) -> str:
+    """The layer that set the value at ``key``, or failing that a section around it."""
     for depth in range(len(key), 0, -1):
         for layer in reversed(layers):
-            content: Any = layer.content
-            for part in key[: depth - 1]:
-                content = content.get(part) if isinstance(content, dict) else None
-            if isinstance(content, dict) and key[depth - 1] in content:
+            section = _at(layer.content, key[: depth - 1])
+            if isinstance(section, dict) and key[depth - 1] in section:
                 return layer.origin
     return layers[0].origin
 
 
+def _at(content: Any, key: Iterable[str]) -> Any:
+    """The value at ``key``, None if there is none."""
+    for part in key:
+        content = content.get(part) if isinstance(content, dict) else None
+    return content
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``, did you mean 'rollouts'?``: the one of ``known`` that ``name`` stands for; a list of them where none does."""
+    """``, did you mean 'rollouts'?``: the entry of ``known`` that is closest to ``name``, or all if none is close."""
     known = [*known]
     short = [key for key in known if key.startswith(name) or "".join(word[0] for word in key.split("_")) == name]
     close = short or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -309,14 +369,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _name(path: Path) -> str:
-    """A configuration file as the user knows it: config/config.yaml, config/models/9B.yaml."""
+    """A file of the project's as the user knows it: config/config.yaml, config/models/9B.yaml."""
     return path.as_posix()[path.as_posix().rfind("config/") :] if "config/" in path.as_posix() else path.name
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``over`` laid over ``under``: mappings are merged, everything else is replaced. Neither is changed.
+    """``under`` with the values of ``over``: mappings are merged, everything else is replaced. Neither is changed.
 
-    A source (``source``, or an entry of ``datasets``) names one place, so naming another place drops the first one.
+    A source (``source``, or an entry of ``datasets``) has one place, so another place replaces the first.
     """
     result = copy.copy(under)
     for key, value in over.items():

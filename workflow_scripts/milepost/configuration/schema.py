@@ -468,6 +468,9 @@ class Root(Section):
     results: Annotated[str, AfterValidator(_without_braces)] = Field(
         "results", description="the folder of everything that is made"
     )
+    models_folder: str | None = Field(
+        None, description="a folder of your own whose *.yaml are further models; relative to where Snakemake runs"
+    )
     preflight: Literal["refuse", "warn"] = Field(
         "refuse",
         description="whether a run that this machine seems too small for is refused, or only warned of",
