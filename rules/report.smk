@@ -31,7 +31,7 @@ rule tables:
     message:
         "write the tables"
     shell:
-        "begin {log:q}; python {SCRIPTS:q}/make_tables.py --job {params.job:q} --scores {input.scores:q} --csv {output.csv:q}"
+        'begin {log:q}; python "$SCRIPTS"/make_tables.py --job {params.job:q} --scores {input.scores:q} --csv {output.csv:q}'
         " --differences {output.differences:q} --markdown {output.markdown:q} --html {output.html:q} |& logged"
 
 
@@ -58,7 +58,7 @@ rule plots:
     message:
         "draw the plots{params.changes}"
     shell:
-        "begin {log:q}; python {SCRIPTS:q}/make_plots.py --job {params.job:q} --scores {input.scores:q}"
+        'begin {log:q}; python "$SCRIPTS"/make_plots.py --job {params.job:q} --scores {input.scores:q}'
         " --trainings {input.trainings:q} --folder {params.folder:q} --manifest {output:q} |& logged"
 
 
@@ -86,5 +86,5 @@ rule page:
     message:
         "write the report"
     shell:
-        "begin {log:q}; python {SCRIPTS:q}/make_report.py --job {params.job:q} --scores {input.scores:q}"
+        'begin {log:q}; python "$SCRIPTS"/make_report.py --job {params.job:q} --scores {input.scores:q}'
         " --trainings {input.trainings:q} --plots {input.plots:q} --sources {input.sources:q} --html {output:q} |& logged"

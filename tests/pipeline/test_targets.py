@@ -42,7 +42,7 @@ def test_a_training_waits_for_its_validation_set_if_it_has_one(snakemake, tmp_pa
     )
     fetched = set(re.findall(r"^Job \d+: (\S+): fetch the problem set$", said(done), flags=re.MULTILINE))
     assert fetched == {"dapo-math-17k"} | ({"aime-2024"} if interval else set())
-    command = next(line for line in said(done).splitlines() if " train --job" in line)
+    command = next(line for line in said(done).splitlines() if "/train.py --job" in line)
     assert ("--validation results/data/aime-2024.json" in command) == bool(interval)
     assert "--data results/data/dapo-math-17k.json" in command
 
@@ -112,7 +112,7 @@ def test_a_configuration_that_is_not_yaml_is_named_with_the_line(snakemake, tmp_
 
 def test_conversion_of_the_mixture_of_experts_is_launched_by_torchrun_with_its_mtp_layer(snakemake, tmp_path, root):
     done = snakemake("-n", "-p", "--directory", str(tmp_path), "--", "convert_35B_A3B", snakefile=root / "Snakefile")
-    command = next(line for line in said(done).splitlines() if " convert --job" in line)
+    command = next(line for line in said(done).splitlines() if "/convert.py --job" in line)
     assert "torchrun --standalone --nproc-per-node=8" in command and "--mtp-num-layers 1" in command
 
 
