@@ -49,7 +49,7 @@ class FailedJobs(logging.Filter):
         if line not in self._lines:
             self._lines.append(line)
         job = next(job for job in self._workflow.dag.jobs if self._workflow.dag.jobid(job) == record.jobid)
-        job.attempt = job.restart_times + 1  # the last one
+        job._attempt = job.restart_times + 1  # the last one; the property would also drop the resources of the job
         record.event, record.args = None, ()
         record.msg = f"Job {record.jobid} failed ({job.message}): the reason follows when no other job runs"
         return True
