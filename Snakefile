@@ -37,6 +37,7 @@ onstart:
             None if workflow.local_exec else partitions(workflow.dag.needrun_jobs())
         )
         complain(check_jobs, due(), settings, provenance, sent)
+        failed_jobs.forget(workflow.dag.needrun_jobs())
         write_job_files()
     else:
         tell_what_touch_hides()

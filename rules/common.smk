@@ -68,8 +68,8 @@ if ":" in f"{SCRIPTS}{sys.executable}":
 prefix = (
     "set -euo pipefail; "
     f"source {quote(str(BASE / 'rules/job.sh'))}; "
-    f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH PYTHONPATH={quote(str(SCRIPTS))} "
-    "PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false "
+    f"export SCRIPTS={quote(str(SCRIPTS))} PATH={quote(str(Path(sys.executable).parent))}:$PATH; "
+    "export PYTHONPATH=$SCRIPTS PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false "
     "THP_MEM_ALLOC_ENABLE=1; "  # torch takes memory in large pages: Adam's states are there twice as fast
 )
 shell.prefix(prefix.replace("{", "{{").replace("}", "}}"))  # Snakemake formats it

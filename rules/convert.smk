@@ -27,7 +27,7 @@ rule convert:
     message:
         "{wildcards.model}: convert to Megatron torch_dist{params.changes}"
     shell:
-        "begin {log:q}; CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=$(share {threads} {params.processes}) {params.launch} {SCRIPTS:q}/convert.py --job {params.job:q} --hub {input.hub:q}"
+        'begin {log:q}; CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=$(share {threads} {params.processes}) {params.launch} "$SCRIPTS"/convert.py --job {params.job:q} --hub {input.hub:q}'
         " --mtp-num-layers {params.mtp_num_layers} --folder {params.folder:q}torch_dist --manifest {output:q} |& logged"
 
 
@@ -53,5 +53,5 @@ rule export:
     message:
         "{wildcards.model}: export the trained weights in the Hub's format{params.changes}"
     shell:
-        "begin {log:q}; CUDA_VISIBLE_DEVICES= python {SCRIPTS:q}/export.py --job {params.job:q} --hub {input.hub:q} --weights {input.weights:q}"
+        'begin {log:q}; CUDA_VISIBLE_DEVICES= python "$SCRIPTS"/export.py --job {params.job:q} --hub {input.hub:q} --weights {input.weights:q}'
         " --folder {params.folder:q} --manifest {output:q} |& logged"

@@ -21,7 +21,7 @@ rule download:
     message:
         "{wildcards.model}: fetch the starting weights{params.changes}"
     shell:
-        "begin {log:q}; CUDA_VISIBLE_DEVICES= python {SCRIPTS:q}/{params.script}.py --job {params.job:q} --name {wildcards.model}"
+        'begin {log:q}; CUDA_VISIBLE_DEVICES= python "$SCRIPTS"/{params.script}.py --job {params.job:q} --name {wildcards.model}'
         " --folder {params.hub:q} --manifest {output:q} |& logged"
 
 
@@ -47,5 +47,5 @@ rule dataset:
     message:
         "{wildcards.name}: fetch the problem set{params.changes}"
     shell:
-        "begin {log:q}; python {SCRIPTS:q}/{params.script}.py --job {params.job:q} --name {wildcards.name}"
+        'begin {log:q}; python "$SCRIPTS"/{params.script}.py --job {params.job:q} --name {wildcards.name}'
         " --folder {params.folder:q} --manifest {output:q} |& logged"

@@ -26,5 +26,5 @@ rule evaluate:
     message:
         "{wildcards.model}: evaluate the {wildcards.weights} weights on {wildcards.dataset}{params.changes}"
     shell:
-        "begin {log:q}; python -P -m milepost.launch.with_gpus {params.gpus} python {SCRIPTS:q}/evaluate_model.py --job {params.job:q} --model {input.model:q} --data {input.data:q}"
+        'begin {log:q}; python -P -m milepost.launch.with_gpus {params.gpus} python "$SCRIPTS"/evaluate_model.py --job {params.job:q} --model {input.model:q} --data {input.data:q}'
         " --samples {params.samples:q}.jsonl --manifest {output:q} |& logged"

@@ -30,7 +30,7 @@ rule tables:
     message:
         "write the tables"
     shell:
-        "begin {log:q}; python {SCRIPTS:q}/make_tables.py --job {params.job:q} --scores {input.scores:q} --csv {output.csv:q}"
+        'begin {log:q}; python "$SCRIPTS"/make_tables.py --job {params.job:q} --scores {input.scores:q} --csv {output.csv:q}'
         " --differences {output.differences:q} --markdown {output.markdown:q} |& logged"
 
 
@@ -57,7 +57,7 @@ rule plots:
     message:
         "draw the plots{params.changes}"
     shell:
-        "begin {log:q}; python {SCRIPTS:q}/make_plots.py --job {params.job:q} --scores {input.scores:q}"
+        'begin {log:q}; python "$SCRIPTS"/make_plots.py --job {params.job:q} --scores {input.scores:q}'
         " --trainings {input.trainings:q} --folder {params.folder:q} --manifest {output:q} |& logged"
 
 
@@ -85,5 +85,5 @@ rule page:
     message:
         "write the report"
     shell:
-        "begin {log:q}; python {SCRIPTS:q}/make_report.py --job {params.job:q} --scores {input.scores:q}"
+        'begin {log:q}; python "$SCRIPTS"/make_report.py --job {params.job:q} --scores {input.scores:q}'
         " --trainings {input.trainings:q} --plots {input.plots:q} --sources {input.sources:q} --html {output:q} |& logged"

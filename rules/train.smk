@@ -35,6 +35,6 @@ rule train:
     message:
         "{wildcards.model}: train with GRPO{params.changes}"
     shell:
-        "begin {log:q}; {{ outlive_signals; work=$(python {SCRIPTS:q}/open_run.py --job {params.job:q} --runs {params.runs:q} --manifest {output:q}); [ -e {output:q} ] ||"
-        " OMP_NUM_THREADS=$(share {threads} {params.processes}) python -P -m milepost.launch.with_gpus {params.gpus} {params.launch} {SCRIPTS:q}/train.py --job {params.job:q} --hub {input.hub:q} --weights {input.weights:q}"
+        'begin {log:q}; {{ outlive_signals; work=$(python "$SCRIPTS"/open_run.py --job {params.job:q} --runs {params.runs:q} --manifest {output:q}); [ -e {output:q} ] ||'
+        ' OMP_NUM_THREADS=$(share {threads} {params.processes}) python -P -m milepost.launch.with_gpus {params.gpus} {params.launch} "$SCRIPTS"/train.py --job {params.job:q} --hub {input.hub:q} --weights {input.weights:q}'
         ' --data {input.data:q} {params.validation} --work "$work" --manifest {output:q}; }} |& logged'

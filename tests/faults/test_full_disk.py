@@ -109,7 +109,7 @@ def test_an_evaluation_keeps_its_samples_and_samples_the_others(prepared, on_a_d
     line, kept = on_a_disk(
         12,
         [
-            *(script("evaluate_model"), *job_arguments(config)),
+            *(script("evaluate_model"), *job_arguments(config, sampler={})),
             *("--model", str(prepared / "download.json"), "--data", str(prepared / "evaluation.json")),
             *("--samples", f"{results}.jsonl", "--manifest", f"{results}.json"),
         ],

@@ -41,7 +41,7 @@ time.sleep(300)
 def test_a_process_that_saves_itself_is_not_cut_off(tmp_path, environment, monkeypatch):
     (tmp_path / "hasty.py").write_text(HASTY)
     (tmp_path / "slow.py").write_text(SLOW_TO_END)
-    python, _, _, *options = stages.launcher(2)
+    python, _, _, _, *options = stages.launcher(2)
     monkeypatch.setattr(stages, "launcher", lambda processes: [python, str(tmp_path / "hasty.py"), *options])
 
     def stop_twice(run) -> None:  # as when a Ctrl-C comes from the terminal and from Snakemake

@@ -22,6 +22,21 @@ case "$*" in *--version*) echo "slurm 23.02"; exit;; esac
 echo "$@" >> "$SUBMITTED"
 echo $$
 """
+SBATCH_THAT_RUNS = """#!/bin/sh
+case "$*" in *--version*) echo "slurm 23.02"; exit;; esac
+echo "$@" >> "$SUBMITTED"
+for wrapped; do :; done
+sh -c "${wrapped#--wrap=}" >/dev/null 2>&1 && state=COMPLETED || state=FAILED
+echo "$$|$state" >> "$SUBMITTED.states"
+echo $$
+"""
+SACCT = """#!/bin/sh
+cat "$SUBMITTED.states"
+"""
+SRUN = """#!/bin/sh
+while [ "${1#-}" != "$1" ]; do shift; done
+exec "$@"
+"""
 
 
 @pytest.fixture
@@ -196,6 +211,48 @@ def test_a_training_that_no_node_of_its_partition_can_hold_is_not_sent(snakefile
         done.stdout + done.stderr
     )
     assert not submitted.exists()
+
+
+@pytest.fixture
+def fetch_through_slurm(snakemake, snakefile, root, tmp_path, slurm):
+    """Fetch a problem set without a network in a job that the given ``sbatch`` sends; the run and how often it sent."""
+    environment, submitted = slurm
+
+    def call(sbatch):
+        for name, content in {"sbatch": sbatch, "srun": SRUN, "sacct": SACCT}.items():
+            (tmp_path / "bin" / name).write_text(content)
+            (tmp_path / "bin" / name).chmod(0o755)
+        done = snakemake(
+            *("--workflow-profile", str(root / "profiles" / "slurm"), "--retries", "2"),
+            *("--slurm-no-account", "--slurm-status-command", "sacct"),
+            *("--slurm-init-seconds-before-status-checks", "1", "--", "results/data/aime-2024.json"),
+            cwd=tmp_path,
+            snakefile=snakefile,
+            **environment | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
+        )
+        return done, submitted.read_text().count("\n")
+
+    return call
+
+
+def test_a_mistake_that_a_slurm_job_finds_is_said_last_and_no_other_job_is_sent(fetch_through_slurm, tmp_path):
+    done, sent = fetch_through_slurm(SBATCH_THAT_RUNS)
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and sent == 1, done.stderr
+    assert line.startswith("error: ") and done.stderr.count(line) == 1, done.stderr
+    assert line == (tmp_path / "results/logs/data/aime-2024.log").read_text().splitlines()[-1]
+
+
+def test_a_job_that_slurm_refuses_is_sent_again_whatever_mistake_an_earlier_run_ended_with(
+    fetch_through_slurm, tmp_path
+):
+    mistake = tmp_path / "results/logs/data/aime-2024.error"
+    mistake.parent.mkdir(parents=True)
+    mistake.write_text("error: a mistake that has been mended\n")
+    refuse = "echo 'invalid partition' >&2; exit 1\n"
+    done, sent = fetch_through_slurm(SBATCH.replace("echo $$\n", refuse))
+    assert done.returncode == 1 and sent == 3, done.stderr
+    assert "mended" not in done.stderr and "invalid partition" in done.stderr
 
 
 def test_a_crashed_job_is_tried_again_and_its_logs_and_times_are_kept(snakemake, snakefile, tmp_path):
