@@ -8,7 +8,7 @@ setup:
 	@envs/setup.sh
 
 demo: setup
-	@$(SNAKEMAKE) --config 'models=[tiny]' -- all
+	@$(SNAKEMAKE) --config 'models=[tiny]' results=results -- all
 	@.venv/bin/python -c "print(open('results/tables/scores.md').read())"
 	@echo "Read results/report.html, the curve is in results/plots/."
 

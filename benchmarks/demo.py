@@ -55,7 +55,8 @@ def run(arguments: argparse.Namespace, folder: Path) -> float:
     given = ["--configfile", arguments.configfile.resolve()] if arguments.configfile else []
     command = [
         *(sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--cores", "all"),
-        *("--directory", folder, *given, "--config", f"models=[{arguments.model}]", "preflight=warn", "--", "all"),
+        *("--directory", folder, *given),
+        *("--config", f"models=[{arguments.model}]", "results=results", "preflight=warn", "--", "all"),
     ]
     caches = folder / "caches" if arguments.cold else (ROOT / "results" / "caches")
     environment = {name: str(caches / name.split("_")[0].lower()) for name in CACHES} | os.environ

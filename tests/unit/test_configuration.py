@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import get_args
 
 import jsonschema
 import pytest
@@ -13,6 +14,7 @@ from milepost.configuration.loading import load, merge, user_layers
 from milepost.configuration.memory import beside, estimate
 from milepost.configuration.preflight import Machine, check_jobs, shortcomings
 from milepost.configuration.provenance import Provenance
+from milepost.configuration.schema import Dataset, Model, Plots, Root, Section, Speculation, WarmUp
 from milepost.configuration.shape import architecture_of
 
 
@@ -347,6 +349,28 @@ def test_merging_changes_neither_side():
 def test_schemas_and_key_tables_are_up_to_date():
     stale = [str(path) for path, content in derived().items() if path.read_text(encoding="utf-8") != content]
     assert not stale, "run `make schema`"
+
+
+def test_every_key_and_every_section_says_what_it_means():
+    waiting, seen, silent = [Root, Model], set(), []
+    while waiting:
+        section = waiting.pop()
+        if section in seen:
+            continue
+        seen.add(section)
+        silent += [] if section.__doc__ else [section.__name__]
+        for name, field in section.model_fields.items():
+            silent += [] if field.description else [f"{section.__name__}.{name}"]
+            waiting += sections_in(field.annotation)
+    assert {WarmUp, Speculation, Dataset, Plots} <= seen
+    assert not silent
+
+
+def sections_in(annotation):
+    """The sections that a field may hold, in lists, mappings and alternatives, too."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for option in get_args(annotation) for section in sections_in(option)]
 
 
 def test_the_shipped_files_satisfy_the_schemas_that_editors_use(root):

@@ -130,7 +130,6 @@ SHARED = {
     "algorithm.kl_type": "low_var_kl",
     "algorithm.entropy_coefficient": 0.0,
     "algorithm.loss_aggregation": "mean_of_response_means",
-    "optimizer.name": "adam",
     "optimizer.learning_rate": 1e-6,
     "optimizer.warm_up_steps": 0,
     "optimizer.weight_decay": 0.1,

@@ -1,0 +1,50 @@
+"""The base class of all sections, and the types of values that several sections share."""
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A part of the configuration. Unknown keys and numbers that are not finite are errors; values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Share = Annotated[float, Field(gt=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Name = Annotated[str, Field(pattern=NAME)]
+
+
+def _keeps_a_token(top_k: int) -> int:
+    if top_k == 0:
+        raise ValueError("0 leaves no token to choose: -1 leaves all")
+    return top_k
+
+
+TopK = Annotated[int, Field(ge=-1), AfterValidator(_keeps_a_token)]
+
+
+def _without_repeats(values: list) -> list:
+    if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+        raise ValueError(f"{', '.join(map(str, twice))}: given twice")
+    return values
+
+
+EachOnce = AfterValidator(_without_repeats)
+
+
+def _is_color(value: str) -> str:
+    if not re.fullmatch("#[0-9A-Fa-f]{6}", value):
+        from matplotlib.colors import is_color_like  # takes a while to import
+
+        if not is_color_like(value):
+            raise ValueError("no colour: give one like '#0b7285' or 'teal' (matplotlib's names)")
+    return value
+
+
+Color = Annotated[str, AfterValidator(_is_color)]

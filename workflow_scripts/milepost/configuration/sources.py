@@ -1,0 +1,123 @@
+"""Where models and problem sets come from, and the shape that a model must have."""
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from milepost.configuration.section import NonNegative, Section, Share
+
+
+class Source(Section):
+    """Where files come from: a Hub repository at a revision, a local folder, or this pipeline itself."""
+
+    repo: str | None = Field(None, description="repository on the Hub, e.g. Qwen/Qwen3.5-9B")
+    revision: str = Field("main", description="branch, tag or commit; resolved once to a commit, which is recorded")
+    folder: str | None = Field(None, description="a local folder with the same files, instead of the Hub")
+
+    places: ClassVar[tuple[str, ...]] = ("repo", "folder")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        given = [name for name in self.places if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(self.places)}; given: {', '.join(given) or 'none'}")
+        return self
+
+
+class WarmUp(Section):
+    """The supervised training that a tiny model starts with: afterwards it can add, but often only estimates."""
+
+    steps: Annotated[int, Field(ge=0)] = Field(320, description="optimizer steps; 0 leaves the random weights")
+    batch_size: PositiveInt = Field(16, description="examples per step")
+    learning_rate: NonNegative = Field(1.0e-3, description="Adam's learning rate")
+    computed_share: Share = Field(
+        0.5, description="share of the last examples that work the sum out, and so about the accuracy to begin with"
+    )
+
+
+class TinyModel(Section):
+    """A small Qwen3.5 of the same architecture, made by this pipeline."""
+
+    kind: Literal["dense", "moe"] = Field(description="dense like 9B, or a mixture of experts like 35B-A3B")
+    seed: int = Field(0, description="seed of the initial weights and of the warm-up's examples")
+    layers: Annotated[int, Field(gt=0, multiple_of=4)] = Field(
+        4, description="number of layers; every fourth uses full attention, the others linear attention"
+    )
+    hidden: Annotated[int, Field(gt=0, multiple_of=64)] = Field(128, description="hidden size")
+    head_dim: Annotated[int, Field(gt=0, multiple_of=16)] = Field(
+        32, description="size of a head, of full and of linear attention"
+    )
+    warm_up: WarmUp = Field(WarmUp(), description="supervised training of the initial weights")
+
+
+class ModelSource(Source):
+    """Where a model's starting weights come from."""
+
+    places = ("repo", "folder", "tiny")
+    tiny: TinyModel | None = Field(None, description="make a tiny model instead of downloading one")
+
+    @property
+    def script(self) -> str:
+        """The entry script that fetches or makes it."""
+        return "make_tiny" if self.tiny else "download"
+
+
+class Problems(Section):
+    """A problem set made by this pipeline: sums of two numbers. The two splits never share a problem."""
+
+    split: Literal["train", "evaluation"] = Field(description="which of the two disjoint sets of problems to draw from")
+    seed: int = Field(0, description="seed of the draw")
+    rows: PositiveInt = Field(2048, description="number of problems")
+
+
+class Dataset(Source):
+    """Where a problem set comes from, and how its rows read."""
+
+    places = ("repo", "folder", "problems")
+    problems: Problems | None = Field(None, description="make a problem set instead of downloading one")
+    file: str = Field(description="the JSON-lines file within the source")
+    prompt_key: str = Field(
+        "prompt", description="key of a row's chat, which is a list of messages that ends with the user's"
+    )
+    label_key: str = Field("label", description="key of a row's answer, which is text or a number")
+    instruction: str | None = Field(
+        None, description="added to every prompt that does not ask for a \\boxed answer itself; only those are graded"
+    )
+    rows: PositiveInt | None = Field(None, description="the number of rows that the file must have; none accepts any")
+    unique_prompts: bool = Field(False, description="refuse the file if a prompt repeats")
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.01, description="share of bad rows up to which a training set is used without them, and above which refused"
+    )
+
+    @property
+    def script(self) -> str:
+        """The entry script that fetches or makes it."""
+        return "make_problems" if self.problems else "download"
+
+
+class Architecture(Section):
+    """The shape that a checkpoint must have. The numbers that build the model come from its own config.json."""
+
+    layers: PositiveInt = Field(description="number of layers, without the MTP layer")
+    hidden: PositiveInt = Field(description="hidden size")
+    ffn: PositiveInt = Field(description="width of the MLP, or of one expert in a mixture of experts")
+    attention_heads: PositiveInt = Field(description="query heads of full attention")
+    key_value_groups: PositiveInt = Field(description="key-value heads of full attention")
+    head_dim: PositiveInt = Field(description="size of a head of full attention")
+    linear_key_heads: PositiveInt = Field(description="key heads of linear attention (Gated DeltaNet)")
+    linear_value_heads: PositiveInt = Field(description="value heads of linear attention")
+    linear_head_dim: PositiveInt = Field(description="size of a key or value head of linear attention")
+    tied_embeddings: bool = Field(description="whether the output layer shares the embedding's weights")
+    vocabulary: PositiveInt = Field(248320, description="rows of the embedding")
+    experts: PositiveInt | None = Field(None, description="routed experts per layer; none in a dense model")
+    experts_per_token: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="routed experts that each token is sent to"
+    )
+    shared_expert_ffn: PositiveInt | None = Field(None, description="width of the expert that sees every token")
+
+    @model_validator(mode="after")
+    def _experts_are_whole(self) -> Self:
+        of_experts = (self.experts, self.experts_per_token, self.shared_expert_ffn)
+        if None in of_experts and of_experts != (None, None, None):
+            raise ValueError("experts, experts_per_token and shared_expert_ffn belong together: give all or none")
+        return self
