@@ -11,6 +11,7 @@ from milepost.grpo.metrics import expert_metrics
 from milepost.grpo.samples import Sample, statistics, to_training
 from milepost.rewards.math import Verdict
 from milepost.rollout.engine import Completion, Drafting
+from training_settings import training_settings
 
 
 def sample(correct, tokens=2, finish="stop", drafting=None, prompt=(5, 6)):
@@ -49,7 +50,10 @@ def test_acceptance_is_over_all_passes_not_the_mean_of_responses():
 
 
 def test_advantages_compare_the_answers_to_one_prompt():
-    sequences = to_training(ROLLOUT, 4, epsilon=0.0)
+    settings = training_settings(
+        training={"samples_per_prompt": 4, "global_batch": 128}, algorithm={"std_epsilon": 0.0}
+    )
+    sequences = to_training(ROLLOUT, settings)
     advantages = [sequence.advantage for sequence in sequences]
     assert advantages == pytest.approx([1.5, -0.5, -0.5, -0.5, *[0.0] * 8])  # 1 of 4: a mean of 1/4, a deviation of 1/2
     first = sequences[1]
