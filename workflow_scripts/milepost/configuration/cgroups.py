@@ -1,18 +1,18 @@
-"""What the kernel lets this process have of its machine: the limits of its control groups, as containers and Slurm set.
+"""Read the limits of memory and processor time that containers and Slurm set: those of this process's control groups.
 
-A process is in one group of each hierarchy, and the limits of all groups above it hold as well. Version 2 has a single
-hierarchy, version 1 one for each controller, and both may be mounted at once (cgroups(7)).
+A process is in one group of each hierarchy, and the limits of all groups above that one apply, too. Version 2 has a
+single hierarchy, version 1 has one per controller, and both may be mounted at once (cgroups(7)).
 """
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-UNLIMITED = 2**60  # bytes; version 1 writes a number near 2**63 where there is no limit
+UNLIMITED = 2**60  # bytes; version 1 shows a number near 2**63 if there is no limit
 
 
 def memory_limit(process: Path = Path("/proc/self")) -> int | None:
-    """The memory in bytes that this process may take; None without a limit."""
+    """The memory limit of this process in bytes; None without a limit."""
     found = [
         int(text)
         for folder, is_v2 in _groups(process, "memory")
@@ -27,12 +27,12 @@ def installed_memory() -> int:
 
 
 def usable_memory() -> int:
-    """What of it a cgroup leaves this process, in bytes."""
+    """The memory that this process can use, in bytes: all that is installed, or its limit."""
     return min(installed_memory(), memory_limit() or installed_memory())
 
 
 def cpu_limit(process: Path = Path("/proc/self")) -> float | None:
-    """The cores whose time this process may take, which may be a part of one; None without a limit."""
+    """The limit of processor time in cores, which may be a fraction; None without a limit."""
     found = []
     for folder, is_v2 in _groups(process, "cpu"):
         if is_v2:
@@ -45,7 +45,7 @@ def cpu_limit(process: Path = Path("/proc/self")) -> float | None:
 
 
 def usable_cores() -> int:
-    """The cores that this process may keep busy: those it may run on, or those whose time it may take."""
+    """The number of cores that this process can keep busy, by its affinity and its limit."""
     allowed = len(os.sched_getaffinity(0))
     return max(1, min(allowed, int(cpu_limit() or allowed)))
 
@@ -66,14 +66,14 @@ def _groups(process: Path, controller: str) -> Iterator[tuple[Path, bool]]:
         if path is None:
             continue
         root, mount = (Path(_unescaped(field)) for field in before.split(" ")[3:5])
-        # A container sees its own group at the mount itself, whatever path the host gives it.
+        # In a container, its own group is at the mount itself, whatever its path is on the host.
         inside = Path(path).relative_to(root) if Path(path).is_relative_to(root) else Path()
         for part in (inside, *inside.parents):
             yield mount / part, is_v2
 
 
 def _unescaped(field: str) -> str:
-    """A path as mountinfo writes it: blanks and backslashes as octal numbers."""
+    """Decode a path in mountinfo, where white space and backslashes are octal numbers."""
     for code in ("040", "011", "012", "134"):
         field = field.replace(f"\\{code}", chr(int(code, 8)))
     return field

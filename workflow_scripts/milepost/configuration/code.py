@@ -6,13 +6,13 @@ import hashlib
 import json
 from pathlib import Path
 
-# What these packages and modules do decides whether and how a job runs or ends, never what it computes.
-# `configuration` is read by the workflow: what it decides is in the record's settings.
+# These packages and modules decide whether and how a job runs or ends, never what it computes. The workflow reads
+# `configuration`: what it decides is part of the record's settings.
 NOT_COMPUTING = {
     *("milepost/configuration", "milepost/launch"),
     *(f"milepost/common/{name}.py" for name in ("errors", "files", "interrupts", "loopback", "working_folder")),
 }
-# Calls whose texts are for people, by the last part of their name. `print` is one where it writes to stderr.
+# Calls whose texts are for people, by the last part of their name. `print` to stderr is one, too.
 TELLING = {
     *("UserError", "error", "exit", "say", "tqdm", "warn", "_warn"),
     *("debug", "info", "warning", "critical", "exception", "add_argument", "ArgumentParser"),
@@ -101,7 +101,7 @@ class _WithoutTexts(ast.NodeTransformer):
 
 
 def _emptied(node: ast.expr) -> ast.expr:
-    """An empty text in place of a literal one, with all that is formatted into it; anything else as it is."""
+    """Replace a literal text, and all that is formatted into it, by an empty one; keep anything else."""
     parts = [node]
     while parts:
         part = parts.pop()

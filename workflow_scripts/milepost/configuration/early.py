@@ -1,6 +1,6 @@
-"""Mistakes that can be known before the first job: a run and a dry run look for them alike.
+"""Find mistakes before the first job starts, in a run and in a dry run alike.
 
-What a machine lacks is for `configuration.preflight` to say, which only a run asks.
+What the machine lacks is found by `configuration.preflight`, which only a real run asks.
 """
 
 import functools
@@ -19,7 +19,7 @@ Job = tuple[str, dict[str, str]]  # its rule, its wildcards
 
 
 def mistyped(targets: Iterable[str], rules: Sequence[str], said: str) -> str:
-    """What to say of the one of ``targets`` that nothing makes, as ``said`` by Snakemake; empty where it is another."""
+    """The error for a target that nothing makes, if that is what Snakemake ``said``; otherwise an empty text."""
     for target in targets:
         if f"No rule to produce {target} " in said and target not in rules:
             close = nearest(target, rules).partition(";")[0]  # not all that there are
@@ -28,7 +28,7 @@ def mistyped(targets: Iterable[str], rules: Sequence[str], said: str) -> str:
 
 
 def check_inputs(jobs: Sequence[Job], configuration: Configuration, provenance: Provenance) -> None:
-    """Refuse (`UserError`) jobs that would fail on what the user's own files and settings already show.
+    """Refuse (`UserError`) jobs that are sure to fail, judging by the user's files and settings.
 
     Args:
         jobs: every job that is about to run.

@@ -1,4 +1,4 @@
-"""The GPUs that a job started here would see, asked of the driver: importing torch takes seconds."""
+"""List the GPUs that a job started here would see. Asks the driver, since importing torch takes seconds."""
 
 import os
 import re
@@ -10,11 +10,11 @@ SLICE = re.compile(r"MIG \S*\b(\d+)gb\b")
 
 
 def visible_gpus() -> tuple[float | None, ...]:
-    """Memory in GiB of each GPU that CUDA would enumerate, in that order; none where no driver answers.
+    """Memory in GiB of each GPU that CUDA would enumerate, in that order; empty if no driver answers.
 
-    None stands for a GPU whose memory the driver does not tell (it says ``[N/A]``), as of one that shares the host's.
-    Where a visible GPU is cut into MIG slices, CUDA enumerates the first of them and nothing else (MIG user guide,
-    "CUDA Device Enumeration"); a GPU in MIG mode without slices is not enumerated.
+    None stands for a GPU whose memory the driver does not report (``[N/A]``), such as one that shares the host's.
+    If a visible GPU is split into MIG slices, CUDA enumerates only the first slice (MIG user guide, "CUDA Device
+    Enumeration"); a GPU in MIG mode without slices is not enumerated.
     """
     rows = _rows()
     gpus = {uuid: _gib(mebibytes) for uuid, mebibytes, _ in rows}
@@ -30,12 +30,12 @@ def visible_gpus() -> tuple[float | None, ...]:
 
 
 def uuids() -> list[str]:
-    """All GPUs of this machine in the driver's order, visible or not; none where no driver answers."""
+    """All GPUs of this machine in the driver's order, visible or not; empty if no driver answers."""
     return [uuid for uuid, *_ in _rows()]
 
 
 def _rows() -> list[list[str]]:
-    """UUID, memory in MiB and MIG mode of each GPU, as the driver's tool says it."""
+    """UUID, memory in MiB and MIG mode of each GPU, as nvidia-smi prints them."""
     answer = _nvidia_smi("--query-gpu=uuid,memory.total,mig.mode.current", "--format=csv,noheader,nounits")
     return [line.split(", ") for line in answer.splitlines() if line.startswith("GPU-") and line.count(", ") == 2]
 
@@ -59,11 +59,11 @@ def _slices() -> dict[str, dict[str, float]]:
 
 
 def select(listed: str, uuids: Sequence[str]) -> list[str]:
-    """The devices, out of ``uuids`` in the driver's order, that a value of CUDA_VISIBLE_DEVICES selects.
+    """The devices of ``uuids``, in the driver's order, that a value of CUDA_VISIBLE_DEVICES selects.
 
-    It lists indices, or UUIDs of which the beginning is enough. The first entry that is neither, or fits several
-    devices, ends the list; a device that is listed twice leaves none. (CUDA programming guide, section 5.2.1.1; where
-    it says nothing, as the driver was seen to do.)
+    The value lists indices, or UUIDs or their beginnings. The first entry that is neither, or matches several devices,
+    ends the list; if a device is listed twice, none is selected. (CUDA programming guide, section 5.2.1.1; where it is
+    silent, as observed of the driver.)
     """
     by_uuid = listed.startswith(("GPU-", "MIG-"))
     selected: list[str] = []
@@ -90,7 +90,7 @@ def _by_index(entry: str, uuids: Sequence[str]) -> str | None:
 
 
 def _nvidia_smi(*arguments: str) -> str:
-    """What the driver's tool prints; nothing where there is none, or it fails."""
+    """The output of nvidia-smi; empty if there is none or it fails."""
     try:
         return subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):

@@ -1,11 +1,11 @@
-"""Writes what is derived from schema.py: the JSON schemas for editors, and the table of all keys in config/README.md.
+"""Write what is derived from schema.py: the JSON schemas for editors, and the tables of keys in config/README.md.
 
-Run by ``make schema``; a test fails while they are out of date.
+``make schema`` runs it; a test fails while those are out of date.
 """
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -28,7 +28,7 @@ def derived() -> dict[Path, str]:
 
 
 def _shared_schema() -> dict[str, Any]:
-    """config.yaml: the root's own keys and the sections that all models share."""
+    """The schema of config.yaml: the keys of `Root`, and the sections that all models share."""
     root, model = _optional(Root.model_json_schema()), _optional(Model.model_json_schema())
     root["properties"] |= {name: model["properties"][name] for name in SHARED}
     root["$defs"] |= model["$defs"]
@@ -36,22 +36,32 @@ def _shared_schema() -> dict[str, Any]:
 
 
 def _optional(schema: dict[str, Any]) -> dict[str, Any]:
-    """No key is required of one file, since files are laid over each other."""
+    """Make every key optional: a file may leave out what another one has."""
     for part in [schema, *schema.get("$defs", {}).values()]:
         part.pop("required", None)
     return schema
 
 
 def _tables() -> str:
-    lines = _table("config.yaml", Root)
-    for name, field in [*Root.model_fields.items(), *Model.model_fields.items()]:
-        if section := _section(field.annotation):
-            lines += _table(name, section)
-    return "\n".join(lines) + "\n"
+    fields = {**Root.model_fields, **Model.model_fields}
+    top = {name: section for name, field in fields.items() if (section := _section(field.annotation))}
+
+    def tables(name: str, section: type[BaseModel]) -> list[str]:
+        """The table of a section, and of those within it that have none of their own."""
+        lines = _table(name, section)
+        for key, field in section.model_fields.items():
+            if (inner := _section(field.annotation)) and inner not in top.values():
+                lines += tables(f"{name}.{key}", inner)
+        return lines
+
+    return (
+        "\n".join(line for name, section in {"config.yaml": Root, **top}.items() for line in tables(name, section))
+        + "\n"
+    )
 
 
 def _table(title: str, section: type[BaseModel]) -> list[str]:
-    """One Markdown table: key, default, type, and what the schema says of it."""
+    """The Markdown table of a section: key, type, default, description."""
     properties = section.model_json_schema()["properties"]
     rows = []
     for name, field in section.model_fields.items():
@@ -64,8 +74,10 @@ def _table(title: str, section: type[BaseModel]) -> list[str]:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    options = [annotation, *getattr(annotation, "__args__", ())]
-    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    """The section that a field holds, be it in a mapping, a list or one of several alternatives."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((section for option in get_args(annotation) if (section := _section(option))), None)
 
 
 def _type(schema: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Which settings a model and a node admit, the parallel layout above all: plain Python, no torch."""
+"""Check that a model's settings fit its shape and its GPUs, above all the parallel layout. Does not import torch."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -11,7 +11,7 @@ Rule = tuple[str, str, bool]  # the key, what is allowed, whether it is broken
 
 
 class Fault(NamedTuple):
-    """A setting that can't be: its key, and what is allowed."""
+    """An invalid setting: its key, and what is allowed."""
 
     key: str
     message: str
@@ -21,17 +21,17 @@ class Fault(NamedTuple):
 
 
 def processes(hardware: Hardware) -> int:
-    """Training processes: one a GPU, or as many as configured on CPU."""
+    """The number of training processes: as configured, or else one per GPU, or one on the CPU."""
     return hardware.processes or hardware.gpus or 1
 
 
 def fault(model: Model) -> Fault | None:
-    """The first setting that can't be, or None."""
+    """The first invalid setting, or None."""
     return next((Fault(key, message) for key, message, wrong in _rules(model) if wrong), None)
 
 
 def _rules(model: Model) -> Iterator[Rule]:
-    """Cheapest to explain first."""
+    """All rules, the easiest to explain first."""
     yield (
         "sampling.temperature",
         "0 gives every sample of a prompt the same answer: use one above 0",
@@ -100,7 +100,7 @@ def _rules(model: Model) -> Iterator[Rule]:
 
 
 def conversion_fault(architecture: Architecture, processes: int) -> str | None:
-    """Why so many processes can't share a model's conversion: its experts, or a dense model's matrices; or None."""
+    """Why this many processes can't split the conversion (experts, or a dense model's matrices), or None."""
     if architecture.is_moe:
         if architecture.num_experts % processes:
             return f"{processes} does not divide the {architecture.num_experts} experts"
@@ -113,7 +113,7 @@ def conversion_fault(architecture: Architecture, processes: int) -> str | None:
 
 
 def shape_fault(architecture: Architecture, parallel: Parallel, experts: Experts, *, on_gpu: bool) -> Fault | None:
-    """The first setting under which a model of this shape can't be laid out, or None."""
+    """The first setting that does not fit a model of this shape, or None."""
     rules = [*_dense_rules(architecture, parallel)]
     if architecture.is_moe:
         rules += _expert_rules(architecture, parallel, experts, on_gpu)

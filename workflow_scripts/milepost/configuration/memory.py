@@ -1,4 +1,4 @@
-"""How much memory and disk a recipe takes, estimated from the shape of its model before anything is fetched."""
+"""Estimate the memory and disk that a recipe takes, from its model's shape, before anything is downloaded."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,10 +11,10 @@ from milepost.qwen3_5.architecture import Architecture
 
 GIB = 2**30
 CONTEXT_GIB = 1.5  # CUDA context, NCCL's buffers and kernels of one process
-SYNC_GIB = 5.0  # to send weights: two buckets, and one layer's tensors as they are gathered and put together
-BESIDE_GIB = 20.0  # what an engine takes beside its static memory: graphs, activations, workspaces, its context
-PROCESS_GIB = 3.0  # host memory of a conversion's or an export's process beside the weights; measured: 1.1 to 2.6
-LEFT_FREE = 0.2  # of a GPU: the first step, which tunes kernels, took 10 GiB more; and the engine keeps CUDA graphs
+SYNC_GIB = 5.0  # of a weight sync: two buckets, and one layer's tensors while they are gathered and merged
+BESIDE_GIB = 20.0  # what an engine takes on top of its static memory: CUDA graphs and context, activations, workspaces
+PROCESS_GIB = 3.0  # host memory of one process of a conversion or export, without weights; measured: 1.1 to 2.6
+LEFT_FREE = 0.2  # of a GPU: the first step tunes kernels and took 10 GiB more, and the engine keeps CUDA graphs
 
 
 class Settings(Protocol):
@@ -31,12 +31,12 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """Estimated peak of one training rank, in GiB, by what holds it; and of a rank while the engine generates.
+    """Estimated peak memory of one rank in GiB, by purpose: while it trains, and while the engine generates.
 
     Attributes:
-        recompute: what is recomputed: as the settings say, or with ``auto`` the least that fits.
-        engine: the engine's static share: its weights, and behind them the requests' states.
-        engine_weights: of that the weights, in bf16 and with the MTP layer where it drafts.
+        recompute: what the backward pass computes again: as configured, or with ``auto`` the least that fits.
+        engine: the engine's static memory: its weights, KV cache and states.
+        engine_weights: the part of it for the weights, in bf16 and with the MTP layer if it drafts.
     """
 
     recompute: Recompute
@@ -54,16 +54,16 @@ class GpuMemory:
 
     @property
     def rollout(self) -> float:
-        """What meets when a part of the engine was started anew and is sent the weights while the rest generates."""
+        """The peak: one of the engine's servers was restarted and receives the weights while the others generate."""
         return self.engine + self.weights + SYNC_GIB + CONTEXT_GIB
 
     @property
     def lasting(self) -> float:
-        """What training needs again in its next step."""
+        """What training needs again in its next step: weights and optimizer states."""
         return self.weights + self.optimizer
 
     def lasts_beside_engine(self, gpu_memory_gib: float) -> bool:
-        """Whether that can stay while the engine generates, and need not wait on the host."""
+        """Whether `lasting` fits on the GPU while the engine generates, so that it need not move to host memory."""
         return self.engine + CONTEXT_GIB + BESIDE_GIB + self.lasting < gpu_memory_gib
 
 
@@ -71,7 +71,7 @@ def estimate(shape: Architecture, settings: Settings, gpu_memory_gib: float) -> 
     """Estimate the memory of the fullest rank.
 
     Per parameter held: 2 bytes of bf16 weights, 4 of fp32 gradients, 12 of fp32 master weights and Adam moments, the
-    last shared over the data-parallel copies (none of it on the GPU where Adam runs on the CPU).
+    last sharded over the data-parallel copies, or not on the GPU at all with ``cpu_offload``.
     """
     asked, room = settings.training.recompute, (1 - LEFT_FREE) * gpu_memory_gib
     ways = ("none", "selective", "full") if asked == "auto" else (asked,)
@@ -90,7 +90,7 @@ def _estimate(shape: Architecture, settings: Settings, recompute: Recompute, gpu
     routed_copies = world // (parallel.expert * parallel.expert_tensor * parallel.pipeline)
     states = 0 if settings.optimizer.cpu_offload else 12 * (dense_here / dense_copies + routed_here / routed_copies)
     width = 2 if training.dtype == "bfloat16" else 4
-    # Of the fullest pack, without those of other context-parallel ranks: a longer sequence gets a pack of its own.
+    # This rank's tokens of the fullest pack. A sequence that is longer than a pack gets one of its own.
     longest = settings.sampling.max_prompt_tokens + settings.sampling.max_response_tokens
     tokens = max(training.max_tokens_per_gpu * parallel.tensor, longest / parallel.context)
     return GpuMemory(
@@ -115,15 +115,15 @@ def _without_experts(shape: Architecture, mtp: int) -> int:
 
 
 def _activations_per_token(shape: Architecture, parallel: schema.Parallel, recompute: Recompute) -> float:
-    """Values a token keeps for the backward pass: of every layer what recomputation leaves, and all of one layer."""
+    """Values kept per token for the backward pass: what recomputation leaves of each layer, and one whole layer."""
     hidden = 4 * shape.hidden_size / (parallel.tensor if parallel.sequence else 1)  # two residuals, two norms
     key = shape.linear_num_key_heads * shape.linear_key_head_dim
     value = shape.linear_num_value_heads * shape.linear_value_head_dim
-    # Projections, what the convolution gives and its cut into three, the delta rule's output and the gated one.
+    # Projections, the convolution's output and its three parts, the delta rule's output before and after the gate.
     linear = (2 * key + 2 * value + 2 * (2 * key + value) + 2 * value) / parallel.tensor
     query = shape.num_attention_heads * shape.head_dim
     group = shape.num_query_groups * shape.head_dim
-    # Projections with the gate, rotated queries and keys, the output and the gated one.
+    # Projections with the gate, rotated queries and keys, the output before and after the gate.
     full = (2 * query + 2 * group + query + group + 2 * query) / parallel.tensor
     if shape.is_moe:
         ffn = shape.experts_per_token * shape.expert_ffn_hidden_size + shape.shared_expert_ffn_hidden_size
@@ -134,7 +134,7 @@ def _activations_per_token(shape: Architecture, parallel: schema.Parallel, recom
     average = ((shape.full_attention_interval - 1) * linear + full) / shape.full_attention_interval
     kept = {"full": hidden / 4, "selective": hidden + average, "none": hidden + average + mlp}
     layers = shape.num_layers / parallel.pipeline
-    # Whole on every tensor-parallel rank: what a projection gathers, the final hidden states and their gradient.
+    # Not sharded by tensor parallelism: a projection's gathered input, the final hidden states and their gradient.
     whole = 3 * shape.hidden_size if parallel.tensor > 1 else 0
     return layers * kept[recompute] + hidden + max(linear, full) + mlp + passing + whole
 
@@ -146,7 +146,7 @@ def rescaled_engine(engine: schema.Engine, taken_gib: float, gpu_memory_gib: flo
 
 
 def host_gib(model: schema.Model, stage: str) -> float:
-    """Host memory that one stage takes: a conversion and an export hold the bf16 weights once, over all processes."""
+    """Host memory of one stage in GiB. The processes of a conversion or an export hold the bf16 weights once in all."""
     if stage in ("train", "evaluate"):
         return model.hardware.host_memory_gib
     if stage not in ("convert", "export") or (architecture := architecture_of(model)) is None:
@@ -156,9 +156,9 @@ def host_gib(model: schema.Model, stage: str) -> float:
 
 
 def disk_gib(model: schema.Model, stage: str) -> float:
-    """Disk that one stage's results take: bf16 weights, and for training the checkpoints with fp32 Adam states.
+    """Disk space of one stage's results in GiB: bf16 weights, and for training checkpoints with fp32 Adam states.
 
-    A download's are in the Hub's cache; a local folder's are linked.
+    A download lies in the Hub's cache; a local folder is only linked to.
     """
     if stage == "download" and not model.source.repo:
         return 0.0

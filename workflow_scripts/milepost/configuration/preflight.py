@@ -1,4 +1,4 @@
-"""Does this machine have what a recipe needs? Asked before the first job starts, and by ``snakemake preflight``."""
+"""Compare what a recipe needs with what this machine has: before the first job, and in ``snakemake preflight``."""
 
 import importlib.util
 import os
@@ -20,24 +20,24 @@ from milepost.configuration.schema import Model
 from milepost.configuration.shape import architecture_of
 
 GPU_PACKAGES = ("sglang", "fla", "tilelang")
-COMPILERS = ("gcc", "clang")  # with one of them Triton builds what starts its kernels
-CUDA_TOOLKIT = "/usr/local/cuda"  # where SGLang looks for one last, to build some of its kernels
+COMPILERS = ("gcc", "clang")  # Triton compiles its kernel launchers with one of them
+CUDA_TOOLKIT = "/usr/local/cuda"  # the last place where SGLang looks for one, to build some of its kernels
 HEAVY = {"train", "evaluate"}  # the stages that take the recipe's GPUs
-PURPOSES = {"train": "", "evaluate": "", "convert": " to convert", "export": " to export"}  # of the stages with a model
-NODES = {"8 x 80 GB": 81559 / 1024, "8 x 141 GB": 143771 / 1024}  # GiB a GPU, as nvidia-smi says of H100 and H200
+PURPOSES = {"train": "", "evaluate": "", "convert": " to convert", "export": " to export"}  # as errors name them
+NODES = {"8 x 80 GB": 81559 / 1024, "8 x 141 GB": 143771 / 1024}  # GiB per GPU, as nvidia-smi reports for H100 and H200
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is.
+    """What this machine has.
 
     Attributes:
-        gpus: memory of every visible GPU in GiB; None where the driver does not tell it.
-        host_memory_gib: of the machine, or what a cgroup leaves of it.
-        free_disk_gib: on the disk of the results.
-        missing_packages: of those that the GPU path needs.
-        free_cache_gib: on the disk of the Hub's cache, if that is another one.
-        is_limited: whether a cgroup leaves less memory than the machine has.
+        gpus: memory of each visible GPU in GiB; None if the driver does not report it.
+        host_memory_gib: memory of the machine, or the limit of its cgroup if that is lower.
+        free_disk_gib: free space on the disk of the results.
+        missing_packages: those that the GPU path needs and that are not installed.
+        free_cache_gib: free space on the disk of the Hub's cache; None if the results lie on the same disk.
+        is_limited: whether a cgroup limits the memory.
     """
 
     gpus: tuple[float | None, ...]
@@ -64,20 +64,20 @@ class Machine:
         )
 
     def gpu_memory_gib(self, model: Model) -> float:
-        """Of the smallest GPU; as configured where there is none, or its driver does not tell."""
+        """Memory of the smallest GPU; as configured if there is no GPU, or its driver does not report it."""
         return min((gib for gib in self.gpus if gib), default=model.hardware.gpu_memory_gib)
 
 
 @dataclass(frozen=True)
 class Disk:
-    """GiB to be taken by results, and by downloads in the Hub's cache."""
+    """Disk space in GiB for the results, and for downloads in the Hub's cache."""
 
     results: float
     cache: float
 
 
 def hub_cache() -> Path:
-    """Where huggingface_hub keeps what it fetches, after its constants.py: importing it here would take time."""
+    """Where huggingface_hub keeps downloads, by the rules of its constants.py, which takes long to import."""
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     home = os.environ.get("HF_HOME", os.path.join(cache, "huggingface"))
     hub = os.environ.get("HUGGINGFACE_HUB_CACHE", os.path.join(home, "hub"))
@@ -85,7 +85,7 @@ def hub_cache() -> Path:
 
 
 def _disk(folder: Path | str) -> int:
-    """Tells the file system that ``folder`` lies on, or will lie on."""
+    """The device number of the file system that ``folder`` is on, or will be on."""
     folder = Path(folder).absolute()
     return next(place for place in (folder, *folder.parents) if os.path.exists(place)).stat().st_dev
 
@@ -103,11 +103,11 @@ def check_jobs(
     provenance: Provenance,
     partitions: Mapping[str, str | None] | None = None,
 ) -> None:
-    """Refuse, in one line, to start jobs that this machine can't finish; with ``preflight: warn``, say so and go on.
+    """Refuse (`UserError`) jobs that this machine can't finish; with ``preflight: warn`` only print a warning.
 
     Args:
         jobs: (rule, wildcards) of every job that is about to run.
-        partitions: rule -> the Slurm partition that its jobs are sent to; None where jobs run on this machine.
+        partitions: rule -> the Slurm partition that its jobs are sent to; None if jobs run on this machine.
     """
     jobs = [(rule, wildcards["model"]) for rule, wildcards in jobs if "model" in wildcards]
     if not jobs:
@@ -136,7 +136,7 @@ def check_jobs(
 
 
 def _nodes(partitions: Set[str | None]) -> dict[str | None, list[slurm.Node]]:
-    """The nodes of each partition, after a line each that says which checks can be made of them."""
+    """The nodes of each partition. Prints for each what could be checked."""
     nodes = {partition: slurm.nodes_of(partition) for partition in sorted(partitions, key=str)}
     for partition, found in nodes.items():
         told = "not checked, since sinfo names none"
@@ -147,7 +147,7 @@ def _nodes(partitions: Set[str | None]) -> dict[str | None, list[slurm.Node]]:
 
 
 def _of_disks(needed: Disk, machine: Machine) -> list[str]:
-    """What is lacking of disk: apart for the results and the Hub's cache, or together where one disk holds both."""
+    """The disk space that is missing: for results and the Hub's cache separately, or together if they share a disk."""
     if machine.free_cache_gib is None:
         needed = Disk(needed.results + needed.cache, 0)
     faults = []
@@ -165,10 +165,10 @@ def _of_disks(needed: Disk, machine: Machine) -> list[str]:
 
 
 def _disk_to_take_gib(configuration: Configuration, provenance: Provenance, jobs: Iterable[tuple[str, str]]) -> Disk:
-    """`disk_gib` of all jobs, less what is taken already.
+    """Disk space that all jobs still need: `disk_gib` of each, minus what is on the disk already.
 
-    That is by the checkpoints, whole or not, of a training that will go on, and by whole files of a repository in the
-    cache, be they of another commit: the download itself counts again before it fetches weights.
+    Already there are the checkpoints, complete or not, of a training that continues, and the complete files of a
+    repository in the cache, even those of another commit: the download checks again before it fetches weights.
     """
     results = cache = 0.0
     for stage, name in jobs:
@@ -191,7 +191,7 @@ def _bytes(folder: Path, pattern: str) -> int:
 
 
 def shortcomings(model: Model, machine: Machine, stages: Set[str] = HEAVY) -> list[str]:
-    """What one recipe's ``stages``, of `PURPOSES`, lack on this machine, each as words that follow the model's name."""
+    """What this machine lacks for ``stages`` (of `PURPOSES`) of one recipe, as phrases that follow the model's name."""
     hardware, faults = model.hardware, []
     gpus = hardware.gpus if HEAVY & stages else 0
     if gpus > len(machine.gpus):
@@ -214,7 +214,7 @@ def shortcomings(model: Model, machine: Machine, stages: Set[str] = HEAVY) -> li
 
 
 def _of_gpu_memory(model: Model, memory: float, stages: Set[str]) -> list[str]:
-    """What ``stages`` lack where the smallest GPU has ``memory`` GiB; nothing where the model's shape is unknown."""
+    """What ``stages`` lack if the smallest GPU has ``memory`` GiB; nothing if the model's shape is unknown."""
     if (architecture := architecture_of(model)) is None:
         return []
     needed, faults = estimate(architecture, model, memory), []
@@ -237,7 +237,7 @@ def _of_gpu_memory(model: Model, memory: float, stages: Set[str]) -> list[str]:
 
 
 def table(configuration: Configuration) -> str:
-    """What every listed model needs, beside what is here, and whether it fits other nodes; for a person to read."""
+    """A table for people: what this machine has, what each listed model needs, and which other nodes would do."""
     machine = Machine.here(configuration.results)
     lines = [
         _here(machine),
@@ -277,7 +277,7 @@ def _here(machine: Machine) -> str:
 
 
 def _columns(model: Model, machine: Machine) -> tuple[str, list[str]]:
-    """The columns of estimates and of verdicts on `NODES`, and why the verdicts are no."""
+    """The columns of estimates and of verdicts on `NODES`, and the reason for each "no"."""
     if not model.hardware.gpus:
         return " " * (69 + 16 * len(NODES)), []
     if (architecture := architecture_of(model)) is None:

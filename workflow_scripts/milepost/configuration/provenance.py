@@ -1,13 +1,12 @@
-"""What each result depends on, whether it is still that, and what Snakemake is told of it.
+"""Decide whether a result is fresh, from what it depends on, and tell Snakemake.
 
-Snakemake reruns a job when the value of one of its params changes. Every rule here has one param for that,
-`Provenance.key`. As long as a result is fresh the param keeps the value that the result was made with, whatever has
-changed in ways that do not matter: so it is decided here, by comparing a result's manifest with what it would be made
-of today, and not by Snakemake's own comparison of params.
+Snakemake reruns a job when the value of one of its params changes. Each rule has one param for that, `Provenance.key`.
+While a result is fresh, the param keeps the value that the result was made with, even if something irrelevant changed.
+So the decision is made here, by comparing the result's manifest with what would be made today.
 
-A result is fresh when its settings, its code and the versions of its packages are the same, all that it was made of has
-the same content, and its files are there. What is upstream counts by its content alone: when a download is made again
-and gives the same files, nothing that was made of them is stale.
+A result is fresh if its settings, its code and the versions of its packages are the same, its inputs have the same
+content, and its files are there. Inputs count by content alone: if a download is made again and gives the same files,
+everything made from them stays fresh.
 """
 
 import functools
@@ -24,7 +23,7 @@ from milepost.configuration.code import code_digest, digest
 from milepost.configuration.loading import Configuration
 from milepost.configuration.schema import Engine, Evaluation, Section
 
-OF_TRAINING = {"mem_fraction_static", "check_weights", "replay_routing"}  # the engine's, beside a training alone
+OF_TRAINING = {"mem_fraction_static", "check_weights", "replay_routing"}  # of the engine; only a training reads them
 TRAIN_SECTIONS = (
     "training",
     "validation",
@@ -37,7 +36,7 @@ TRAIN_SECTIONS = (
     "experts",
     "reward",
 )
-# Where each result's manifest lies, below the results' folder.
+# Where the manifest of each result lies in the results folder.
 MANIFESTS = {
     "dataset": "data/{name}.json",
     "download": "{model}/download.json",
@@ -50,12 +49,12 @@ MANIFESTS = {
 
 
 class Parts(NamedTuple):
-    """What a result is made of.
+    """What a result is made from.
 
     Attributes:
         config: its slice of the settings.
-        scripts: the entry script and what else is code, for `code_digest`.
-        packages: whose versions count.
+        scripts: the entry script, and other files that `code_digest` must include.
+        packages: those whose versions count.
         upstream: name -> (stage, what tells its results apart).
     """
 
@@ -66,13 +65,13 @@ class Parts(NamedTuple):
 
 
 class State(NamedTuple):
-    """Whether a result is there and fresh.
+    """Whether a result exists and is fresh.
 
     Attributes:
-        made: its manifest, None where there is none.
-        stale: why it must be made again, in words.
-        tolerated: what has changed, too, and is no reason to.
-        damage: of ``stale``, which of its files are not there whole.
+        made: its manifest, or None.
+        stale: the reasons to make it again, in words.
+        tolerated: changes that are no reason to.
+        damage: those of ``stale`` that are about missing or damaged files.
     """
 
     made: dict[str, Any] | None
@@ -86,9 +85,9 @@ class State(NamedTuple):
 
 
 class Provenance:
-    """Answers for every stage what it depends on, and what has become of it.
+    """What each result depends on, and whether it is fresh.
 
-    Stages and what tells their results apart:
+    Stages, and what identifies a result of each:
     ``dataset`` (name), ``download``, ``convert``, ``train``, ``export`` (model), ``evaluate`` (model, dataset,
     weights), ``tables``, ``plots``, ``report`` (none).
     """
@@ -101,7 +100,7 @@ class Provenance:
     def of(self, stage: str, **which: str) -> dict[str, Any]:
         """The record of one result, which is plain JSON: ``{"config", "code", "versions", "upstream"}``.
 
-        ``upstream`` holds the manifests that it is made of, by name.
+        ``upstream`` holds the paths of its inputs' manifests by name.
         """
         parts = self._parts(stage, **which)
         return {
@@ -113,7 +112,7 @@ class Provenance:
 
     @functools.cache  # noqa: B019
     def state(self, stage: str, **which: str) -> State:
-        """Compare a result with what it would be made of today."""
+        """Compare a result with what would be made today."""
         path = self._manifest(stage, which)
         made = _read(path) if path else None
         if made is None:
@@ -128,7 +127,7 @@ class Provenance:
 
     @functools.cache  # noqa: B019
     def key(self, stage: str, **which: str) -> str:
-        """The value of the param that makes Snakemake run a job again when it changes."""
+        """The value of a rule's param, a change of which makes Snakemake run the job again."""
         state = self.state(stage, **which)
         if state.fresh:
             return state.made["provenance"]["key"]
@@ -136,7 +135,7 @@ class Provenance:
         return digest([self.of(stage, **which) | {"upstream": upstream}, state.damage])
 
     def job(self, stage: str, **which: str) -> dict[str, Any]:
-        """What a job is given: the record, its key, the commit of the code that runs, and what else it must know."""
+        """What a job is given: the record, its key, the commit of the code, and what else the stage needs."""
         job = self.of(stage, **which) | {"key": self.key(stage, **which), "commit": _commit(self._scripts)}
         if stage == "train":
             job["on_code_change"] = self._on_code_change(**which)
@@ -147,7 +146,7 @@ class Provenance:
         return job
 
     def why(self, stage: str, **which: str) -> str:
-        """What has changed since a result was made, for people; empty where nothing did, or nothing was made."""
+        """What has changed since a result was made, for people; empty if it is fresh or was never made."""
         if (state := self.state(stage, **which)).fresh:
             return ""
         changed = staleness.few(state.stale, ", ")
@@ -158,7 +157,7 @@ class Provenance:
         return changed
 
     def run(self, model: str, on_code_change: str | None = None) -> Path | None:
-        """The folder of the run that a training would go on with, by what its inputs are now; None if it begins."""
+        """The folder of the run that a training would continue, with its inputs as they are; None if it begins one."""
         states = {name: self.state(of, **its) for name, (of, its) in self._parts("train", model=model).upstream.items()}
         job = self.of("train", model=model) | {
             "inputs": {name: content_of(state.made) for name, state in states.items() if state.made},
@@ -167,7 +166,7 @@ class Provenance:
         return runs.find(self._manifest("train", {"model": model}).parent, job)
 
     def _why_training(self, changed: str, model: str) -> str:
-        """What has changed, whether the run goes on, and how to get the other where the code decides."""
+        """What has changed, whether the run goes on, and if that depends on the code, how to choose otherwise."""
         if run := self.run(model):
             goes_on = f"the run goes on after {runs.rollouts(run)} rollouts"
             last = runs.made_by(run)[-1]
@@ -186,7 +185,7 @@ class Provenance:
         return sampler(settings.evaluation, settings.engine, code, versions.versions(versions.SAMPLING))
 
     def _of_samples(self, before: dict[str, Any], model: str, **which: str) -> str:
-        """What becomes of an evaluation's samples when it is made again."""
+        """Whether an evaluation that is made again keeps its samples."""
         again = "its samples are drawn again"
         if before.get("sampler") != self._sampler(model):
             return again
@@ -207,7 +206,7 @@ class Provenance:
         return self._configuration.models[model].training.on_code_change
 
     def _changed_inputs(self, before: dict[str, Any], stage: str, **which: str) -> list[str]:
-        """What a result was made of and is no longer the same, in words."""
+        """The inputs that have changed since a result was made, in words."""
         others, again = [], []
         upstream = self._parts(stage, **which).upstream
         for name, (of, its) in upstream.items():
@@ -235,7 +234,7 @@ class Provenance:
         config = {"dataset": dataset, "name": name}
         if dataset.folder:
             file = Path(dataset.folder).expanduser() / dataset.file
-            config["content"] = _content(file) if file.is_file() else None  # the download says that it is missing
+            config["content"] = _content(file) if file.is_file() else None  # if it is missing, the download says so
         return Parts(config, [f"{dataset.script}.py"], (), {})
 
     def _download(self, model: str) -> Parts:
@@ -248,7 +247,7 @@ class Provenance:
 
     def _convert(self, model: str) -> Parts:
         conversion = self._configuration.models[model].conversion
-        # Any number of processes gives the same tensors.
+        # The tensors do not depend on the number of processes.
         config = {"conversion": conversion.model_dump(mode="json", include={"mtp_num_layers"})}
         upstream = {"download": ("download", {"model": model})}
         return Parts(config, ["convert.py"], versions.CONVERTING, upstream)
@@ -313,7 +312,7 @@ class Provenance:
 
 
 def sampler(evaluation: Evaluation, engine: Engine, code: str, packages: dict[str, str]) -> dict[str, Any]:
-    """What decides an evaluation's samples besides weights and prompts: as long as it stays, they are kept."""
+    """What decides an evaluation's samples besides weights and prompts: samples are kept until it changes."""
     return {
         "protocol": evaluation.protocol,
         "engine": engine.model_dump(mode="json", include={"kind", "speculation", "server_arguments"}),
@@ -323,13 +322,13 @@ def sampler(evaluation: Evaluation, engine: Engine, code: str, packages: dict[st
 
 
 def engine_file(kind: str) -> str:
-    """The one file of a rollout engine, which the code that calls it does not import by name."""
+    """The file of a rollout engine. It is loaded by its name at run time, so following imports does not find it."""
     return f"milepost/rollout/{kind}_engine.py"
 
 
 @functools.cache
 def _read(path: Path) -> dict[str, Any] | None:
-    """A manifest of this pipeline's; None for anything else: whoever reads it says so."""
+    """A manifest of this pipeline; None for anything else, which the job that reads it reports."""
     try:
         made = read_json(path)
         return made if {"key", "inputs", "versions"} <= made["provenance"].keys() else None
@@ -344,7 +343,7 @@ def _content(file: Path) -> str:
 
 @functools.cache
 def _commit(folder: Path) -> str | None:
-    """The commit that is checked out, with a + where files differ from it; None outside of git."""
+    """The commit that is checked out, followed by + if files differ from it; None outside of git."""
     try:
         git = ["git", "-C", folder, "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
         return subprocess.run(git, capture_output=True, text=True, check=True, timeout=30).stdout.strip()

@@ -1,8 +1,8 @@
-"""A training's runs: which one goes on and which begins, and who has worked on it.
+"""The runs of a training: find the one to continue or begin a new one, and record which code made which rollouts.
 
-A run's folder is told by what decides its numbers: its settings (`CONTINUES` are those that may change on the way), the
-content of its starting weights, its tokenizer and its prompts, and, where ``training.on_code_change`` is ``new``, its
-code and the versions of its packages. ``run.json`` in the folder says all of it, with every code that has worked on it.
+A run is identified by what decides its numbers: its settings (except `CONTINUES`, which may change on the way), the
+content of its starting weights, tokenizer and prompts, and, with ``training.on_code_change: new``, its code and the
+versions of its packages. ``run.json`` in the run's folder holds all of that.
 """
 
 import re
@@ -14,8 +14,8 @@ from milepost.common.files import read_json, write_json
 from milepost.configuration import staleness
 from milepost.configuration.code import digest
 
-# A longer run, other checkpoints to keep or another look at progress continue the same training. So does less memory:
-# whoever lowers it after it ran out wants the rollouts that there are.
+# A change of these settings continues a run: its length, checkpoints, validation, logs, and what only saves memory.
+# After an out-of-memory error nobody wants to lose the rollouts so far.
 CONTINUES = {
     "training": {
         *("rollouts", "save_interval", "keep_checkpoints", "max_bad_steps", "wandb_project"),
@@ -29,13 +29,13 @@ FILE = "run.json"
 
 
 def find(runs: Path, job: dict[str, Any]) -> Path | None:
-    """The folder below ``runs`` that a training of ``job`` goes on in, the furthest of several; None if it begins."""
+    """The folder below ``runs`` of the run that ``job`` continues, the longest of several; None if it begins one."""
     same = [folder for folder in runs.glob("*") if _goes_on(folder, job)]
     return max(same, key=lambda folder: (rollouts(folder), folder.stat().st_mtime), default=None)
 
 
 def open_run(runs: Path, job: dict[str, Any]) -> Path:
-    """The folder of a training of ``job``, new or found; this job's code is noted as one that worked on it."""
+    """The folder of the run that ``job`` continues or begins. Records this job's code in its ``run.json``."""
     found = find(runs, job)
     maker = {name: job[name] for name in ("commit", "code", "versions")}
     if found is None:
@@ -50,12 +50,12 @@ def open_run(runs: Path, job: dict[str, Any]) -> Path:
 
 
 def made_by(folder: Path) -> list[dict[str, Any]]:
-    """Who has worked on a run: ``{"from_rollout", "commit", "code", "versions"}`` each, in their order."""
+    """Which code made which rollouts of a run, in order: ``{"from_rollout", "commit", "code", "versions"}`` each."""
     return read_json(folder / FILE)["made_by"] if (folder / FILE).exists() else []
 
 
 def identity(job: dict[str, Any]) -> dict[str, Any]:
-    """What a run must share with a job to be its: the settings that decide its numbers, and what it began with."""
+    """What a run and a job must share for the job to continue it: settings that decide numbers, and inputs."""
     return {
         "config": {
             section: {key: value for key, value in content.items() if key not in (CONTINUES.get(section) or ())}
@@ -67,7 +67,7 @@ def identity(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def rollouts(folder: Path) -> int:
-    """How many rollouts the newest checkpoint of a run has."""
+    """The number of rollouts in the newest checkpoint of a run."""
     return max((int(found[1]) for path in folder.glob("*") if (found := CHECKPOINT.fullmatch(path.name))), default=0)
 
 
@@ -78,4 +78,4 @@ def _goes_on(folder: Path, job: dict[str, Any]) -> bool:
         same = {name: run[name] for name in ("config", "inputs")} == identity(job)
         return same and (job["on_code_change"] == "continue" or not staleness.makers(last, job))
     except (UserError, KeyError, TypeError, OSError):
-        return False  # no run of this version of the pipeline
+        return False  # not a run, or one of another version of the pipeline

@@ -108,7 +108,7 @@ def _without_braces(folder: str) -> str:
 
 
 class Root(Section):
-    """config/config.yaml without the sections that all models share, which are those of `Model`."""
+    """What stands in config.yaml beside the sections that all models share."""
 
     models: Annotated[list[Name], EachOnce] = Field(
         min_length=1, description="the models that download_all ... eval_all and the report cover"

@@ -1,4 +1,4 @@
-"""The shape of a model as its recipe declares it, or as the ``config.json`` of its own folder states it."""
+"""The shape of a model, from its recipe or from the ``config.json`` in its folder."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -8,7 +8,7 @@ from milepost.configuration.schema import Architecture as Shape
 from milepost.configuration.schema import Model
 from milepost.qwen3_5.architecture import Architecture
 
-# What a recipe does not declare of its model, and so leaves to the checkpoint.
+# What a recipe does not declare: the checkpoint alone decides it.
 UNDECLARED = {
     "max_sequence_length",
     "norm_epsilon",
@@ -21,7 +21,7 @@ UNDECLARED = {
 
 
 def text_config(shape: Shape) -> dict:
-    """The ``config.json`` that a checkpoint of this shape has, as far as the text model goes."""
+    """The text model's part of the ``config.json`` that a checkpoint of this shape has."""
     experts = {
         "num_experts": shape.experts,
         "num_experts_per_tok": shape.experts_per_token,
@@ -50,7 +50,7 @@ def text_config(shape: Shape) -> dict:
 
 
 def architecture_of(model: Model) -> Architecture | None:
-    """The declared shape of a model, else that of the folder that it comes from; None where neither says it."""
+    """The declared shape of a model, or else the shape in its local folder; None if neither is known."""
     if model.architecture:
         return Architecture.from_config(text_config(model.architecture))
     folder = Path(model.source.folder).expanduser() if model.source.folder else None
@@ -58,7 +58,7 @@ def architecture_of(model: Model) -> Architecture | None:
 
 
 def require_shape(folder: Path, shape: Shape) -> None:
-    """Refuse (`UserError`) a checkpoint whose ``config.json``, in ``folder``, states another shape than ``shape``."""
+    """Refuse (`UserError`) a checkpoint in ``folder`` whose ``config.json`` has another shape than ``shape``."""
     declared, found = Architecture.from_config(text_config(shape)), Architecture.from_folder(folder)
     for name in (field.name for field in fields(Architecture) if field.name not in UNDECLARED):
         if getattr(found, name) != getattr(declared, name):

@@ -1,4 +1,4 @@
-"""Whether the nodes of a Slurm partition have what jobs ask for, as far as sinfo tells."""
+"""Check whether a Slurm partition has nodes for the jobs, as far as sinfo knows."""
 
 import re
 import subprocess
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from milepost.configuration.schema import Model
 
-GPUS = re.compile(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)")  # gpu:8, gpu:h100:8(S:0-1), of a list with commas between
-HEAVY = {"train", "evaluate"}  # the jobs that ask for the recipe's GPUs and cores; the others ask for fewer cores
+GPUS = re.compile(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)")  # gpu:8 or gpu:h100:8(S:0-1), in a list separated by commas
+HEAVY = {"train", "evaluate"}  # the jobs that ask for the recipe's GPUs and cores
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Node:
 
 
 def nodes_of(partition: str | None) -> list[Node]:
-    """The nodes of a partition (None: of Slurm's default one), up or not; none where sinfo does not answer."""
+    """The nodes of a partition (None: the default partition), up or not; empty if sinfo does not answer."""
     chosen = ["--partition", partition] if partition else []
     command = ["sinfo", "--noheader", "--Node", *chosen, "--format", "%P|%G|%m|%c"]
     try:
@@ -41,7 +41,7 @@ def called(partition: str | None) -> str:
 
 
 def shortcomings(model: Model, stages: Set[str], partition: str | None, nodes: list[Node]) -> list[str]:
-    """What no node of ``partition`` has of that which the jobs of ``stages`` ask for, as words after a model's name."""
+    """What the jobs of ``stages`` ask for and no node of ``partition`` has, as phrases that follow the model's name."""
     hardware, where = model.hardware, f"the nodes of {called(partition)}"
     is_heavy = bool(HEAVY & stages)
     faults = []

@@ -1,11 +1,11 @@
-"""What has changed since a result was made, in the few words that stand in a job's message: people read dry runs."""
+"""Say in a few words what has changed since a result was made: jobs' messages show it, also in dry runs."""
 
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-LISTED = 4  # changes; of more the number is told
+LISTED = 4  # changes at most; of the others only the number
 WIDTH = 32  # characters of a value
 MISSING, WRONG_SIZE = " is missing", " has another size"
 NOT_THERE = object()
@@ -17,7 +17,7 @@ def settings(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
 
 
 def makers(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Whether a result was made by other code or by other versions of packages."""
+    """What differs in the code and in the versions of packages that a result was made with."""
     found = ["its code"] if before.get("code") != now.get("code") else []
     then, today = before.get("versions", {}), now.get("versions", {})
     for name in sorted({*then, *today}):
@@ -27,7 +27,7 @@ def makers(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def missing_files(path: Path, made: dict[str, Any]) -> list[str]:
-    """What a manifest vouches for and is not there with its size: the first such file, and how many there are."""
+    """The first file of a manifest that is missing or has another size, and how many more there are; or nothing."""
     root = path.parent / made["root"]
     wrong = [name for name, entry in made["files"].items() if _size(root / name) != entry["bytes"]]
     if not wrong:
