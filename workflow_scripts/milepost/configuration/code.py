@@ -6,8 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
-# These packages and modules decide whether and how a job runs or ends, never what it computes. The workflow reads
-# `configuration`: what it decides is part of the record's settings.
+# What these packages and modules do decides whether and how a job runs or ends, never what it computes.
+# `configuration` is read by the workflow: what it decides is in the record's settings.
 NOT_COMPUTING = {
     *("milepost/configuration", "milepost/launch"),
     *(f"milepost/common/{name}.py" for name in ("errors", "files", "interrupts", "loopback", "working_folder")),
