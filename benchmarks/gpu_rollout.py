@@ -17,11 +17,13 @@ from pathlib import Path
 
 from record import record
 
-from milepost.configuration.schema import Engine, Speculation
+from milepost.configuration.loading import load
+from milepost.configuration.schema import Engine
 from milepost.rollout.engine import Request, SamplingParams
 from milepost.rollout.sglang_engine import start
 from milepost.rollout.sglang_server import server_arguments
 
+CONFIG = Path(__file__).resolve().parents[1] / "config"
 OFFLINE = """
 import json, sys, time
 import sglang
@@ -52,10 +54,13 @@ def main() -> None:
     parser.add_argument("--drafting", action="store_true", help="EAGLE on the MTP head against none, not SGLang's own")
     parser.add_argument("--server-arguments", type=json.loads, default={}, help="JSON")
     arguments = parser.parse_args()
+    recipes = load(CONFIG / "config.yaml", CONFIG / "models", {}).models
     settings = Engine(
+        kind="sglang",
+        gpus_per_engine=1,
         mem_fraction_static=arguments.mem_fraction,
         max_running_requests=arguments.prompts,
-        speculation=Speculation() if arguments.drafting else None,
+        speculation=recipes["35B_A3B"].engine.speculation if arguments.drafting else None,
         server_arguments=arguments.server_arguments,
     )
     draw = random.Random(0)

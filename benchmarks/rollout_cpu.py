@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 import transformers
 
-from milepost.configuration.schema import Engine, TinyModel
+from milepost.configuration.loading import load
+from milepost.configuration.schema import TinyModel
 from milepost.rollout.engine import Request, SamplingParams, start_engine
 from milepost.tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
 from milepost.tiny.tokenizer import train_tokenizer
 
+CONFIG = Path(__file__).resolve().parents[1] / "config"
 PROMPTS, SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 32, 8, 40, 24
 
 
@@ -32,11 +34,12 @@ def main() -> None:
     turns = int(sys.argv[2]) if len(sys.argv) > 2 else 3
     transformers.logging.set_verbosity_error()
     tiny, tokenizer = TinyModel(kind=kind, layers=8, hidden=256), train_tokenizer()
+    settings = load(CONFIG / "config.yaml", CONFIG / "models", {}).models["tiny"].engine
     config = model_config(tiny, tokenizer)
     model = random_model(tiny, config).eval()
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), config, hub_tensors(tiny, model), tokenizer)
-        engine = start_engine(folder, Engine(kind="cpu"), folder)
+        engine = start_engine(folder, settings, folder)
 
     prompts = torch.randint(256, (PROMPTS, PROMPT_TOKENS))
     requests = [

@@ -14,11 +14,13 @@ import convert
 import train
 from milepost.checkpoints.manifest import write_manifest
 from milepost.common.errors import UserError
+from milepost.configuration.loading import merge
 from milepost.configuration.schema import TinyModel
 from milepost.rewards.math import Verdict
 from milepost.tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
 from milepost.tiny.problems import all_additions
 from milepost.tiny.tokenizer import train_tokenizer
+from settings import training_settings
 from stages import convert_arguments, job_arguments, vouch
 
 SETTINGS = {
@@ -30,19 +32,11 @@ SETTINGS = {
         "rollouts": 4,
         "max_tokens_per_gpu": 200,
         "recompute": "none",
-        "dtype": "float32",
         "save_interval": 2,
     },
     "validation": {"interval": 2, "dataset": "other-sums", "samples_per_problem": 2, "max_response_tokens": 6},
-    "parallel": {},
-    "algorithm": {},
     "optimizer": {"learning_rate": 1e-3},
-    "mtp": {},
     "sampling": {"max_response_tokens": 8},
-    "engine": {"kind": "cpu"},
-    "experts": {},
-    "reward": {},
-    "hardware": {"gpus": 0},
 }
 
 
@@ -90,9 +84,9 @@ def convert_model(folder: Path) -> None:
 
 def arguments(folder: Path, work: Path, **changes) -> list[str]:
     """Command line of a training in ``work``; ``changes`` are settings as section={key: value}."""
-    config = {section: values | changes.get(section, {}) for section, values in SETTINGS.items()}
+    settings = training_settings(**merge(SETTINGS, changes))
     return [
-        *job_arguments(config),
+        *job_arguments(settings.model_dump(mode="json")),
         *("--hub", str(folder / "download.json"), "--weights", str(folder / "torch_dist.json")),
         *("--data", str(folder / "train.json"), "--validation", str(folder / "evaluation.json")),
         *("--work", str(work), "--manifest", f"{work}.json"),

@@ -30,9 +30,7 @@ def main() -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     config = arguments.job["config"]
     settings, reward = Evaluation.model_validate(config["evaluation"]), Reward.model_validate(config["reward"])
-    engine_settings = Engine.model_validate(config["engine"]).model_copy(
-        update={"mem_fraction_static": settings.mem_fraction_static}
-    )
+    engine_settings = Engine.model_validate(config["engine"] | {"mem_fraction_static": settings.mem_fraction_static})
     model = read_manifest(arguments.model)
     problems = load_problems(read_manifest(arguments.data))
 

@@ -287,8 +287,11 @@ def validation_settings(settings: Settings) -> schema.Evaluation:
         max_response_tokens=wanted.max_response_tokens,
         temperature=wanted.temperature,
         top_p=wanted.top_p,
+        top_k=-1,
         enable_thinking=settings.sampling.enable_thinking,
+        seed=settings.training.seed,
         pass_at=[1],
+        mem_fraction_static=settings.engine.mem_fraction_static,
     )
 
 

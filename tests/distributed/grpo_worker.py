@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 
 from milepost.checkpoints import mapping, torch_dist
 from milepost.checkpoints.safetensors_io import HubCheckpoint
-from milepost.configuration.schema import Experts, Parallel
+from milepost.configuration.schema import Parallel
 from milepost.grpo.cpu_optimizer import CpuAdam
 from milepost.grpo.learner import Learner
 from milepost.grpo.policy import Policy, StepTotals
@@ -19,7 +19,7 @@ from milepost.grpo.samples import TrainingSequence
 from milepost.qwen3_5.architecture import Architecture
 from milepost.qwen3_5.build import build_model, initialize
 from precision import computing_in
-from training_settings import training_settings
+from settings import section, training_settings
 
 SHAPES = [(12, 9), (2, 70), (12, 3), (30, 1), (30, 20), (12, 33)]
 EVEN_SHAPES = [(12, 8), (2, 70), (30, 22)]  # which no layout pads
@@ -61,7 +61,7 @@ def save_gradients(
     """Learn from the sequences, and write the gradients in the place of the weights, and the metrics beside them."""
     initialize(parallel)
     balanced, shapes = kind == "balanced moe", shapes_of(kind)
-    experts = Experts(dispatcher="alltoall", aux_loss_coefficient=0.1 if balanced else 0.0)
+    experts = section("experts", dispatcher="alltoall", aux_loss_coefficient=0.1 if balanced else 0.0)
     architecture, hub = Architecture.from_folder(hub_folder), HubCheckpoint(hub_folder)
     batch = sequences(architecture, shapes)
     settings = training_settings(

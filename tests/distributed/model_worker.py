@@ -20,31 +20,32 @@ from milepost.qwen3_5.model import hidden_states, output_weight
 from milepost.qwen3_5.mtp import mtp_loss
 from milepost.qwen3_5.packed import context_shard, pack
 from precision import allowed_errors, computing_in, in_float64, kind_of
+from settings import section
 
 # Four processes in every layout; what the dense dimensions leave of them is data parallel.
 LAYOUTS = {
     "dense": [
-        (Parallel(), Experts()),
-        (Parallel(tensor=2), Experts()),
-        (Parallel(tensor=2, sequence=False), Experts()),
-        (Parallel(tensor=4), Experts()),
-        (Parallel(context=2), Experts()),
-        (Parallel(context=4), Experts()),
-        (Parallel(tensor=2, context=2), Experts()),
-        (Parallel(pipeline=2), Experts()),
-        (Parallel(tensor=2, pipeline=2), Experts()),
+        (Parallel(), section("experts")),
+        (Parallel(tensor=2), section("experts")),
+        (Parallel(tensor=2, sequence=False), section("experts")),
+        (Parallel(tensor=4), section("experts")),
+        (Parallel(context=2), section("experts")),
+        (Parallel(context=4), section("experts")),
+        (Parallel(tensor=2, context=2), section("experts")),
+        (Parallel(pipeline=2), section("experts")),
+        (Parallel(tensor=2, pipeline=2), section("experts")),
     ],
     "moe": [
-        (Parallel(expert=2), Experts(dispatcher="flex")),
-        (Parallel(expert=4), Experts(dispatcher="allgather")),
-        (Parallel(expert=4), Experts(dispatcher="alltoall")),
-        (Parallel(expert=4), Experts(dispatcher="flex")),
-        (Parallel(tensor=2), Experts(dispatcher="alltoall")),
-        (Parallel(tensor=2, expert=4), Experts(dispatcher="flex")),
-        (Parallel(tensor=2, expert=2, expert_tensor=2), Experts(dispatcher="allgather")),
-        (Parallel(tensor=2, expert=2, expert_tensor=2), Experts(dispatcher="flex")),
-        (Parallel(context=2, expert=2), Experts(dispatcher="flex")),
-        (Parallel(pipeline=2, expert=2), Experts(dispatcher="alltoall")),
+        (Parallel(expert=2), section("experts", dispatcher="flex")),
+        (Parallel(expert=4), section("experts", dispatcher="allgather")),
+        (Parallel(expert=4), section("experts", dispatcher="alltoall")),
+        (Parallel(expert=4), section("experts", dispatcher="flex")),
+        (Parallel(tensor=2), section("experts", dispatcher="alltoall")),
+        (Parallel(tensor=2, expert=4), section("experts", dispatcher="flex")),
+        (Parallel(tensor=2, expert=2, expert_tensor=2), section("experts", dispatcher="allgather")),
+        (Parallel(tensor=2, expert=2, expert_tensor=2), section("experts", dispatcher="flex")),
+        (Parallel(context=2, expert=2), section("experts", dispatcher="flex")),
+        (Parallel(pipeline=2, expert=2), section("experts", dispatcher="alltoall")),
     ],
 }
 VOCABULARY = 128

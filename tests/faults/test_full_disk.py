@@ -14,6 +14,7 @@ import pytest
 import grpo_run
 from hub_server import serve
 from milepost.checkpoints.manifest import read_manifest
+from settings import section
 from stages import convert_arguments, export_arguments, job_arguments, script
 
 MAY_MOUNT = subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
@@ -100,11 +101,12 @@ def test_a_training_keeps_its_last_checkpoint_and_goes_on_from_it(prepared, on_a
 
 
 def test_an_evaluation_keeps_its_samples_and_samples_the_others(prepared, on_a_disk):
-    config = {
+    sections = {
         "evaluation": {"samples_per_problem": 40, "max_response_tokens": 40, "pass_at": [1]},
         "engine": {"kind": "cpu", "max_running_requests": 8},
         "reward": {},
     }
+    config = {name: section(name, **changes).model_dump(mode="json") for name, changes in sections.items()}
     results = on_a_disk.disk / "base"
     line, kept = on_a_disk(
         12,

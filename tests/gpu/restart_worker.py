@@ -8,15 +8,15 @@ import torch.distributed as dist
 
 from gpu.sglang_arguments import ARGUMENTS
 from milepost.checkpoints.safetensors_io import HubCheckpoint
-from milepost.configuration.schema import Engine
 from milepost.grpo.loop import from_rank_0
 from milepost.qwen3_5.build import finalize, initialize
 from milepost.rollout.engine import Request, SamplingParams, share_weights, start_engine
 from milepost.rollout.sglang_weights import BUCKET_BYTES
+from settings import section
 
 RESTARTS = 2
 PARAMS = SamplingParams(max_new_tokens=8)
-SETTINGS = Engine(mem_fraction_static=0.15, server_arguments=ARGUMENTS)
+SETTINGS = section("engine", mem_fraction_static=0.15, server_arguments=ARGUMENTS)
 
 
 def main(folder: Path) -> None:

@@ -4,13 +4,13 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from milepost.configuration.schema import Optimizer as Settings
 from milepost.grpo import offloaded_adam
 from milepost.grpo.cpu_optimizer import CpuAdam
 from milepost.grpo.optimizer import build_optimizer
 from milepost.qwen3_5.build import build_model
 from qwen3_5_reference import load as load_weights
 from qwen3_5_reference import megatron_names, reference
+from settings import section
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_process")]
 
@@ -54,7 +54,7 @@ def step(gpu, cpu, ours, theirs, number, scale=1e-3):
 @pytest.mark.parametrize("cpu_offload", [False, True])
 def test_steps_equal_those_of_the_cpu(kind, cpu_offload):
     gpu, cpu = models(kind)
-    settings = Settings(learning_rate=1e-3, cpu_offload=cpu_offload, clip_gradient_norm=1.0)
+    settings = section("optimizer", learning_rate=1e-3, cpu_offload=cpu_offload, clip_gradient_norm=1.0)
     ours, theirs = build_optimizer(gpu, settings), CpuAdam(cpu, settings)
     for number in range(4):
         norms = step(gpu, cpu, ours, theirs, number, scale=1e-3 * 10**number)  # the last ones are clipped
@@ -66,7 +66,7 @@ def test_steps_equal_those_of_the_cpu(kind, cpu_offload):
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
     gpu, _ = models()
-    optimizer = build_optimizer(gpu, Settings(learning_rate=1e-3))
+    optimizer = build_optimizer(gpu, section("optimizer", learning_rate=1e-3))
     before = {name: parameter.clone() for name, parameter in gpu.named_parameters()}
     optimizer.zero_grad()
     next(gpu.parameters()).main_grad.view(-1)[0] = torch.inf
@@ -77,7 +77,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 
 @pytest.mark.parametrize("cpu_offload", [False, True])
 def test_a_saved_state_goes_on_bit_for_bit(cpu_offload):
-    settings = Settings(learning_rate=1e-3, cpu_offload=cpu_offload)
+    settings = section("optimizer", learning_rate=1e-3, cpu_offload=cpu_offload)
     gpu, cpu = models()
     ours, theirs = build_optimizer(gpu, settings), CpuAdam(cpu, settings)
     step(gpu, cpu, ours, theirs, 0)
@@ -97,8 +97,8 @@ def test_a_saved_state_goes_on_bit_for_bit(cpu_offload):
 @pytest.mark.parametrize("cpu_offload", [False, True])
 def test_a_sleep_beside_which_all_else_stays_frees_the_gradients(cpu_offload):
     gpu, cpu = models()
-    optimizer = build_optimizer(gpu, Settings(learning_rate=1e-3, cpu_offload=cpu_offload), stay=True)
-    step(gpu, cpu, optimizer, CpuAdam(cpu, Settings(learning_rate=1e-3)), 0)
+    optimizer = build_optimizer(gpu, section("optimizer", learning_rate=1e-3, cpu_offload=cpu_offload), stay=True)
+    step(gpu, cpu, optimizer, CpuAdam(cpu, section("optimizer", learning_rate=1e-3)), 0)
     weights = {name: (parameter.data_ptr(), parameter.detach().cpu()) for name, parameter in gpu.named_parameters()}
     awake, gradients = torch.cuda.memory_allocated(), sum(4 * parameter.numel() for parameter in gpu.parameters())
     optimizer.sleep()
@@ -116,8 +116,8 @@ def test_a_sleep_frees_the_gpu_and_forgets_nothing(cpu_offload):
     torch.cuda.empty_cache()
     empty = torch.cuda.memory_allocated()
     gpu, cpu = models()
-    optimizer = build_optimizer(gpu, Settings(learning_rate=1e-3, cpu_offload=cpu_offload))
-    step(gpu, cpu, optimizer, CpuAdam(cpu, Settings(learning_rate=1e-3)), 0)
+    optimizer = build_optimizer(gpu, section("optimizer", learning_rate=1e-3, cpu_offload=cpu_offload))
+    step(gpu, cpu, optimizer, CpuAdam(cpu, section("optimizer", learning_rate=1e-3)), 0)
     weights = {name: parameter.detach().cpu() for name, parameter in gpu.named_parameters()}
     state = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
     awake = torch.cuda.memory_allocated()

@@ -17,7 +17,7 @@ from milepost.checkpoints import mapping
 from milepost.checkpoints.safetensors_io import HubCheckpoint
 from milepost.common.errors import UserError
 from milepost.configuration.loading import load
-from milepost.configuration.schema import Engine, Speculation, TinyModel
+from milepost.configuration.schema import Engine, TinyModel
 from milepost.grpo.log_probs import token_log_probs
 from milepost.qwen3_5.architecture import Architecture
 from milepost.qwen3_5.build import build_model
@@ -30,13 +30,15 @@ from milepost.tiny.checkpoint import hub_tensors, model_config, random_model, wr
 from milepost.tiny.problems import all_additions
 from milepost.tiny.tokenizer import train_tokenizer
 from milepost.tiny.warm_up import warm_up
+from settings import DRAFTING, section
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(1800)]
 VOCABULARY = 500
 
 
 def settings(**changes) -> Engine:
-    return Engine(mem_fraction_static=0.15, server_arguments=ARGUMENTS | changes.pop("server_arguments", {}), **changes)
+    arguments = ARGUMENTS | changes.pop("server_arguments", {})
+    return section("engine", mem_fraction_static=0.15, server_arguments=arguments, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +278,7 @@ def test_drafting_with_the_mtp_head_changes_no_answer(warmed_up):
     plain = start_engine(warmed_up, settings(), warmed_up / "logs")
     expected = [completion.token_ids for completion in plain.generate(asked, greedy)]
     plain.close()
-    engine = start_engine(warmed_up, settings(speculation=Speculation()), warmed_up / "logs")
+    engine = start_engine(warmed_up, settings(speculation=DRAFTING), warmed_up / "logs")
     try:
         assert [completion.token_ids for completion in engine.generate(asked, greedy)] == expected
         completions = engine.generate(asked, SamplingParams(max_new_tokens=32))
@@ -294,7 +296,7 @@ def test_drafting_with_the_mtp_head_changes_no_answer(warmed_up):
 
 def test_the_draft_gets_its_weights_in_the_same_sync(folders):
     """With a head that knows two tokens the draft is right half of the time; sent its norm negated, the other half."""
-    engine = start_engine(folders / "moe", settings(speculation=Speculation()), folders / "logs")
+    engine = start_engine(folders / "moe", settings(speculation=DRAFTING), folders / "logs")
     asked, greedy = requests(5, 64, 17, 40), SamplingParams(max_new_tokens=64, temperature=0)
 
     def weights(negated):

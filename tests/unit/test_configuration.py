@@ -10,11 +10,11 @@ import yaml
 
 from milepost.common.errors import UserError
 from milepost.configuration.json_schema import derived
-from milepost.configuration.loading import load, merge, user_layers
+from milepost.configuration.loading import SHARED, load, merge, user_layers
 from milepost.configuration.memory import estimate, rescaled_engine
 from milepost.configuration.preflight import Machine, check_jobs, shortcomings
 from milepost.configuration.provenance import Provenance
-from milepost.configuration.schema import Algorithm, Dataset, Model, Plots, Root, Section, Speculation, WarmUp
+from milepost.configuration.schema import Algorithm, Dataset, Model, Plots, Reward, Root, Section, Speculation, WarmUp
 from milepost.configuration.shape import architecture_of
 
 
@@ -142,7 +142,9 @@ def test_what_a_model_lacks_is_for_its_own_file_to_say(root, tmp_path):
     models = tmp_path / "config/models"
     models.mkdir(parents=True)
     (models / "mine.yaml").write_text("hardware: {gpus: 0}\n")
-    with pytest.raises(UserError, match=r"^config/models/mine.yaml: source: missing$"):
+    with pytest.raises(
+        UserError, match=r"^config/models/mine.yaml: source: missing: it has no default, so give it here$"
+    ):
         load(root / "config/config.yaml", models, {"models": ["mine"]})
 
 
@@ -324,9 +326,11 @@ def test_what_is_missing_is_for_the_file_to_say_that_began_the_section(root, tmp
     shared = tmp_path / "config/config.yaml"
     shared.parent.mkdir()
     shared.write_text((root / "config/config.yaml").read_text().replace("  dataset: dapo-math-17k\n", ""))
-    with pytest.raises(UserError, match=r"^config/config.yaml: training.dataset: missing$"):
+    with pytest.raises(
+        UserError, match=r"^config/config.yaml: training.dataset: missing: it has no default, so give it here$"
+    ):
         load(shared, root / "config/models", {"training": {"rollouts": 5}})
-    with pytest.raises(UserError, match=r"^--config: per_model: tiny: architecture.layers: missing$"):
+    with pytest.raises(UserError, match=r"^--config: per_model: tiny: architecture.layers: missing: it has no default"):
         configured(root, {"per_model": {"tiny": {"architecture": {"hidden": 64}}}, "models": ["tiny"]})
 
 
@@ -366,6 +370,42 @@ def sections_in(annotation):
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     return [section for option in get_args(annotation) for section in sections_in(option)]
+
+
+def test_a_key_that_config_yaml_lacks_is_missed_there_and_not_made_up(root, tmp_path):
+    shared = tmp_path / "config/config.yaml"
+    shared.parent.mkdir()
+    whole = yaml.safe_load((root / "config/config.yaml").read_text())
+    for section, key in (("optimizer", "learning_rate"), ("evaluation", "seed"), ("engine", "kind"), ("plots", "dpi")):
+        shared.write_text(yaml.safe_dump(whole | {section: {k: v for k, v in whole[section].items() if k != key}}))
+        with pytest.raises(
+            UserError, match=f"^config/config.yaml: {section}.{key}: missing: it has no default, so give"
+        ):
+            load(shared, root / "config/models", {"models": ["9B"]})
+        shared.write_text(yaml.safe_dump({k: v for k, v in whole.items() if k != section}))
+        with pytest.raises(UserError, match=rf"^config/config.yaml: {section}(\.\w+)?: missing"):
+            load(shared, root / "config/models", {"models": ["9B"]})
+
+
+SHIPPED = ("4B", "9B", "27B", "35B_A3B", "tiny", "tiny_gpu", "tiny_moe")
+
+
+def test_every_figure_stands_in_one_place(root):
+    """A value in config.yaml is no default of the schema, too, and a model's file repeats neither of them."""
+    shared = yaml.safe_load((root / "config/config.yaml").read_text())
+    fields, twice = {**Root.model_fields, **Model.model_fields}, []
+    for name in (*SHARED, "plots"):
+        (section,) = sections_in(fields[name].annotation)
+        if section not in (Algorithm, Reward):
+            twice += [f"{name}.{key}" for key in shared.get(name, {}) if not section.model_fields[key].is_required()]
+    for model in SHIPPED:
+        own = yaml.safe_load((root / f"config/models/{model}.yaml").read_text())
+        for name in SHARED:
+            (section,) = sections_in(fields[name].annotation)
+            for key, value in own.get(name, {}).items():
+                if value == shared.get(name, {}).get(key, section.model_fields[key].get_default()):
+                    twice.append(f"{model}: {name}.{key}")
+    assert not twice
 
 
 def test_every_key_and_every_section_says_what_it_means():

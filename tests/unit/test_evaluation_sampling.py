@@ -13,7 +13,7 @@ import evaluate_model
 from milepost.checkpoints.manifest import read_manifest, write_manifest
 from milepost.common.errors import UserError
 from milepost.configuration.provenance import sampler
-from milepost.configuration.schema import Engine, Evaluation, Reward, TinyModel
+from milepost.configuration.schema import Reward, TinyModel
 from milepost.evaluation import sampling
 from milepost.evaluation.problems import load_problems
 from milepost.evaluation.sampling import SampleFile, origin_of, read_samples, sample_problems
@@ -23,6 +23,7 @@ from milepost.rollout.engine import Completion, SamplingParams, request_seed, st
 from milepost.rollout.prompts import encode_prompt, load_tokenizer, stop_token_ids
 from milepost.tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
 from milepost.tiny.tokenizer import train_tokenizer
+from settings import DRAFTING, section
 from stages import flip_a_bit, job_arguments
 
 PROBLEMS = 3
@@ -53,8 +54,8 @@ def run(inputs, tmp_path, monkeypatch):
     """Run the entry script on these; returns its manifest. What it writes lies in tmp_path."""
 
     def call(model="download.json", reward=None, engine=None, code="c", versions=None, **settings):
-        engine = Engine(kind="cpu", **(engine or {}))
-        evaluation = Evaluation(**SETTINGS | settings)
+        engine = section("engine", kind="cpu", **(engine or {}))
+        evaluation = section("evaluation", **SETTINGS | settings)
         config = {"evaluation": evaluation.model_dump(), "engine": engine.model_dump(), "reward": reward or {}}
         job = job_arguments(config, sampler=sampler(evaluation, engine, code, versions or {}))
         arguments = {
@@ -155,7 +156,7 @@ def test_less_memory_for_the_engine_keeps_the_samples(run, monkeypatch):
         ({"code": "other"}, False),
         ({"versions": {"torch": "0.1"}}, False),
         ({"versions": {"sglang": "0.1"}}, False),
-        ({"engine": {"speculation": {}}}, False),
+        ({"engine": {"speculation": DRAFTING}}, False),
         ({"engine": {"server_arguments": {"dtype": "half"}}}, False),
         ({"engine": {"max_running_requests": 2}}, True),
         ({"model": "other.json"}, False),
@@ -249,7 +250,7 @@ def draw(inputs, tmp_path):
     problems = load_problems(read_manifest(inputs / "sums.json"))
 
     def call(engine, **settings):
-        settings = Evaluation(**SETTINGS | settings)
+        settings = section("evaluation", **SETTINGS | settings)
         file = SampleFile.open(tmp_path / "samples.jsonl", origin_of(settings.protocol, problems))
         samples = sample_problems(engine, tokenizer, (7,), problems, settings, file)
         return [sample.response for sample in samples]
@@ -318,9 +319,9 @@ def test_a_flipped_bit_in_the_weights_or_the_problems_is_found_before_sampling(r
 
 def test_running_engine_can_be_evaluated(inputs, tmp_path):
     hub = inputs / "hub"
-    tokenizer, settings = load_tokenizer(hub), Evaluation(**SETTINGS)
+    tokenizer, settings = load_tokenizer(hub), section("evaluation", **SETTINGS)
     problems = load_problems(read_manifest(inputs / "sums.json"))
-    engine = start_engine(hub, Engine(kind="cpu"), tmp_path / "logs")
+    engine = start_engine(hub, section("engine", kind="cpu"), tmp_path / "logs")
     with Grader(Reward()) as grader:
         stops = stop_token_ids(hub, tokenizer)
         scores = evaluate_live(

@@ -5,12 +5,13 @@ import json
 import pytest
 
 from milepost.common.problems import Problem
-from milepost.configuration.schema import Evaluation, Reward
+from milepost.configuration.schema import Reward
 from milepost.evaluation.sampling import Sample
 from milepost.evaluation.scores import scores
 from milepost.rewards.math import Grader, Verdict
+from settings import section
 
-SETTINGS = Evaluation(samples_per_problem=4, pass_at=[1, 2, 4], bootstrap_samples=500)
+SETTINGS = section("evaluation", samples_per_problem=4, pass_at=[1, 2, 4], bootstrap_samples=500)
 PROBLEMS = [Problem([{"role": "user", "content": label}], label, 1) for label in ("33", "34")]
 
 

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from milepost.checkpoints.manifest import write_manifest
 from milepost.common.errors import UserError
-from milepost.configuration.schema import Sampling
 from milepost.grpo.data import Prompt, PromptCursor, load_prompts
 from milepost.rollout.prompts import load_tokenizer
 from milepost.tiny.tokenizer import train_tokenizer, write_tokenizer
+from settings import section
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def row(question, label="3"):
 
 def test_bad_rows_and_long_prompts_are_set_aside_and_counted(tmp_path, tokenizer):
     data = manifest(tmp_path, [row("1+2?"), "{broken", row("what? " * 100), row("2+1?")], max_bad_share=0.25)
-    prompts, intake = load_prompts(data, tokenizer, Sampling(max_prompt_tokens=40))
+    prompts, intake = load_prompts(data, tokenizer, section("sampling", max_prompt_tokens=40))
     assert [(prompt.line, prompt.label) for prompt in prompts] == [(1, "3"), (4, "3")]
     assert (intake.used, intake.bad, intake.too_long) == (2, 1, 1)
     assert tokenizer.decode(prompts[1].ids).startswith("<|im_start|>user\n2+1?")
@@ -45,12 +45,12 @@ def test_bad_rows_and_long_prompts_are_set_aside_and_counted(tmp_path, tokenizer
 def test_too_many_bad_rows_stop_the_run(tmp_path, tokenizer):
     data = manifest(tmp_path, [row("1+2?"), "{broken", row("2+1?")], max_bad_share=0.3)
     with pytest.raises(UserError, match=r"1 of 3 rows .*line 2"):
-        load_prompts(data, tokenizer, Sampling())
+        load_prompts(data, tokenizer, section("sampling"))
 
 
 def test_a_data_set_of_long_prompts_alone_is_an_error_that_names_the_setting(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"sampling\.max_prompt_tokens 5"):
-        load_prompts(manifest(tmp_path, [row("1+2?")]), tokenizer, Sampling(max_prompt_tokens=5))
+        load_prompts(manifest(tmp_path, [row("1+2?")]), tokenizer, section("sampling", max_prompt_tokens=5))
 
 
 def cursor(number, seed=7):

@@ -15,7 +15,7 @@ from milepost.grpo.log_probs import token_log_probs
 from milepost.grpo.losses import KL_ESTIMATES, POLICY_LOSSES, TokenBatch, grpo_loss, low_variance_kl
 from milepost.grpo.packing import pack_sequences
 from precision import assert_as_precise
-from training_settings import algorithm
+from settings import algorithm
 
 pytestmark = pytest.mark.numerical
 

@@ -11,7 +11,7 @@ from milepost.grpo.metrics import expert_metrics
 from milepost.grpo.samples import Sample, statistics, to_training
 from milepost.rewards.math import Verdict
 from milepost.rollout.engine import Completion, Drafting
-from training_settings import training_settings
+from settings import training_settings
 
 
 def sample(correct, tokens=2, finish="stop", drafting=None, prompt=(5, 6)):

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from milepost.configuration.schema import Optimizer as Settings
 from milepost.grpo.cpu_optimizer import CpuAdam
 from milepost.grpo.optimizer import learning_rate_at
 from precision import assert_as_precise, computing_in
+from settings import section
 
 pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_process")]
 
@@ -59,7 +59,7 @@ def weights(model):
 
 @pytest.mark.parametrize("clip", [0.0, 1.0, 1e6])
 def test_steps_equal_adamw_with_accumulated_and_clipped_gradients(clip):
-    settings = Settings(learning_rate=1e-2, clip_gradient_norm=clip)
+    settings = section("optimizer", learning_rate=1e-2, clip_gradient_norm=clip)
 
     def steps(dtype):
         """The norms and weights of five steps, (torch's, ours)."""
@@ -91,7 +91,7 @@ def test_steps_equal_adamw_with_accumulated_and_clipped_gradients(clip):
 
 def test_weight_decay_leaves_biases_norms_and_other_vectors_alone():
     model = Toy()
-    optimizer = CpuAdam(model, Settings(weight_decay=0.5))
+    optimizer = CpuAdam(model, section("optimizer", weight_decay=0.5))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer.step(0.1)  # no gradient: decay alone moves weights
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -100,7 +100,7 @@ def test_weight_decay_leaves_biases_norms_and_other_vectors_alone():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_resumed_optimizer_takes_the_very_steps_that_the_unstopped_one_takes(dtype):
-    settings = Settings(learning_rate=1e-2)
+    settings = section("optimizer", learning_rate=1e-2)
     straight = Toy(dtype)
     optimizer = CpuAdam(straight, settings)
     for number in range(3):
@@ -120,7 +120,7 @@ def test_a_resumed_optimizer_takes_the_very_steps_that_the_unstopped_one_takes(d
 def test_updates_too_small_for_bf16_add_up_in_the_fp32_copy():
     model = nn.Linear(1, 1, bias=False).bfloat16()
     model.weight.data.fill_(1.0)
-    optimizer = CpuAdam(model, Settings(weight_decay=0.0))
+    optimizer = CpuAdam(model, section("optimizer", weight_decay=0.0))
     for _ in range(10):
         optimizer.zero_grad()
         model.weight.sum().backward()
@@ -131,7 +131,7 @@ def test_updates_too_small_for_bf16_add_up_in_the_fp32_copy():
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(poison):
     model = Toy()
-    optimizer = CpuAdam(model, Settings())
+    optimizer = CpuAdam(model, section("optimizer"))
     step(model, optimizer, 0)
     weights, state = save(dict(model.state_dict())), save(optimizer.state_dict())
     optimizer.zero_grad()
@@ -142,6 +142,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing(poison):
 
 
 def test_learning_rate_warms_up_linearly_and_then_stays():
-    warming = Settings(learning_rate=8e-6, warm_up_steps=4)
+    warming = section("optimizer", learning_rate=8e-6, warm_up_steps=4)
     assert [learning_rate_at(step, warming) for step in range(1, 7)] == [2e-6, 4e-6, 6e-6, 8e-6, 8e-6, 8e-6]
-    assert learning_rate_at(1, Settings()) == 1e-6
+    assert learning_rate_at(1, section("optimizer", learning_rate=1e-6)) == 1e-6

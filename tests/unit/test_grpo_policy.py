@@ -15,8 +15,8 @@ from milepost.qwen3_5.build import build_model
 from milepost.qwen3_5.experts import take_expert_load
 from precision import assert_as_precise, assert_sum_as_precise, computing_in, in_float64
 from qwen3_5_reference import megatron_names, reference, widened
-from training_settings import algorithm as algorithm_of
-from training_settings import training_settings
+from settings import algorithm as algorithm_of
+from settings import training_settings
 
 pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_process")]
 

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 from milepost.common.errors import UserError
-from milepost.configuration.schema import Optimizer as Settings
 from milepost.grpo import run_state
 from milepost.grpo.cpu_optimizer import CpuAdam
 from milepost.grpo.metrics import METRICS, SAMPLES, JsonLines, truncate_logs
 from milepost.grpo.run_state import Progress
 from milepost.qwen3_5.build import build_model, finalize, initialize
 from qwen3_5_reference import reference
+from settings import section
 from stages import flip_a_bit
 
 
@@ -28,7 +28,7 @@ def trained():
     model = build_model(architecture, dtype=torch.float32)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
-    optimizer = CpuAdam(model, Settings())
+    optimizer = CpuAdam(model, section("optimizer"))
     step(model, optimizer)
     yield model, optimizer
     finalize()

@@ -4,9 +4,10 @@ import pytest
 from test_qwen3_5_architecture import DENSE_9B, MOE_35B, read
 
 from milepost.configuration.layout import shape_fault
-from milepost.configuration.schema import Experts, Parallel
+from milepost.configuration.schema import Parallel
+from settings import section
 
-FLEX = Experts(dispatcher="flex")
+FLEX = section("experts", dispatcher="flex")
 
 
 def test_the_recipes_layouts_and_their_halves_are_allowed():
@@ -28,8 +29,8 @@ def test_the_recipes_layouts_and_their_halves_are_allowed():
         (MOE_35B, Parallel(expert=3), FLEX, "parallel.expert"),
         (MOE_35B, Parallel(expert_tensor=3), FLEX, "parallel.expert_tensor"),
         (MOE_35B, Parallel(tensor=2, sequence=False), FLEX, "parallel.sequence"),
-        (MOE_35B, Parallel(expert_tensor=2), Experts(dispatcher="alltoall"), "experts.dispatcher"),
-        (MOE_35B, Parallel(expert=2), Experts(dispatcher="flex", deepep=True), "experts.deepep"),
+        (MOE_35B, Parallel(expert_tensor=2), section("experts", dispatcher="alltoall"), "experts.dispatcher"),
+        (MOE_35B, Parallel(expert=2), section("experts", dispatcher="flex", deepep=True), "experts.deepep"),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused_by_its_key(text, parallel, experts, key):
@@ -37,7 +38,7 @@ def test_a_layout_that_does_not_fit_is_refused_by_its_key(text, parallel, expert
 
 
 def test_alltoall_over_expert_tensor_ranks_needs_a_gpu():
-    parallel, experts = Parallel(expert_tensor=2), Experts(dispatcher="alltoall")
+    parallel, experts = Parallel(expert_tensor=2), section("experts", dispatcher="alltoall")
     assert shape_fault(read(MOE_35B), parallel, experts, on_gpu=True) is None
     for other in ("flex", "allgather"):
-        assert shape_fault(read(MOE_35B), parallel, Experts(dispatcher=other), on_gpu=False) is None
+        assert shape_fault(read(MOE_35B), parallel, section("experts", dispatcher=other), on_gpu=False) is None

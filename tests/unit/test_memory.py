@@ -10,6 +10,7 @@ import torch
 from milepost.configuration.loading import load
 from milepost.configuration.memory import CONTEXT_GIB, SYNC_GIB, disk_gib, estimate, rescaled_engine
 from milepost.configuration.shape import architecture_of, text_config
+from settings import DRAFTING
 
 RECORDED = Path(__file__).parents[2] / "benchmarks/results"
 MEASURED = [
@@ -100,7 +101,7 @@ def test_a_rollout_holds_the_engine_and_the_weights_that_it_is_sent(root):
     assert memory.rollout == pytest.approx(0.6 * 80 + 2 * OF_9B / 2 / GIB + SYNC_GIB + CONTEXT_GIB)
     assert memory.engine_weights == pytest.approx(2 * OF_9B / GIB)
     assert memory.lasting == pytest.approx((2 * OF_9B / 2 + 12 * OF_9B / 2 / 4) / GIB)
-    shared = estimated(root, "9B", gpu_gib=80, engine={"gpus_per_engine": 2, "speculation": {}})
+    shared = estimated(root, "9B", gpu_gib=80, engine={"gpus_per_engine": 2, "speculation": DRAFTING})
     assert shared.engine_weights == pytest.approx(2 * (OF_9B + MTP_OF_9B) / 2 / GIB)
 
 

@@ -18,6 +18,7 @@ from milepost.configuration.memory import GIB, disk_gib, host_gib
 from milepost.configuration.preflight import Machine, check_jobs, hub_cache, shortcomings, table
 from milepost.configuration.provenance import Provenance
 from milepost.configuration.shape import text_config
+from settings import DRAFTING
 
 
 def configured(root, overrides=None):
@@ -35,7 +36,7 @@ def node(gpu_gib: float, free_disk_gib: float = 4000) -> Machine:
         ({}, 141, None),
         ({"gpus_per_engine": 2}, 80, None),
         ({"mem_fraction_static": 0.63}, 80, None),
-        ({"mem_fraction_static": 0.63, "speculation": {}}, 80, "50.9"),  # the MTP layer's too
+        ({"mem_fraction_static": 0.63, "speculation": DRAFTING}, 80, "50.9"),  # the MTP layer's too
     ],
 )
 def test_an_engine_needs_room_for_its_weights(root, changes, gpu_gib, weights):

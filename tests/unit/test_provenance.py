@@ -10,6 +10,9 @@ from milepost.configuration import provenance
 from milepost.configuration.code import code_digest
 from milepost.configuration.loading import load
 from milepost.configuration.provenance import Provenance
+from milepost.configuration.schema import Evaluation
+from milepost.grpo.settings import Settings
+from train import validation_settings
 
 
 @pytest.mark.parametrize(("name", "depends"), [("4B", True), ("tiny", False)])
@@ -147,6 +150,16 @@ def recipes(root):
         )
 
     return of
+
+
+def test_jobs_are_given_whole_sections(recipes):
+    """Entry scripts read them with no defaults to fall back on."""
+    jobs = recipes()
+    training = Settings.model_validate(jobs.job("train", model="35B_A3B")["config"])
+    assert training.engine.speculation.steps == 2 and training.validation.dataset == "aime-2024"
+    assert validation_settings(training).datasets == ["aime-2024"]
+    given = jobs.job("evaluate", model="35B_A3B", dataset="aime-2024", weights="base")["config"]["evaluation"]
+    assert Evaluation.model_validate(given).datasets == ["aime-2024"]
 
 
 def test_a_training_depends_on_its_validation_set(recipes):

@@ -16,7 +16,7 @@ from scipy import stats
 from milepost.checkpoints.manifest import read_manifest, write_manifest
 from milepost.common.errors import UserError
 from milepost.common.problems import Problem
-from milepost.configuration.schema import Evaluation, Plots, Reward
+from milepost.configuration.schema import Reward
 from milepost.evaluation.sampling import Sample
 from milepost.evaluation.scores import scores
 from milepost.reporting.plots import all_plots
@@ -24,12 +24,18 @@ from milepost.reporting.report import HEAD, TAIL, _training_facts, shortened
 from milepost.reporting.results import pairs, read_scores, read_trainings
 from milepost.reporting.tables import difference_table, in_words, markdown, points, readable_scores, score_table
 from milepost.rewards.math import Grader
+from settings import section
 from stages import flip_a_bit, job_arguments, script
 
 SCRIPTS = Path(__file__).parents[2] / "workflow_scripts"
 PROBLEMS, SAMPLES = 30, 8
-SETTINGS = Evaluation(
-    datasets=["aime"], samples_per_problem=SAMPLES, pass_at=[1, 4], max_response_tokens=4096, bootstrap_samples=500
+SETTINGS = section(
+    "evaluation",
+    datasets=["aime"],
+    samples_per_problem=SAMPLES,
+    pass_at=[1, 4],
+    max_response_tokens=4096,
+    bootstrap_samples=500,
 )
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>"\'&'
 LONE_SURROGATE = "\ud800"
@@ -147,7 +153,7 @@ def written(results) -> Path:
     outputs = ["--csv", tables / "scores.csv", "--differences", tables / "differences.csv"]
     outputs += ["--markdown", tables / "scores.md"]
     manifest, report = plots / "plots.json", results / "report.html"
-    colors = {"plots": Plots(dpi=80).model_dump(mode="json")}
+    colors = {"plots": section("plots", dpi=80).model_dump(mode="json")}
     for result in (
         run("make_tables", {}, *evaluations, *outputs),
         run("make_plots", colors, *evaluations, *trainings, "--folder", plots, "--manifest", manifest),
@@ -289,7 +295,7 @@ def test_one_problem_alone_has_a_score_without_an_interval(tmp_path):
     assert "Without a spread over problems there is no interval" in in_words(pair)
     assert list(readable_scores(score_table(found))["95% interval"]) == ["–", "–"]
     (plot, _) = all_plots([], [pair])
-    assert plot.drawings(Plots(dpi=50))["png"].startswith(b"\x89PNG")
+    assert plot.drawings(section("plots", dpi=50))["png"].startswith(b"\x89PNG")
 
 
 def test_markdown_tables_are_whole(written):
@@ -325,7 +331,7 @@ def test_plots_cover_every_model_and_both_themes(written):
 
 
 def test_the_configured_colours_are_drawn_and_the_same_data_give_the_same_bytes(results):
-    settings = Plots(color_base="#aa1122", color_trained="#11aa22")
+    settings = section("plots", color_base="#aa1122", color_trained="#11aa22")
     plot = all_plots([], pairs(scores_of(results)))[0]
     drawings = plot.drawings(settings)
     assert b"#aa1122" in drawings["light"] and b"#11aa22" in drawings["light"]
@@ -334,7 +340,7 @@ def test_the_configured_colours_are_drawn_and_the_same_data_give_the_same_bytes(
 
 def test_plots_of_models_that_are_no_longer_listed_go(results, tmp_path):
     (tmp_path / "reward-old.png").write_bytes(b"old")
-    config = {"plots": Plots(dpi=50).model_dump(mode="json")}
+    config = {"plots": section("plots", dpi=50).model_dump(mode="json")}
     evaluations = sorted((results / "4B/eval/aime").glob("*.json"))
     result = run(
         "make_plots", config, "--scores", *evaluations, "--folder", tmp_path, "--manifest", tmp_path / "plots.json"
@@ -347,7 +353,7 @@ def test_a_short_run_or_one_without_some_metrics_is_drawn_too(tmp_path):
     for rollouts in (1, 4):
         (training,) = read_trainings([train(tmp_path / str(rollouts), "4B", rollouts, kl=None, grad_norm=None)])
         for plot in all_plots([training], []):
-            assert plot.drawings(Plots(dpi=50))["light"].startswith(b"<?xml")
+            assert plot.drawings(section("plots", dpi=50))["light"].startswith(b"<?xml")
 
 
 class Page(HTMLParser):

@@ -9,7 +9,6 @@ from matplotlib.colors import to_hex
 
 from milepost.checkpoints.manifest import write_manifest
 from milepost.common.errors import UserError
-from milepost.configuration.schema import Plots
 from milepost.evaluation.estimators import bootstrap_interval, paired_difference
 from milepost.reporting.plots import Theme, all_plots
 from milepost.reporting.report import report_page
@@ -22,6 +21,7 @@ from milepost.reporting.tables import (
     readable_scores,
     score_table,
 )
+from settings import section
 
 PROTOCOL = {
     "samples_per_problem": 2,
@@ -108,7 +108,7 @@ def page(tmp_path):
 
     def make(paths, *trainings):
         scores = read_scores(paths)
-        return report_page(scores, pairs(scores), trainings, plots, [], Plots())
+        return report_page(scores, pairs(scores), trainings, plots, [], section("plots"))
 
     return make
 
@@ -305,7 +305,7 @@ def test_a_pass_at_k_that_was_not_estimated_is_left_blank(tmp_path):
     assert list(readable_scores(table)["pass@2"]) == ["50.0", "–"]
 
 
-THEME = Theme.light(Plots(color_base="#aa1122", color_trained="#11aa22"))
+THEME = Theme.light(section("plots", color_base="#aa1122", color_trained="#11aa22"))
 
 
 def drawn(trainings, pairs, name):

@@ -6,9 +6,9 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
 from milepost.common.errors import UserError
-from milepost.configuration.schema import Engine
 from milepost.rollout.engine import Completion, Request, SamplingParams, start_engine
 from precision import assert_as_precise, computing_in, in_float64
+from settings import section
 from tiny_hub import DENSE, MOE, make_tiny_hub, write_weights
 
 pytestmark = pytest.mark.numerical
@@ -33,7 +33,7 @@ def engine(folders):
 
 
 def cpu_engine(folder, **settings):
-    return start_engine(folder, Engine(kind="cpu", **settings), folder / "logs")
+    return start_engine(folder, section("engine", kind="cpu", **settings), folder / "logs")
 
 
 @pytest.fixture(params=["dense", "packed experts", "single experts"])

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from milepost.common.errors import UserError
-from milepost.configuration.schema import Engine, Speculation
 from milepost.qwen3_5.architecture import Architecture
 from milepost.rollout import sglang_engine
 from milepost.rollout.engine import Drafting, Request, SamplingParams
 from milepost.rollout.sglang_engine import SglangEngine
 from milepost.rollout.sglang_server import Server, server_arguments
+from settings import DRAFTING, section
 from tiny_hub import MOE, make_tiny_hub
 
 SERVER_ARGS = """
@@ -118,7 +118,7 @@ def start(package, tmp_path, monkeypatch):
     engines = []
 
     def call(servers=1, settings=None, **arguments):
-        settings = settings or Engine(server_arguments=arguments)
+        settings = settings or section("engine", server_arguments=arguments)
         parts = [Server(Path("model"), settings, index, tmp_path / "logs") for index in range(servers)]
         engine = SglangEngine(Path("model"), settings, parts)
         engines.append(engine)
@@ -158,7 +158,7 @@ def test_more_requests_are_under_way_than_files_may_usually_be_open(start):
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, before[1]))
     try:
-        engine = start(settings=Engine(max_running_requests=100))
+        engine = start(settings=section("engine", max_running_requests=100))
         completions = engine.generate(requests(100, length=50), PARAMS)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
@@ -167,7 +167,7 @@ def test_more_requests_are_under_way_than_files_may_usually_be_open(start):
 
 
 def test_drafting_and_routing_are_handed_on(start):
-    engine = start(settings=Engine(speculation=Speculation(), replay_routing=True))
+    engine = start(settings=section("engine", speculation=DRAFTING, replay_routing=True))
     (completion,) = engine.generate(requests(1, length=4), SamplingParams(max_new_tokens=2, with_routing=True))
     assert completion.drafting == Drafting(passes=5, drafted=10, accepted=4)
     assert completion.routing.tolist() == torch.arange(15).view(5, 3).tolist()
@@ -366,7 +366,8 @@ def test_a_restarted_server_is_given_the_weights_that_it_should_have(start):
 def test_a_server_sets_memory_aside_for_its_share_of_the_requests(package, tmp_path, monkeypatch, wanted, expected):
     monkeypatch.setenv("PYTHONPATH", str(package))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    engine = sglang_engine.start(Path("model"), Engine(max_running_requests=wanted), tmp_path, max_requests=9)
+    settings = section("engine", max_running_requests=wanted)
+    engine = sglang_engine.start(Path("model"), settings, tmp_path, max_requests=9)
     engine.close()
     assert [server._arguments["max_running_requests"] for server in engine.servers] == [expected] * 2
 
@@ -379,20 +380,22 @@ def test_what_drafts_remember_is_part_of_the_engine_s_memory(package, tmp_path, 
     weights = 2 * Architecture.from_folder(tmp_path).parameters(mtp_num_layers=1)
     gpu = SimpleNamespace(total_memory=5 * weights)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    for speculation, expected in ((None, 0.6), (Speculation(), 0.2 + 0.4 / 2)):  # the weights are shared
-        engine = sglang_engine.start(tmp_path, Engine(mem_fraction_static=0.6, speculation=speculation), tmp_path)
+    for speculation, expected in ((None, 0.6), (DRAFTING, 0.2 + 0.4 / 2)):  # the weights are shared
+        settings = section("engine", mem_fraction_static=0.6, speculation=speculation)
+        engine = sglang_engine.start(tmp_path, settings, tmp_path)
         engine.close()
         assert engine.servers[0]._arguments["mem_fraction_static"] == pytest.approx(expected)
 
 
 def test_the_recipe_s_arguments_have_sglang_s_names():
-    settings = Engine(
+    settings = section(
+        "engine",
         gpus_per_engine=8,
         expert_parallel=8,
         mem_fraction_static=0.7,
         max_running_requests=512,
         cuda_graph_batch_sizes=[1, 2],
-        speculation=Speculation(),
+        speculation=DRAFTING,
         server_arguments={"attention_backend": "triton", "random_seed": 5},
     )
     arguments = server_arguments(Path("folder"), settings, 2)

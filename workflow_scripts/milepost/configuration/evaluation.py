@@ -11,27 +11,26 @@ class Evaluation(Section):
     """The final scores of the base and the trained weights, on AIME-2024 or any other problem set."""
 
     datasets: Annotated[list[Name], EachOnce] = Field(
-        ["aime-2024"], min_length=1, description="the problem sets to score on, names under `datasets`"
+        min_length=1, description="the problem sets to score on, names under `datasets`"
     )
-    samples_per_problem: PositiveInt = Field(16, description="answers to each problem")
-    max_response_tokens: PositiveInt = Field(16384, description="tokens after which an answer is cut off")
-    temperature: NonNegative = Field(1.0, description="sampling temperature; 0 takes the most probable token")
-    top_p: Share = Field(1.0, description="sample from the most probable tokens that together have this probability")
-    top_k: TopK = Field(-1, description="sample from the k most probable tokens; -1 for all")
+    samples_per_problem: PositiveInt = Field(description="answers to each problem")
+    max_response_tokens: PositiveInt = Field(description="tokens after which an answer is cut off")
+    temperature: NonNegative = Field(description="sampling temperature; 0 takes the most probable token")
+    top_p: Share = Field(description="sample from the most probable tokens that together have this probability")
+    top_k: TopK = Field(description="sample from the k most probable tokens; -1 for all")
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = Field(
         0.0, description="subtracted from the logits of tokens that the answer holds already"
     )
-    enable_thinking: bool = Field(True, description="passed to the chat template: begin answers with a think block")
+    enable_thinking: bool = Field(description="passed to the chat template: begin answers with a think block")
     seed: int = Field(
-        42,
         description="seed of sampling and of the bootstrap; SGLang ignores it when sampling unless engine:"
         " {server_arguments: {enable_deterministic_inference: true}}",
     )
     pass_at: Annotated[list[PositiveInt], EachOnce] = Field(
-        [1, 4, 16], min_length=1, description="the k of each pass@k, at most samples_per_problem"
+        min_length=1, description="the k of each pass@k, at most samples_per_problem"
     )
     mem_fraction_static: Share = Field(
-        0.85, description="takes the place of the engine's, since no training shares the GPUs during an evaluation"
+        description="takes the place of the engine's, since no training shares the GPUs during an evaluation"
     )
     bootstrap_samples: PositiveInt = Field(10000, description="resamples for the bootstrap interval")
 
@@ -51,6 +50,6 @@ class Evaluation(Section):
 class Plots(Section):
     """How plots look, and the colours of the report."""
 
-    color_base: Color = Field("#8a8f98", description="colour of the base weights: #rrggbb, or a name of matplotlib's")
-    color_trained: Color = Field("#0b7285", description="colour of the trained weights")
-    dpi: PositiveInt = Field(150, description="dots per inch of the PNG files")
+    color_base: Color = Field(description="colour of the base weights: #rrggbb, or a name of matplotlib's")
+    color_trained: Color = Field(description="colour of the trained weights")
+    dpi: PositiveInt = Field(description="dots per inch of the PNG files")

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from milepost.common.files import atomic_write
-from milepost.configuration.loading import SHARED
+from milepost.configuration.loading import SHARED, read_yaml
 from milepost.configuration.schema import Model, Root
 
 CONFIG = Path(__file__).resolve().parents[3] / "config"
@@ -62,12 +62,15 @@ def _tables() -> str:
 
 def _table(title: str, section: type[BaseModel]) -> list[str]:
     """The Markdown table of a section: key, type, default, description."""
-    properties = section.model_json_schema()["properties"]
-    rows = []
+    properties, shared = section.model_json_schema()["properties"], read_yaml(CONFIG / "config.yaml")
+    given, rows = shared if section is Root else shared.get(title, {}), []
     for name, field in section.model_fields.items():
-        default = "" if field.is_required() else f"`{json.dumps(properties[name].get('default'))}`"
         if _section(field.annotation) is not None:
-            default = "see below" if title == "config.yaml" else ""
+            default = "see below"
+        elif not field.is_required():
+            default = f"`{json.dumps(properties[name].get('default'))}`"
+        else:
+            default = "in config.yaml" if name in given else "required"
         rows.append(f"| `{name}` | {_type(properties[name])} | {default} | {field.description or ''} |")
     about = [section.__doc__.split("\n")[0], ""] if section.__doc__ else []
     return [f"### {title}", "", *about, "| key | type | default | |", "|---|---|---|---|", *rows, ""]

@@ -255,10 +255,12 @@ def _merged(layers: Iterable[Layer]) -> dict[str, Any]:
 
 
 def _home(layers: Sequence[Layer], key: tuple[str, ...], own: Layer) -> str:
-    """Where a missing key belongs: with the rest of its section, and a shared section in config.yaml."""
+    """Where a missing key belongs: in config.yaml if it is of a shared section, else with the rest of its section."""
     *section, _ = key
+    if key[0] in SHARED and len(section) < 2:
+        return layers[0].origin
     began = [layer.origin for layer in layers if section and isinstance(_at(layer.content, section), dict)]
-    return [*began, layers[0].origin if key[0] in SHARED else own.origin][0]
+    return [*began, own.origin][0]
 
 
 def _culprit(layers: Sequence[Layer], own: Layer, is_wrong: Callable[[dict[str, Any]], bool]) -> str | None:
@@ -323,7 +325,7 @@ def _say(error: dict[str, Any], key: tuple[str, ...], known: list[str]) -> str:
         homes = [section for section in SHARED if len(key) == 1 and key[0] in _keys(Model, (section,))]
         return f"unknown key, did you mean {homes[0]}.{key[0]}?" if homes else f"unknown key{nearest(key[-1], known)}"
     if error["type"] == "missing":
-        return "missing"
+        return "missing: it has no default, so give it here"
     if error["type"] == "string_type" and isinstance(error["input"], bool | int | float | date):
         return f"text is expected, and {error['input']!s} is none: begin it with a letter, or quote it in a file"
     message = EXPECTED.get(error["type"]) or error["msg"].removeprefix("Value error, ")

@@ -24,7 +24,6 @@ class Hardware(Section):
     """What the jobs of a model take of a machine."""
 
     gpus: Annotated[int, Field(ge=0), AfterValidator(_of_one_node)] = Field(
-        8,
         description=f"GPUs of one node that a training or an evaluation takes, at most {GPUS_OF_A_NODE}; 0 for the CPU",
         json_schema_extra={"maximum": GPUS_OF_A_NODE},
     )
@@ -39,20 +38,20 @@ class Hardware(Section):
 class Speculation(Section):
     """Drafts of the next tokens, which the model then checks at once: the answers are the same, and come sooner."""
 
-    algorithm: Literal["EAGLE"] = Field("EAGLE", description="SGLang's name for drafts by the model's own MTP layer")
-    steps: PositiveInt = Field(2, description="times that the MTP layer runs for one draft")
-    top_k: PositiveInt = Field(1, description="branches of a draft at each step")
-    draft_tokens: PositiveInt = Field(3, description="tokens that the model checks at once")
+    algorithm: Literal["EAGLE"] = Field(description="SGLang's name for drafts by the model's own MTP layer")
+    steps: PositiveInt = Field(description="times that the MTP layer runs for one draft")
+    top_k: PositiveInt = Field(description="branches of a draft at each step")
+    draft_tokens: PositiveInt = Field(description="tokens that the model checks at once")
 
 
 class Engine(Section):
     """The rollout engine, which samples all answers."""
 
-    kind: Literal["sglang", "cpu"] = Field("sglang", description="SGLang on GPUs, or the small engine for the CPU")
-    gpus_per_engine: PositiveInt = Field(1, description="GPUs that share one engine's weights")
+    kind: Literal["sglang", "cpu"] = Field(description="SGLang on GPUs, or the small engine for the CPU")
+    gpus_per_engine: PositiveInt = Field(description="GPUs that share one engine's weights")
     expert_parallel: PositiveInt = Field(1, description="GPUs of an engine that share the routed experts")
     mem_fraction_static: Share = Field(
-        0.7, description="share of a GPU's memory for the engine's weights and its KV cache, states and drafts included"
+        description="share of a GPU's memory for the engine's weights and its KV cache, states and drafts included"
     )
     cuda_graph_batch_sizes: list[PositiveInt] | None = Field(
         None, description="batch sizes to capture CUDA graphs for; none leaves the choice to SGLang"

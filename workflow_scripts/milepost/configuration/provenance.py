@@ -273,7 +273,7 @@ class Provenance:
     def _evaluate(self, model: str, dataset: str, weights: str) -> Parts:
         settings = self._configuration.models[model]
         config = {
-            "evaluation": settings.evaluation.model_dump(mode="json", exclude={"datasets"}),
+            "evaluation": settings.evaluation.model_copy(update={"datasets": [dataset]}),
             "engine": settings.engine.model_dump(mode="json", exclude=OF_TRAINING),
             "reward": settings.reward,
             "hardware": settings.hardware.model_dump(mode="json", include={"gpus"}),

@@ -80,19 +80,19 @@ class Model(Section):
 
     source: ModelSource = Field(description="where the starting weights come from")
     architecture: Architecture | None = Field(None, description="the shape that the starting weights must have")
-    hardware: Hardware = Field(Hardware(), description="what the model's jobs take of a machine")
+    hardware: Hardware = Field(description="what the model's jobs take of a machine")
     conversion: Conversion = Field(Conversion(), description="how the starting weights are converted")
     parallel: Parallel = Field(Parallel(), description="how the model is laid out over GPUs")
     algorithm: Algorithm = Field(Algorithm(), description="advantages and losses")
-    optimizer: Optimizer = Field(Optimizer(), description="Adam and its learning rate")
+    optimizer: Optimizer = Field(description="Adam and its learning rate")
     training: Training = Field(description="data, batches and length of the training")
-    validation: Validation = Field(Validation(), description="the evaluation during training")
-    mtp: Mtp = Field(Mtp(), description="training of the MTP layer")
-    sampling: Sampling = Field(Sampling(), description="how a rollout samples answers")
-    engine: Engine = Field(Engine(), description="the rollout engine")
-    experts: Experts = Field(Experts(), description="how a mixture of experts is trained")
+    validation: Validation = Field(description="the evaluation during training")
+    mtp: Mtp = Field(description="training of the MTP layer")
+    sampling: Sampling = Field(description="how a rollout samples answers")
+    engine: Engine = Field(description="the rollout engine")
+    experts: Experts = Field(description="how a mixture of experts is trained")
     reward: Reward = Field(Reward(), description="how answers are graded")
-    evaluation: Evaluation = Field(Evaluation(), description="the final scores")
+    evaluation: Evaluation = Field(description="the final scores")
 
 
 def _not_base(name: str) -> str:
@@ -114,10 +114,10 @@ class Root(Section):
         min_length=1, description="the models that download_all ... eval_all and the report cover"
     )
     run: Annotated[Name, AfterValidator(_not_base)] = Field(
-        "grpo", description="name of the training run; another name keeps the old run's results"
+        description="name of the training run; another name keeps the old run's results"
     )
     results: Annotated[str, AfterValidator(_without_braces)] = Field(
-        "results", description="the folder that all results go to; relative to where Snakemake runs"
+        description="the folder that all results go to; relative to where Snakemake runs"
     )
     models_folder: str | None = Field(
         None, description="a folder of your own whose *.yaml are further models; relative to where Snakemake runs"
@@ -126,7 +126,7 @@ class Root(Section):
         "refuse", description="refuse jobs that this machine seems too small for, or only warn"
     )
     datasets: dict[Name, Dataset] = Field(description="the problem sets, by the names that other sections use")
-    plots: Plots = Field(Plots(), description="how plots look, and the colours of the report")
+    plots: Plots = Field(description="how plots look, and the colours of the report")
     per_model: dict[str, dict[str, Any]] = Field(
         {}, description="settings of one model, which override all that is shared: {9B: {training: {...}}}"
     )

@@ -27,11 +27,11 @@ class Source(Section):
 class WarmUp(Section):
     """The supervised training that a tiny model starts with: afterwards it can add, but often only estimates."""
 
-    steps: Annotated[int, Field(ge=0)] = Field(320, description="optimizer steps; 0 leaves the random weights")
-    batch_size: PositiveInt = Field(16, description="examples per step")
-    learning_rate: NonNegative = Field(1.0e-3, description="Adam's learning rate")
+    steps: Annotated[int, Field(ge=0)] = Field(750, description="optimizer steps; 0 leaves the random weights")
+    batch_size: PositiveInt = Field(8, description="examples per step")
+    learning_rate: NonNegative = Field(1.5e-3, description="Adam's learning rate")
     computed_share: Share = Field(
-        0.5, description="share of the last examples that work the sum out, and so about the accuracy to begin with"
+        0.4, description="share of the last examples that work the sum out, and so about the accuracy to begin with"
     )
 
 
@@ -67,7 +67,7 @@ class Problems(Section):
 
     split: Literal["train", "evaluation"] = Field(description="which of the two disjoint sets of problems to draw from")
     seed: int = Field(0, description="seed of the draw")
-    rows: PositiveInt = Field(2048, description="number of problems")
+    rows: PositiveInt = Field(description="number of problems")
 
 
 class Dataset(Source):

@@ -25,34 +25,34 @@ class Experts(Section):
     """How a mixture of experts is trained."""
 
     dispatcher: Literal["allgather", "alltoall", "flex"] = Field(
-        "flex", description="Megatron-Core's token dispatcher: how tokens reach experts on other GPUs"
+        description="Megatron-Core's token dispatcher: how tokens reach experts on other GPUs"
     )
-    deepep: bool = Field(False, description="let the flex dispatcher use DeepEP, a package that you install yourself")
-    aux_loss_coefficient: NonNegative = Field(0.0, description="weight of the loss that balances the experts' load")
+    deepep: bool = Field(description="let the flex dispatcher use DeepEP, a package that you install yourself")
+    aux_loss_coefficient: NonNegative = Field(description="weight of the loss that balances the experts' load")
 
 
 class Mtp(Section):
     """Training of the MTP layer, which predicts the token after the next one and drafts for the engine."""
 
-    train: bool = Field(False, description="train the MTP layer; it never changes the gradients of the other layers")
-    loss_scale: NonNegative = Field(0.2, description="weight of the MTP loss")
+    train: bool = Field(description="train the MTP layer; it never changes the gradients of the other layers")
+    loss_scale: NonNegative = Field(description="weight of the MTP loss")
 
 
 class Optimizer(Section):
     """Adam and its learning rate."""
 
-    learning_rate: NonNegative = Field(1e-6, description="learning rate after warm-up")
+    learning_rate: NonNegative = Field(description="learning rate after warm-up")
     warm_up_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="steps over which the learning rate rises linearly from 0; it is constant afterwards"
+        description="steps over which the learning rate rises linearly from 0; it is constant afterwards"
     )
-    weight_decay: NonNegative = Field(0.1, description="decoupled weight decay, as in AdamW")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.98), description="decay rates of the first and the second moment")
+    weight_decay: NonNegative = Field(description="decoupled weight decay, as in AdamW")
+    betas: tuple[Decay, Decay] = Field(description="decay rates of the first and the second moment")
     epsilon: NonNegative = Field(1e-8, description="added to the root of the second moment")
     clip_gradient_norm: NonNegative = Field(
-        1.0, description="scale the gradients down to this norm if it is larger; 0 never does"
+        description="scale the gradients down to this norm if it is larger; 0 never does"
     )
     cpu_offload: bool = Field(
-        False, description="keep Adam's states in host memory and take its steps on the CPU, with copies overlapped"
+        description="keep Adam's states in host memory and take its steps on the CPU, with copies overlapped"
     )
 
 
@@ -60,28 +60,27 @@ class Training(Section):
     """The data, the batches and the length of a training, and the memory that it takes."""
 
     dataset: Name = Field(description="the problem set to train on, a name under `datasets`")
-    prompts_per_rollout: PositiveInt = Field(32, description="prompts that each rollout samples answers to")
-    samples_per_prompt: Annotated[int, Field(ge=2)] = Field(8, description="answers to each prompt: one group")
+    prompts_per_rollout: PositiveInt = Field(description="prompts that each rollout samples answers to")
+    samples_per_prompt: Annotated[int, Field(ge=2)] = Field(description="answers to each prompt: one group")
     global_batch: PositiveInt = Field(
-        256, description="answers per optimizer step; as many as a rollout has makes one step per rollout"
+        description="answers per optimizer step; as many as a rollout has makes one step per rollout"
     )
-    rollouts: PositiveInt = Field(3000, description="rollouts in the whole training; more continue a finished run")
-    seed: int = Field(1234, description="seed of the order of prompts and of sampling")
+    rollouts: PositiveInt = Field(description="rollouts in the whole training; more continue a finished run")
+    seed: int = Field(description="seed of the order of prompts and of sampling")
     max_tokens_per_gpu: PositiveInt = Field(
-        9216, description="tokens of a pack for each GPU that shares it (tensor x context parallel)"
+        description="tokens of a pack for each GPU that shares it (tensor x context parallel)"
     )
-    log_prob_chunk: PositiveInt = Field(1024, description="tokens whose logits are in memory at one time")
+    log_prob_chunk: PositiveInt = Field(description="tokens whose logits are in memory at one time")
     recompute: Literal["auto", Recompute] = Field(
-        "auto",
         description="activations to compute again in the backward pass; auto: the fewest that fit the GPU's memory",
     )
     dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="type of weights and activations; the optimizer keeps float32 copies"
+        description="type of weights and activations; the optimizer keeps float32 copies"
     )
-    save_interval: PositiveInt = Field(20, description="rollouts between checkpoints")
-    keep_checkpoints: PositiveInt = Field(2, description="keep the last N checkpoints and the best one")
+    save_interval: PositiveInt = Field(description="rollouts between checkpoints")
+    keep_checkpoints: PositiveInt = Field(description="keep the last N checkpoints and the best one")
     max_bad_steps: PositiveInt = Field(
-        5, description="end the run after N steps in a row skipped for a NaN or infinite loss or gradient"
+        description="end the run after N steps in a row skipped for a NaN or infinite loss or gradient"
     )
     wandb_project: str | None = Field(None, description="also log to this Weights & Biases project")
     on_code_change: Literal["new", "continue"] = Field(
@@ -104,12 +103,12 @@ class Training(Section):
 class Sampling(Section):
     """How a rollout samples answers."""
 
-    max_response_tokens: PositiveInt = Field(8192, description="tokens after which an answer is cut off")
-    max_prompt_tokens: PositiveInt = Field(2048, description="longer prompts are left out of the training")
-    temperature: NonNegative = Field(1.0, description="sampling temperature")
-    top_p: Share = Field(1.0, description="sample from the most probable tokens that together have this probability")
-    top_k: TopK = Field(-1, description="sample from the k most probable tokens; -1 for all")
-    enable_thinking: bool = Field(True, description="passed to the chat template: begin answers with a think block")
+    max_response_tokens: PositiveInt = Field(description="tokens after which an answer is cut off")
+    max_prompt_tokens: PositiveInt = Field(description="longer prompts are left out of the training")
+    temperature: NonNegative = Field(description="sampling temperature")
+    top_p: Share = Field(description="sample from the most probable tokens that together have this probability")
+    top_k: TopK = Field(description="sample from the k most probable tokens; -1 for all")
+    enable_thinking: bool = Field(description="passed to the chat template: begin answers with a think block")
 
 
 class Validation(Section):
@@ -118,9 +117,9 @@ class Validation(Section):
     It is separate from `Evaluation`, so that another protocol for the final scores never makes a training stale.
     """
 
-    interval: Annotated[int, Field(ge=0)] = Field(20, description="rollouts between validations; 0 for none")
-    dataset: Name = Field("aime-2024", description="the problem set to validate on, a name under `datasets`")
-    samples_per_problem: PositiveInt = Field(16, description="answers to each problem")
-    max_response_tokens: PositiveInt = Field(16384, description="tokens after which an answer is cut off")
-    temperature: NonNegative = Field(1.0, description="sampling temperature; 0 takes the most probable token")
-    top_p: Share = Field(1.0, description="sample from the most probable tokens that together have this probability")
+    interval: Annotated[int, Field(ge=0)] = Field(description="rollouts between validations; 0 for none")
+    dataset: Name = Field(description="the problem set to validate on, a name under `datasets`")
+    samples_per_problem: PositiveInt = Field(description="answers to each problem")
+    max_response_tokens: PositiveInt = Field(description="tokens after which an answer is cut off")
+    temperature: NonNegative = Field(description="sampling temperature; 0 takes the most probable token")
+    top_p: Share = Field(description="sample from the most probable tokens that together have this probability")

@@ -23,6 +23,8 @@ from milepost.qwen3_5.specs import decoder_spec, mtp_spec
 
 # The first step may compile kernels on some ranks while others wait in a collective.
 _TIMEOUT = timedelta(minutes=60)
+# Where nothing is trained, as in a conversion, every dispatcher does.
+UNTRAINED = Experts(dispatcher="flex", deepep=False, aux_loss_coefficient=0.0)
 _groups = itertools.count()
 
 
@@ -94,7 +96,7 @@ def build_model(
         experts: dispatcher and auxiliary loss of a mixture of experts.
         materialize: False for parameters without storage (on the meta device), to know names, shapes and shards.
     """
-    parallel, experts = parallel or Parallel(), experts or Experts()
+    parallel, experts = parallel or Parallel(), experts or UNTRAINED
     if mtp_num_layers > architecture.mtp_num_layers:
         raise UserError(f"mtp_num_layers {mtp_num_layers}: the checkpoint has {architecture.mtp_num_layers} MTP layers")
     on_cpu = not torch.cuda.is_available()

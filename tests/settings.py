@@ -1,0 +1,29 @@
+"""Sections of the shipped configuration, as tests need them."""
+
+from pathlib import Path
+from typing import Any
+
+from milepost.configuration.loading import merge, read_yaml
+from milepost.configuration.schema import Algorithm, Model, Root, Section
+from milepost.grpo.settings import Settings
+
+CONFIG = Path(__file__).parents[1] / "config"
+DRAFTING = read_yaml(CONFIG / "models/35B_A3B.yaml")["engine"]["speculation"]
+
+
+def section(name: str, **changes: Any) -> Section:
+    """The section ``name`` of config.yaml with ``changes``."""
+    kind = (Root.model_fields | Model.model_fields)[name].annotation
+    return kind.model_validate(merge(read_yaml(CONFIG / "config.yaml").get(name, {}), changes))
+
+
+def training_settings(**sections: dict[str, Any]) -> Settings:
+    """The shared settings of config.yaml, on the CPU in fp32, with ``sections`` laid over them."""
+    on_the_cpu = {"hardware": {"gpus": 0}, "engine": {"kind": "cpu"}, "training": {"dtype": "float32"}}
+    changes = merge(on_the_cpu, sections)
+    return Settings(**{name: section(name, **changes.get(name, {})) for name in Settings.model_fields})
+
+
+def algorithm(**changes: Any) -> Algorithm:
+    """The recipes' algorithm with ``changes``."""
+    return section("algorithm", **changes)
