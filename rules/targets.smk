@@ -26,6 +26,17 @@ rule preflight:
         print(found)
 
 
+rule check_reward:
+    """Grade the answers of a file (--config 'answers=answers.jsonl') by the listed models' rewards."""
+    log:
+        f"{RESULTS}/logs/check_reward.log",
+    localrule: True
+    run:
+        found = complain(check_reward, settings)
+        Path(log[0]).write_text(found + "\n")
+        print(found)
+
+
 for stage, purpose in STAGES.items():
     for model in [*settings.models, *settings.faults]:
 

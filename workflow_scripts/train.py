@@ -39,7 +39,7 @@ from milepost.grpo.run_state import Progress
 from milepost.grpo.weight_sync import push_weights
 from milepost.qwen3_5.architecture import Architecture
 from milepost.qwen3_5.build import build_model, finalize, initialize
-from milepost.rewards.math import Grader
+from milepost.rewards.grader import Grader
 from milepost.rollout.engine import RolloutEngine, start_engine
 from milepost.rollout.prompts import load_tokenizer, stop_token_ids
 
@@ -57,6 +57,9 @@ class Settings(schema.Section):
     engine: schema.Engine
     experts: schema.Experts
     reward: schema.Reward
+    reward_code: dict[str, str] | None = None  # of a user's functions, by file: it decides which run goes on
+    validation_reward: schema.Reward | None = None  # where it is another one
+    validation_reward_code: dict[str, str] | None = None
     hardware: schema.Hardware
 
 
@@ -224,7 +227,8 @@ def start_driver(
     """What rank 0 needs besides: prompts, engine, grader, logs."""
     tokenizer = load_tokenizer(hub.root)
     stops = stop_token_ids(hub.root, tokenizer)
-    prompts, intake = load_prompts(read_manifest(arguments.data).require(digests=True), tokenizer, settings.sampling)
+    data = read_manifest(arguments.data).require(digests=True)
+    prompts, intake = load_prompts(data, tokenizer, settings.sampling, settings.reward.labels)
     print(f"{settings.training.dataset}: {intake}", file=sys.stderr)
     cursor = PromptCursor(prompts, settings.training.seed)
     if progress.cursor:
@@ -241,6 +245,8 @@ def start_driver(
     engine.sleep()
     engine.wake()  # as in every step: its caches, which are not needed yet, leave their room for what sends the weights
     grader = stack.enter_context(Grader(settings.reward))
+    by_another = settings.validation_reward not in (None, settings.reward)
+    validation_grader = stack.enter_context(Grader(settings.validation_reward)) if by_another else grader
     log = metrics.RunLog(arguments.work, progress.rollout + 1, settings.training.wandb_project)
     stack.callback(log.close)
     bar = tqdm(total=settings.training.rollouts, initial=progress.rollout, desc="train", unit="rollout", mininterval=1)
@@ -256,7 +262,7 @@ def start_driver(
         grader=grader,
         cursor=cursor,
         log=log,
-        validate=validator(arguments, settings, problems, tokenizer, stops, grader),
+        validate=validator(arguments, settings, problems, tokenizer, stops, validation_grader),
         validation_interval=settings.validation.interval,
         interrupts=interrupts,
         bar=bar,
@@ -267,7 +273,8 @@ def validation_problems(arguments: argparse.Namespace, settings: Settings) -> li
     """Those of the evaluation during training; none if there is to be none."""
     if not settings.validation.interval:
         return []
-    return load_problems(read_manifest(arguments.validation))
+    reward = settings.validation_reward or settings.reward
+    return load_problems(read_manifest(arguments.validation), reward.labels)
 
 
 def validation_protocol(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
@@ -278,6 +285,8 @@ def validation_protocol(arguments: argparse.Namespace, settings: Settings) -> di
         "enable_thinking": settings.sampling.enable_thinking,
         "problems": sha256_of_all(problems.files),
         "prompts": problems.provenance["config"]["dataset"],  # how they are made of the problems
+        "reward": (settings.validation_reward or settings.reward).model_dump(mode="json"),
+        "reward_code": settings.validation_reward_code,
     }
 
 

@@ -20,9 +20,9 @@ from milepost.common.contents import content_of
 from milepost.common.errors import UserError
 from milepost.common.files import read_json, sha256_of
 from milepost.configuration import runs, staleness
-from milepost.configuration.code import code_digest, digest
+from milepost.configuration.code import code_digest, digest, user_code_digest
 from milepost.configuration.loading import Configuration
-from milepost.configuration.schema import Engine, Evaluation, Section
+from milepost.configuration.schema import Engine, Evaluation, Reward, Section
 
 OF_TRAINING = {"mem_fraction_static", "check_weights", "replay_routing"}  # the engine's, beside a training alone
 TRAIN_SECTIONS = (
@@ -35,7 +35,6 @@ TRAIN_SECTIONS = (
     "sampling",
     "engine",
     "experts",
-    "reward",
 )
 # Where each result's manifest lies, below the results' folder.
 MANIFESTS = {
@@ -142,6 +141,7 @@ class Provenance:
             job["on_code_change"] = self._on_code_change(**which)
         elif stage == "dataset":
             job["every_row"] = which["name"] in self._configuration.scored
+            job["labels"] = self._configuration.labels(which["name"])
         elif stage == "evaluate":
             job["sampler"] = self._sampler(which["model"])
         return job
@@ -232,7 +232,8 @@ class Provenance:
 
     def _dataset(self, name: str) -> Parts:
         dataset = self._configuration.datasets[name]
-        config = {"dataset": dataset, "name": name}
+        # The reward is read by what trains and evaluates: with another one the set need not be fetched again.
+        config = {"dataset": dataset.model_dump(mode="json", exclude={"reward"}), "name": name}
         if dataset.folder:
             file = Path(dataset.folder).expanduser() / dataset.file
             config["content"] = _content(file) if file.is_file() else None  # the download says that it is missing
@@ -256,6 +257,7 @@ class Provenance:
     def _train(self, model: str) -> Parts:
         settings = self._configuration.models[model]
         config = {section: getattr(settings, section) for section in TRAIN_SECTIONS}
+        config |= _graded_by(self._configuration.reward(model, settings.training.dataset))
         config["training"] = settings.training.model_dump(mode="json", exclude={"on_code_change"})  # see `job`
         config["hardware"] = settings.hardware.model_dump(mode="json", include={"gpus", "processes"})
         upstream = {
@@ -265,6 +267,9 @@ class Provenance:
         }
         if settings.validation.interval:
             upstream["validation"] = ("dataset", {"name": settings.validation.dataset})
+            validation = _graded_by(self._configuration.reward(model, settings.validation.dataset))
+            if validation["reward"] != config["reward"]:
+                config |= {f"validation_{key}": value for key, value in validation.items()}
         return Parts(config, ["train.py", engine_file(settings.engine.kind)], versions.TRAINING, upstream)
 
     def _export(self, model: str) -> Parts:
@@ -276,7 +281,7 @@ class Provenance:
         config = {
             "evaluation": settings.evaluation.model_dump(mode="json", exclude={"datasets"}),
             "engine": settings.engine.model_dump(mode="json", exclude=OF_TRAINING),
-            "reward": settings.reward,
+            **_graded_by(self._configuration.reward(model, dataset)),
             "hardware": settings.hardware.model_dump(mode="json", include={"gpus"}),
         }
         source = "download" if weights == "base" else "export"
@@ -322,6 +327,12 @@ def sampler(evaluation: Evaluation, engine: Engine, code: str, packages: dict[st
         "code": code,
         "versions": packages,
     }
+
+
+def _graded_by(reward: Reward) -> dict[str, Any]:
+    """A reward as part of a record: its settings and, of a user's functions, the code by file."""
+    files = {function.file: user_code_digest(function.path) for function in reward.functions if function.path.is_file()}
+    return {"reward": reward.model_dump(mode="json"), **({"reward_code": files} if files else {})}
 
 
 def engine_file(kind: str) -> str:

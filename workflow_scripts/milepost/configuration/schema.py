@@ -10,8 +10,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     JsonValue,
     PositiveInt,
@@ -19,9 +17,9 @@ from pydantic import (
     model_validator,
 )
 
-Share = Annotated[float, Field(gt=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
+from milepost.configuration.rewards import Reward
+from milepost.configuration.section import NonNegative, Section, Share
+
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -55,12 +53,6 @@ def _is_color(value: str) -> str:
 
 
 Color = Annotated[str, AfterValidator(_is_color)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys and numbers that are not finite are errors; nothing changes later."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Problems(Section):
@@ -129,10 +121,13 @@ class Dataset(Source):
     problems: Problems | None = Field(None, description="make a problem set instead of downloading one")
     file: str = Field(description="the JSON-lines file within the source")
     prompt_key: str = Field("prompt", description="a row's chat, a list of messages that ends with the user's")
-    label_key: str = Field("label", description="a row's answer, text or a number")
+    label_key: str = Field("label", description="a row's answer, text or a number; a reward of your own may need none")
     instruction: str | None = Field(
-        None, description="ends every prompt that does not ask for a \\boxed answer itself; only those are graded"
+        None,
+        description="ends every prompt; where the reward reads boxes, those alone that do not ask for a \\boxed answer"
+        " themselves",
     )
+    reward: Reward | None = Field(None, description="of this set's responses, in place of the model's")
     rows: PositiveInt | None = Field(None, description="exact number of rows expected; None accepts any")
     unique_prompts: bool = Field(False, description="refuse the file if a prompt repeats")
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = Field(
@@ -350,17 +345,6 @@ class Experts(Section):
     aux_loss_coefficient: NonNegative = 0.0
 
 
-class Reward(Section):
-    """The rule-based math reward."""
-
-    think_block: Literal["required", "optional"] = Field(
-        "required",
-        description="required: only text after the reasoning's </think> counts; optional: all of it where there is"
-        " none, as under enable_thinking: false",
-    )
-    max_seconds: Positive = Field(5.0, description="time one answer's grading may take in its worker")
-
-
 class Evaluation(Section):
     """AIME-2024 or any problem set of the same schema."""
 
@@ -468,6 +452,7 @@ class Root(Section):
     results: Annotated[str, AfterValidator(_without_braces)] = Field(
         "results", description="the folder of everything that is made"
     )
+    answers: str | None = Field(None, description="a file of answers, JSON lines, that check_reward grades")
     preflight: Literal["refuse", "warn"] = Field(
         "refuse",
         description="whether a run that this machine seems too small for is refused, or only warned of",

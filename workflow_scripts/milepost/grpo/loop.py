@@ -26,7 +26,7 @@ from milepost.grpo.learner import Learner
 from milepost.grpo.metrics import RunLog, equal_rewards, peak_memory, warn
 from milepost.grpo.run_state import Progress
 from milepost.grpo.samples import Sample, TrainingSequence, collect, statistics, to_training
-from milepost.rewards.math import Grader
+from milepost.rewards.grader import Grader
 from milepost.rollout.engine import RolloutEngine, SamplingParams, request_seed
 from milepost.rollout.prompts import decode
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from milepost.grpo.advantages import group_advantages, has_spread
 from milepost.grpo.data import Prompt
-from milepost.rewards.math import Grader, Verdict
+from milepost.rewards.base import Response, Verdict
+from milepost.rewards.grader import Grader
 from milepost.rollout.engine import Completion, Request, RolloutEngine, SamplingParams
 from milepost.rollout.prompts import decode
 
@@ -26,7 +27,7 @@ class Sample:
 
     @property
     def reward(self) -> float:
-        return float(self.verdict.correct)
+        return float(self.verdict.reward)
 
     def row(self, rollout: int, prompt_text: str) -> dict[str, Any]:
         """The sample as a line of samples.jsonl."""
@@ -39,6 +40,7 @@ class Sample:
             "answer": self.verdict.answer,
             "reward": self.reward,
             "reason": self.verdict.reason,
+            **({"parts": self.verdict.parts_as_json()} if self.verdict.parts else {}),
             "tokens": len(self.completion.token_ids),
             "finish": self.completion.finish,
         }
@@ -80,7 +82,12 @@ def collect(
     """Sample one response for every (prompt, seed), and grade them all; in the order of the requests."""
     completions = engine.generate([Request(prompt.ids, seed) for prompt, seed in requests], params, on_done)
     texts = [decode(tokenizer, completion.token_ids) for completion in completions]
-    verdicts = grader.grade([(text, prompt.label) for text, (prompt, _) in zip(texts, requests, strict=True)])
+    verdicts = grader.grade(
+        [
+            Response.of(prompt, text, completion.finish, len(completion.token_ids), grader.settings.think_block)
+            for (prompt, _), completion, text in zip(requests, completions, texts, strict=True)
+        ]
+    )
     return [
         Sample(prompt, completion, text, verdict)
         for (prompt, _), completion, text, verdict in zip(requests, completions, texts, verdicts, strict=True)
@@ -111,14 +118,23 @@ def statistics(samples: Sequence[Sample], group_size: int) -> dict[str, float]:
     """The metrics of a rollout that need no model.
 
     ``pass_rate`` is the share of prompts that at least one sample solved, ``groups_without_spread`` the share of
-    prompts whose samples all earned the same, which teach nothing. Where drafts are made, ``acceptance_length`` is the
-    tokens that a forward pass of the model gives, ``acceptance_rate`` the share of drafted tokens that are kept.
+    prompts whose samples all earned the same, which teach nothing; ``reward_<name>`` is the mean of a sum's part, and
+    ``grading_failed_share`` the share of samples that could not be graded. Where drafts are made, ``acceptance_length``
+    is the tokens that a forward pass of the model gives, ``acceptance_rate`` the share of drafted tokens that are kept.
     """
     rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64).view(-1, group_size)
+    solved = torch.tensor([sample.verdict.correct for sample in samples]).view(-1, group_size)
     lengths = [len(sample.completion.token_ids) for sample in samples]
     return {
         "reward_mean": rewards.mean().item(),
-        "pass_rate": (rewards.amax(dim=1) > 0).double().mean().item(),
+        "reward_min": rewards.min().item(),
+        "reward_max": rewards.max().item(),
+        **{
+            f"reward_{name}": sum(sample.verdict.parts[name].reward for sample in samples) / len(samples)
+            for name in samples[0].verdict.parts
+        },
+        "pass_rate": solved.any(dim=1).double().mean().item(),
+        "grading_failed_share": sum(sample.verdict.failed for sample in samples) / len(samples),
         "groups_without_spread": 1.0 - has_spread(rewards).double().mean().item(),
         "response_length_mean": sum(lengths) / len(lengths),
         "truncated_share": sum(sample.completion.finish == "length" for sample in samples) / len(samples),
