@@ -25,7 +25,6 @@ from milepost.configuration.layout import processes
 from milepost.configuration.loading import load, user_layers
 from milepost.configuration.preflight import check_jobs, table
 from milepost.configuration.provenance import Provenance
-from milepost.rewards.check import check_reward
 
 
 def complain(function, *arguments):

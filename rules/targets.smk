@@ -31,10 +31,10 @@ rule check_reward:
     log:
         f"{RESULTS}/logs/check_reward.log",
     localrule: True
-    run:
-        found = complain(check_reward, settings)
-        Path(log[0]).write_text(found + "\n")
-        print(found)
+    params:
+        job=f"{RESULTS}/jobs/check_reward.json",
+    shell:
+        'begin {log:q}; python "$SCRIPTS"/check_reward.py --job {params.job:q} |& logged'
 
 
 for stage, purpose in STAGES.items():

@@ -8,7 +8,8 @@ from milepost.common.problems import Problem
 from milepost.configuration.schema import Evaluation, Reward
 from milepost.evaluation.sampling import Sample
 from milepost.evaluation.scores import scores
-from milepost.rewards.math import Grader, Verdict
+from milepost.rewards.base import Verdict
+from milepost.rewards.grader import Grader
 
 SETTINGS = Evaluation(samples_per_problem=4, pass_at=[1, 2, 4], bootstrap_samples=500)
 PROBLEMS = [Problem([{"role": "user", "content": label}], label, 1) for label in ("33", "34")]
@@ -75,10 +76,12 @@ def test_an_interval_ends_where_scores_do():
 class Fixed:
     """A grader whose verdicts are given: what goes wrong in one is not to be had at will."""
 
+    settings = Reward()
+
     def __init__(self, *reasons):
         self.verdicts = [Verdict(reason == "correct", None, reason) for reason in reasons]
 
-    def grade(self, pairs):
+    def grade(self, responses):
         return self.verdicts
 
 

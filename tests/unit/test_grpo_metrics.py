@@ -9,7 +9,7 @@ from milepost.grpo.data import Prompt
 from milepost.grpo.learner import _summary
 from milepost.grpo.metrics import expert_metrics
 from milepost.grpo.samples import Sample, statistics, to_training
-from milepost.rewards.math import Verdict
+from milepost.rewards.base import Verdict
 from milepost.rollout.engine import Completion, Drafting
 
 
@@ -29,7 +29,10 @@ def test_statistics_are_those_counted_by_hand():
     assert statistics(ROLLOUT, 4) == pytest.approx(
         {
             "reward_mean": 5 / 12,
+            "reward_min": 0.0,
+            "reward_max": 1.0,
             "pass_rate": 2 / 3,
+            "grading_failed_share": 0.0,
             "groups_without_spread": 2 / 3,
             "response_length_mean": 6.5,
             "truncated_share": 3 / 12,

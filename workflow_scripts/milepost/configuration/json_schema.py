@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from milepost.common.files import atomic_write
 from milepost.configuration.loading import SHARED
+from milepost.configuration.rewards import Part
 from milepost.configuration.schema import Model, Root
 
 CONFIG = Path(__file__).resolve().parents[3] / "config"
@@ -47,6 +48,7 @@ def _tables() -> str:
     for name, field in [*Root.model_fields.items(), *Model.model_fields.items()]:
         if section := _section(field.annotation):
             lines += _table(name, section)
+    lines += _table("a part of reward.sum", Part)
     return "\n".join(lines) + "\n"
 
 

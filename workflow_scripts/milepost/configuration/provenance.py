@@ -89,7 +89,7 @@ class Provenance:
 
     Stages and what tells their results apart:
     ``dataset`` (name), ``download``, ``convert``, ``train``, ``export`` (model), ``evaluate`` (model, dataset,
-    weights), ``tables``, ``plots``, ``report`` (none).
+    weights), ``tables``, ``plots``, ``report``, ``check_reward`` (none).
     """
 
     def __init__(self, configuration: Configuration, scripts: Path):
@@ -288,6 +288,10 @@ class Provenance:
         upstream = {source: (source, {"model": model}), "dataset": ("dataset", {"name": dataset})}
         packages = (*versions.SAMPLING, *versions.GRADING)
         return Parts(config, ["evaluate_model.py", engine_file(settings.engine.kind)], packages, upstream)
+
+    def _check_reward(self) -> Parts:
+        rewards = [reward.model_dump(mode="json") for reward in self._configuration.rewards()]
+        return Parts({"answers": self._configuration.answers, "rewards": rewards}, ["check_reward.py"], (), {})
 
     def _tables(self) -> Parts:
         return Parts({}, ["make_tables.py", *self._templates()], versions.STATISTICS, self._evaluations())

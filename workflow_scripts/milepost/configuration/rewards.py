@@ -87,7 +87,7 @@ class Part(Rule):
     name: str | None = Field(
         None,
         pattern=r"^[A-Za-z]\w*$",
-        description="of its metric, reward_<name>; where none is given the kind or the function's name",
+        description="of its metric, reward_NAME; where none is given the kind or the function's name",
     )
 
     @property

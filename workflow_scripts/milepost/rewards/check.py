@@ -10,7 +10,6 @@ from tabulate import tabulate
 from milepost.common.errors import UserError
 from milepost.common.labels import READERS
 from milepost.common.problems import Problem
-from milepost.configuration.loading import Configuration
 from milepost.configuration.rewards import Reward
 from milepost.rewards.base import Response, Verdict
 from milepost.rewards.grader import Grader
@@ -18,27 +17,24 @@ from milepost.rewards.grader import Grader
 SHOWN = 40  # characters of a text in the table, the last ones of a response
 
 
-def check_reward(configuration: Configuration) -> str:
-    """A table of verdicts for each reward of the listed models, on the file that ``answers`` names.
+def verdict_table(file: Path, reward: Reward) -> str:
+    """What a reward makes of the answers in a file, for a person to read.
 
     A line of the file is a JSON object with the text ``response`` and, where the reward needs one, ``label``. It may
     have ``prompt`` (text, or a list of messages), ``row`` (the data set's row; otherwise the line's own object),
     ``finish`` and ``tokens``: a training's samples.jsonl will do.
     """
-    return "\n\n".join(
-        f"reward: {_named(reward)}\n{_table(Path(configuration.answers), reward)}" for reward in configuration.rewards()
-    )
-
-
-def _table(file: Path, reward: Reward) -> str:
     answers = read_answers(file, reward)
-    with Grader(reward) as grader:
+    with Grader(reward.model_copy(update={"max_error_share": 1.0})) as grader:
         verdicts = grader.grade([response for _, response in answers])
     rows = [_row(line, response, verdict) for (line, response), verdict in zip(answers, verdicts, strict=True)]
     mean = sum(verdict.reward for verdict in verdicts) / len(verdicts)
     correct = sum(verdict.correct for verdict in verdicts)
-    total = f"{len(verdicts)} answers, mean reward {mean:.4g}, {correct} correct"
-    return f"{tabulate(rows, headers='keys', disable_numparse=True)}\n{total}"
+    return (
+        f"reward: {json.dumps(reward.model_dump(mode='json', exclude_defaults=True))}\n"
+        f"{tabulate(rows, headers='keys', disable_numparse=True)}\n"
+        f"{len(verdicts)} answers, mean reward {mean:.4g}, {correct} correct\n"
+    )
 
 
 def read_answers(file: Path, reward: Reward) -> list[tuple[int, Response]]:
@@ -93,8 +89,3 @@ def _row(line: int, response: Response, verdict: Verdict) -> dict[str, str]:
 def _short(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
-
-
-def _named(reward: Reward) -> str:
-    """A reward as the configuration has it, without what is as by default."""
-    return json.dumps(reward.model_dump(mode="json", exclude_defaults=True))

@@ -71,6 +71,7 @@ class LineProcess:
         if self.is_running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def stop(self) -> int | None:
         """End the process and forget it; its exit status."""

@@ -110,7 +110,10 @@ class _Worker(LineProcess):
         samples = [{field.name: getattr(response, field.name) for field in fields(Response)} for response in responses]
         line = self.ask(json.dumps({"samples": samples, "max_seconds": seconds}).encode() + b"\n", seconds)
         if line:
-            return json.loads(line)
+            outcomes = json.loads(line)
+            if any(outcome.get("error", "").startswith(MemoryError.__name__) for outcome in outcomes):
+                self.stop()  # what holds the memory goes along
+            return outcomes
         status = self.stop()
         if line is None:
             error = f"{TimeoutError.__name__}: a call took more than reward.max_seconds {seconds:g}"
