@@ -47,3 +47,62 @@ def test_a_data_sets_own_reward_takes_the_place_of_the_models(root):
     )
     assert found.reward("9B", "aime-2024").kind == "exact" and found.reward("9B", "dapo-math-17k").kind == "choice"
     assert found.labels("aime-2024") == "exact" and found.labels("dapo-math-17k") == "choice"
+
+
+def test_each_result_records_the_reward_of_its_own_set_and_a_functions_code(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def f(sample): return 1\n")
+    given = {"datasets": {"aime-2024": {"reward": {"function": "mine.py:f"}}}}
+    provenance = Provenance(load(root / "config/config.yaml", root / "config/models", given), root / "workflow_scripts")
+    training, score = provenance.of("train", model="9B"), provenance.of("evaluate", **SCORE)
+    assert training["config"]["reward"]["kind"] == "math" and "reward_code" not in training["config"]
+    assert training["config"]["validation_reward"]["function"] == score["config"]["reward"]["function"] == "mine.py:f"
+    assert training["config"]["validation_reward_code"] == score["config"]["reward_code"]
+    assert "reward" not in provenance.of("dataset", name="aime-2024")["config"]["dataset"]
+    assert provenance.job("dataset", name="aime-2024")["labels"] == "any"
+    assert provenance.job("dataset", name="dapo-math-17k")["labels"] == "math"
+    train.Settings.model_validate(training["config"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "continues"),
+    [
+        ("correct_from", 0.5, True),
+        ("processes", 9, True),
+        ("max_error_share", 0.5, True),
+        ("on_error", -1.0, False),
+        ("function", "mine.py:g", False),
+        ("max_seconds", 9.0, False),
+    ],
+)
+def test_what_decides_a_reward_begins_another_run(key, value, continues):
+    reward = Reward(function="mine.py:f")
+    one, other = (
+        runs.identity({"config": {"reward": settings.model_dump(mode="json")}, "inputs": {}})
+        for settings in (reward, reward.model_copy(update={key: value}))
+    )
+    assert (one == other) == continues
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("    return TEXT", "    # why\n    return  (TEXT)", True),
+        ('"""Says."""', '"""Says otherwise."""', True),
+        ("'a judge'", "'a strict judge'", False),
+        ("print('log')", "print('logged')", False),
+        ("def f", "def g", False),
+        ("def f", "def f(:", False),
+    ],
+)
+def test_a_users_file_counts_by_what_it_does_texts_included(tmp_path, old, new, same):
+    file, helper = tmp_path / "mine.py", tmp_path / "lib" / "helper.py"
+    helper.parent.mkdir()
+    helper.write_text("TEXT = 'a judge'\ndef log(): print('log')\n")
+    file.write_text('import json\nfrom lib.helper import TEXT\ndef f(sample):\n    """Says."""\n    return TEXT\n')
+    before = user_code_digest(file)
+    for cached in (user_code_digest, code._read):
+        cached.cache_clear()
+    for each in (file, helper):
+        each.write_text(each.read_text().replace(old, new))
+    assert (user_code_digest(file) == before) == same
