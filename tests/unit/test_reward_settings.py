@@ -2,8 +2,15 @@
 
 import pytest
 
+import train
 from milepost.common.errors import UserError
+from milepost.configuration import code, runs
+from milepost.configuration.code import user_code_digest
 from milepost.configuration.loading import Layer, load, user_layers
+from milepost.configuration.provenance import Provenance
+from milepost.configuration.schema import Reward
+
+SCORE = {"model": "9B", "dataset": "aime-2024", "weights": "base"}
 
 
 @pytest.mark.parametrize(
