@@ -101,9 +101,7 @@ def test_the_tables_show_mean_rewards_and_nothing_of_boxes(trained):
 
 def test_a_comment_in_the_reward_reruns_nothing(run, folder):
     file = folder / "my_rewards.py"
-    rewritten = (
-        file.read_text().replace("Rewards of my own.", "Rewards, mine.").replace("if not said:", "if (not said):")
-    )
+    written = file.read_text().replace("Rewards of my own.", "Rewards, mine.").replace("if not said:", "if (not said):")
     file.write_text(f"# of mine\n{written}")
     (folder / "letters.py").write_text(LETTERS + "# and y?\n")
     assert "Nothing to be done" in run(folder, "-n", "--", "all")
