@@ -27,7 +27,7 @@ rule preflight:
 
 
 rule check_reward:
-    """Grade the answers of a file (--config 'answers=answers.jsonl') by the listed models' rewards."""
+    """Grade the answers of a file (--config answers=...) by the rewards of the listed models."""
     log:
         f"{RESULTS}/logs/check_reward.log",
     localrule: True

@@ -97,7 +97,7 @@ def test_what_decides_a_reward_begins_another_run(key, value, continues):
         ("    return TEXT", "    # why\n    return  (TEXT)", True),
         ('"""Says."""', '"""Says otherwise."""', True),
         ("'a judge'", "'a strict judge'", False),
-        ("print('log')", "print('logged')", False),
+        ("Is it good", "Is it bad", False),
         ("def f", "def g", False),
         ("def f", "def f(:", False),
     ],
@@ -105,7 +105,7 @@ def test_what_decides_a_reward_begins_another_run(key, value, continues):
 def test_a_users_file_counts_by_what_it_does_texts_included(tmp_path, old, new, same):
     file, helper = tmp_path / "mine.py", tmp_path / "lib" / "helper.py"
     helper.parent.mkdir()
-    helper.write_text("TEXT = 'a judge'\ndef log(): print('log')\n")
+    helper.write_text("TEXT = 'a judge'\ndef ask(judge): judge.say('Is it good?')\n")
     file.write_text('import json\nfrom lib.helper import TEXT\ndef f(sample):\n    """Says."""\n    return TEXT\n')
     before = user_code_digest(file)
     for cached in (user_code_digest, code._read):
