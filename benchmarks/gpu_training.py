@@ -22,7 +22,7 @@ from record import record
 
 from milepost.configuration.loading import load
 from milepost.configuration.memory import GIB, estimate
-from milepost.configuration.schema import Model, Mtp, Optimizer, Parallel
+from milepost.configuration.schema import Model, Optimizer, Parallel
 from milepost.configuration.shape import architecture_of
 from milepost.grpo import gpu_optimizer
 from milepost.grpo.learner import Learner
@@ -85,6 +85,7 @@ def settings(arguments: argparse.Namespace, recompute: str, budget: int) -> Mode
         "conversion": {"processes": 1},
         "optimizer": {"cpu_offload": arguments.cpu_offload or arguments.no_adam},
         "training": {"max_tokens_per_gpu": budget, "recompute": recompute},
+        "mtp": {"train": False},
         "sampling": {"max_prompt_tokens": PROMPT, "max_response_tokens": arguments.response},
     }
     if arguments.layers:
@@ -102,8 +103,8 @@ def measure(arguments: argparse.Namespace, model: Model) -> None:
             parameter.zero_() if parameter.dim() == 1 else parameter.normal_(std=0.02)
             if name.endswith("out_norm.weight"):
                 parameter.fill_(1)
-    policy = Policy(network, training, model.algorithm, model.sampling, Mtp())
-    learner = Learner(policy, build_optimizer(network, model.optimizer), model.optimizer)
+    policy = Policy(network, model)
+    learner = Learner(policy, build_optimizer(network, model.optimizer), model)
     gpus = dist.get_world_size()
     budget = arguments.packs * training.max_tokens_per_gpu * gpus
     sequences = made_up(architecture.vocab_size, arguments.response, budget)

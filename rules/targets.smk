@@ -22,7 +22,7 @@ rule preflight:
     localrule: True
     run:
         found = table(settings)
-        Path(log[0]).write_text(found + "\n")
+        Path(log[0]).write_text(f"{found}\n")
         print(found)
 
 

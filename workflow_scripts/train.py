@@ -1,4 +1,8 @@
-"""Train a model with GRPO: alone, or as one of several processes under torchrun. A stopped run is continued."""
+"""Train a model with GRPO: alone, or as one of several processes under torchrun. A stopped run is continued.
+
+This script gets a run ready: its weights, its last checkpoint and its engine. `grpo.loop` trains; the head of that file
+shows what happens to a rollout.
+"""
 
 import argparse
 import math
@@ -7,13 +11,14 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from milepost.checkpoints import torch_dist
 from milepost.checkpoints.manifest import Manifest, describe, keep_manifest, read_manifest, write_manifest
@@ -22,45 +27,59 @@ from milepost.common.errors import UserError, run
 from milepost.common.files import hold, sha256_of_all
 from milepost.common.interrupts import Interrupts
 from milepost.common.jobs import job_parser
-from milepost.common.problems import Problem
 from milepost.configuration import runs, schema
 from milepost.configuration.layout import shape_fault
-from milepost.configuration.memory import GIB, beside, estimate
+from milepost.configuration.memory import GIB, estimate, rescaled_engine
 from milepost.evaluation.overlap import overlap
 from milepost.evaluation.problems import load_problems
 from milepost.evaluation.scores import evaluate
 from milepost.grpo import metrics, run_state
+from milepost.grpo.callbacks import Checkpoints, Logs, Validation
 from milepost.grpo.data import PromptCursor, load_prompts
 from milepost.grpo.learner import Learner
-from milepost.grpo.loop import Driver, Loop, control_group, from_rank_0
-from milepost.grpo.optimizer import build_optimizer
+from milepost.grpo.loop import Lead, Loop, control_group, from_rank_0
+from milepost.grpo.optimizer import Optimizer, build_optimizer
 from milepost.grpo.policy import Policy
 from milepost.grpo.run_state import Progress
+from milepost.grpo.samples import Sampler
+from milepost.grpo.settings import Settings
 from milepost.grpo.weight_sync import push_weights
 from milepost.qwen3_5.architecture import Architecture
 from milepost.qwen3_5.build import build_model, finalize, initialize
 from milepost.rewards.grader import Grader
-from milepost.rollout.engine import RolloutEngine, start_engine
+from milepost.rollout.engine import start_engine
 from milepost.rollout.prompts import load_tokenizer, stop_token_ids
 
 
-class Settings(schema.Section):
-    """The sections of the configuration that a training reads."""
+@dataclass(frozen=True)
+class Source:
+    """What a run begins with.
 
-    training: schema.Training
-    validation: schema.Validation
-    parallel: schema.Parallel
-    algorithm: schema.Algorithm
-    optimizer: schema.Optimizer
-    mtp: schema.Mtp
-    sampling: schema.Sampling
-    engine: schema.Engine
-    experts: schema.Experts
-    reward: schema.Reward
-    reward_code: dict[str, str] | None = None  # of a user's functions, by file: it decides which run goes on
-    validation_reward: schema.Reward | None = None  # where it is another one
-    validation_reward_code: dict[str, str] | None = None
-    hardware: schema.Hardware
+    Attributes:
+        hub: the model in the Hub's format: its tokenizer, and everything that training leaves as it is.
+        weights: the starting weights in torch_dist.
+        inputs: digests of the starting weights and of the prompts.
+    """
+
+    hub: Manifest
+    weights: Manifest
+    architecture: Architecture
+    inputs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a GPU's memory is used.
+
+    Attributes:
+        gpu_gib: of one GPU; infinite without.
+        recompute: which activations the backward pass computes again.
+        stay: whether weights and Adam's states keep their place on the GPU while the engine generates.
+    """
+
+    gpu_gib: float
+    recompute: str
+    stay: bool
 
 
 def main() -> None:
@@ -92,7 +111,7 @@ def main() -> None:
 
 
 def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -> Path:
-    """Train, or go on training, and return the final checkpoint's folder; every rank does."""
+    """Train, or go on training, and return the folder of the final checkpoint. Every rank calls this."""
     first, control = dist.get_rank() == 0, control_group()
     if first:
         stack.enter_context(hold(arguments.work))
@@ -100,84 +119,86 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
     from_rank_0(None, control)  # another training may be at work there for days
     interrupts = stack.enter_context(Interrupts())  # not while it waits for another training's end
     say = narrator(settings)
-    say("checking the weights")
-    hub_manifest, weights = read_manifest(arguments.hub).require(), read_manifest(arguments.weights)
-    weights.require(digests=first)
-    inputs = {
-        "weights": sha256_of_all(hub_manifest.files),
-        "prompts": sha256_of_all(read_manifest(arguments.data).files),
-    }
-    architecture, hub = Architecture.from_folder(hub_manifest.root), HubCheckpoint(hub_manifest.root)
-    if fault := shape_fault(architecture, settings.parallel, settings.experts, on_gpu=settings.hardware.gpus > 0):
-        raise UserError(str(fault))
-    training = settings.training
-    gpu_gib = from_rank_0(gpu_memory_gib())
-    memory = estimate(architecture, settings, gpu_gib)
-    stay = memory.lasts_beside_engine(gpu_gib)
-    if training.recompute == "auto":
-        say(f"recompute: {memory.recompute}, the least that fits {gpu_gib:.0f} GiB a GPU")
-    say(f"while the engine generates weights and Adam's states {'stay on the GPU' if stay else 'wait on the host'}")
-    say("loading the weights")
-    model = build_model(
-        architecture,
-        settings.parallel,
-        dtype=getattr(torch, training.dtype),
-        recompute=memory.recompute,
-        mtp_num_layers=int(settings.mtp.train),
-        experts=settings.experts,
-    )
-    torch_dist.load(model, weights.root)
-    policy = Policy(
-        model,
-        training,
-        settings.algorithm,
-        settings.sampling,
-        settings.mtp,
-        replays_routing=settings.engine.replay_routing,
-    )
-    say("preparing Adam's states")
-    optimizer = build_optimizer(model, settings.optimizer, stay=stay)
 
-    saved = from_rank_0(find_checkpoint(arguments.work, inputs) if first else None, control)  # it reads all bytes
+    say("checking the weights")
+    source = check_source(arguments, settings)
+    plan = plan_memory(source.architecture, settings, say)
+    say("loading the weights")
+    model = load_model(source, settings, plan)
+    policy = Policy(model, settings)
+    say("preparing Adam's states")
+    optimizer = build_optimizer(model, settings.optimizer, stay=plan.stay)
+
+    saved = from_rank_0(find_checkpoint(arguments.work, source.inputs) if first else None, control)  # reads all bytes
     if saved:
         say(f"loading {saved.name}")
-    progress = run_state.load(saved, model, optimizer) if saved else Progress(inputs=inputs)
-    if settings.validation.interval and progress.protocol != (protocol := validation_protocol(arguments, settings)):
-        progress.score, progress.protocol = None, protocol
-    if progress.rollout > training.rollouts:
-        raise UserError(
-            f"{arguments.work}: holds {progress.rollout} rollouts, training.rollouts is {training.rollouts}:"
-            " raise it, or move that folder away"
-        )
-    if first:
-        metrics.truncate_logs(arguments.work, progress.log_bytes)
-    if saved and progress.rollout == training.rollouts and not progress.validation_due(settings.validation.interval):
+    progress = resume(saved, source, model, optimizer, arguments, settings)
+    if (
+        saved
+        and progress.rollout == settings.training.rollouts
+        and not progress.validation_due(settings.validation.interval)
+    ):
         return saved
 
     optimizer.sleep()  # the engine takes its share of what is free when it starts
     say("starting the engine")
-    if stay:
-        settings = settings.model_copy(update={"engine": beside(settings.engine, taken_gib(), gpu_gib)})
-    driver = start_driver(arguments, settings, hub_manifest, progress, interrupts, stack) if first else None
+    if plan.stay:
+        engine = rescaled_engine(settings.engine, taken_gib(), plan.gpu_gib)
+        settings = settings.model_copy(update={"engine": engine})
+    lead = start_lead(arguments, settings, source, progress, interrupts, stack) if first else None
     from_rank_0(None, control)  # until then the others' weights wait on the host: the engine measures what is free
-    engine = driver.engine if driver else None
-    loop = Loop(
-        work=arguments.work,
-        training=training,
+    engine, hub = lead.sampler.engine if lead else None, HubCheckpoint(source.hub.root)
+    return Loop(
+        settings=settings,
         progress=progress,
-        learner=Learner(policy, optimizer, settings.optimizer),
-        push_weights=lambda: push_weights(model, architecture, hub, engine, settings.engine),
-        provenance=arguments.job,
+        learner=Learner(policy, optimizer, settings),
+        push_weights=lambda: push_weights(model, source.architecture, hub, engine, settings.engine),
+        checkpoints=Checkpoints(arguments.work, settings, progress, arguments.job, saved),
         interrupts=interrupts,
-        driver=driver,
-        saved=saved,
+        lead=lead,
         control=control,
+    ).run()
+
+
+def check_source(arguments: argparse.Namespace, settings: Settings) -> Source:
+    """Compare the starting weights with their manifests, and their shape with the settings."""
+    hub = read_manifest(arguments.hub).require()
+    weights = read_manifest(arguments.weights).require(digests=dist.get_rank() == 0)
+    architecture = Architecture.from_folder(hub.root)
+    if fault := shape_fault(architecture, settings.parallel, settings.experts, on_gpu=settings.hardware.gpus > 0):
+        raise UserError(str(fault))
+    prompts = read_manifest(arguments.data)
+    inputs = {"weights": sha256_of_all(hub.files), "prompts": sha256_of_all(prompts.files)}
+    return Source(hub, weights, architecture, inputs)
+
+
+def plan_memory(architecture: Architecture, settings: Settings, say: Callable[[str], None]) -> MemoryPlan:
+    """Decide what to recompute and what stays on the GPU, from rank 0's GPU for all."""
+    gpu_gib = from_rank_0(gpu_memory_gib())
+    memory = estimate(architecture, settings, gpu_gib)
+    stay = memory.lasts_beside_engine(gpu_gib)
+    if settings.training.recompute == "auto":
+        say(f"recompute: {memory.recompute}, the least that fits {gpu_gib:.0f} GiB a GPU")
+    say(f"while the engine generates weights and Adam's states {'stay on the GPU' if stay else 'wait on the host'}")
+    return MemoryPlan(gpu_gib, memory.recompute, stay)
+
+
+def load_model(source: Source, settings: Settings, plan: MemoryPlan) -> nn.Module:
+    """The model in its parallel layout, with the starting weights."""
+    model = build_model(
+        source.architecture,
+        settings.parallel,
+        dtype=getattr(torch, settings.training.dtype),
+        recompute=plan.recompute,
+        mtp_num_layers=int(settings.mtp.train),
+        experts=settings.experts,
     )
-    return loop.run()
+    torch_dist.load(model, source.weights.root)
+    return model
 
 
 def find_checkpoint(work: Path, inputs: dict[str, str]) -> Path | None:
-    """The checkpoint to go on from; `UserError` if it comes of other weights or prompts than ``inputs``."""
+    """The checkpoint to go on from; `UserError` if it was made from other weights or prompts than ``inputs``."""
     saved = run_state.newest(work)
     run_state.clear(work)
     if saved and (then := run_state.read_progress(saved).inputs) != inputs:
@@ -186,8 +207,108 @@ def find_checkpoint(work: Path, inputs: dict[str, str]) -> Path | None:
     return saved
 
 
+def resume(
+    saved: Path | None,
+    source: Source,
+    model: nn.Module,
+    optimizer: Optimizer,
+    arguments: argparse.Namespace,
+    settings: Settings,
+) -> Progress:
+    """Load the checkpoint ``saved``, if there is one, and cut the logs to where it left them."""
+    progress = run_state.load(saved, model, optimizer) if saved else Progress(inputs=source.inputs)
+    if settings.validation.interval and progress.protocol != (protocol := validation_protocol(arguments, settings)):
+        progress.score, progress.protocol = None, protocol
+    if progress.rollout > settings.training.rollouts:
+        raise UserError(
+            f"{arguments.work}: holds {progress.rollout} rollouts, training.rollouts is {settings.training.rollouts}:"
+            " raise it, or move that folder away"
+        )
+    if dist.get_rank() == 0:
+        metrics.truncate_logs(arguments.work, progress.log_bytes)
+    return progress
+
+
+def start_lead(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    source: Source,
+    progress: Progress,
+    interrupts: Interrupts,
+    stack: ExitStack,
+) -> Lead:
+    """Start what rank 0 alone has: prompts, engine, grader, validation, logs."""
+    training, validation, data = settings.training, settings.validation, read_manifest(arguments.data)
+    tokenizer = load_tokenizer(source.hub.root)
+    stops = stop_token_ids(source.hub.root, tokenizer)
+    prompts, intake = load_prompts(data.require(digests=True), tokenizer, settings.sampling, settings.reward.labels)
+    print(f"{training.dataset}: {intake}", file=sys.stderr)
+    cursor = PromptCursor(prompts, training.seed)
+    if progress.cursor:
+        cursor.restore(progress.cursor)
+    validated_by = settings.validation_reward or settings.reward
+    problems = load_problems(read_manifest(arguments.validation), validated_by.labels) if validation.interval else []
+    if problems and (shared := overlap(data, read_manifest(arguments.validation))):
+        metrics.warn(shared)
+
+    max_requests = max(
+        training.prompts_per_rollout * training.samples_per_prompt, len(problems) * validation.samples_per_problem
+    )
+    engine = start_engine(source.hub.root, settings.engine, arguments.work / "engine", max_requests)
+    stack.callback(engine.close)
+    engine.sleep()
+    engine.wake()  # as in every step: its caches, which are not needed yet, leave their room for what sends the weights
+    grader = stack.enter_context(Grader(settings.reward))
+    validation_grader = stack.enter_context(Grader(validated_by)) if settings.validation_reward else grader
+    log = metrics.RunLog(arguments.work, progress.rollout + 1, training.wandb_project)
+    stack.callback(log.close)
+    bar = tqdm(total=training.rollouts, initial=progress.rollout, desc="train", unit="rollout", mininterval=1)
+    stack.callback(bar.close)
+
+    def validate(rollout: int) -> dict[str, float]:
+        samples = arguments.work / "validation" / f"{rollout:06d}.jsonl"
+        samples.parent.mkdir(exist_ok=True)
+        samples.unlink(missing_ok=True)  # of a run that ended before it saved these weights: perhaps not quite the same
+        wanted, sampler = validation_settings(settings), {"rollout": rollout}
+        scores = evaluate(engine, tokenizer, stops, problems, wanted, validation_grader, samples, sampler)
+        return {f"validation_{name}": scores[name] for name in ("average", "truncated_share", "mean_tokens")}
+
+    return Lead(
+        sampler=Sampler(settings, engine, tokenizer, stops, grader, cursor, interrupts),
+        validation=Validation(validation.interval, validate, log, interrupts),
+        logs=Logs(settings, log, bar, tokenizer),
+    )
+
+
+def validation_settings(settings: Settings) -> schema.Evaluation:
+    """The protocol of the evaluation during training."""
+    wanted = settings.validation
+    return schema.Evaluation(
+        datasets=[wanted.dataset],
+        samples_per_problem=wanted.samples_per_problem,
+        max_response_tokens=wanted.max_response_tokens,
+        temperature=wanted.temperature,
+        top_p=wanted.top_p,
+        enable_thinking=settings.sampling.enable_thinking,
+        pass_at=[1],
+    )
+
+
+def validation_protocol(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    """Everything but the weights that a validation score depends on."""
+    problems = read_manifest(arguments.validation)
+    return {
+        **settings.validation.model_dump(mode="json", exclude={"interval"}),
+        "enable_thinking": settings.sampling.enable_thinking,
+        "problems": sha256_of_all(problems.files),
+        "prompts": problems.provenance["config"]["dataset"],  # how they are made of the problems
+        "reward": (settings.validation_reward or settings.reward).model_dump(mode="json"),
+        "reward_code": settings.validation_reward_code if settings.validation_reward else settings.reward_code,
+    }
+
+
 def narrator(settings: Settings) -> Callable[[str], None]:
-    """What says where a start is, with the seconds since now: of one process, on GPUs, where a start takes minutes."""
+    """Return a function that prints start-up progress: on GPUs, where a start takes minutes, and on rank 0 alone."""
     if dist.get_rank() or not settings.hardware.gpus:
         return lambda phase: None
     began = time.monotonic()
@@ -195,12 +316,12 @@ def narrator(settings: Settings) -> Callable[[str], None]:
 
 
 def gpu_memory_gib() -> float:
-    """Of this process's GPU; without one there is no such limit."""
+    """The memory of this process's GPU; infinite without one."""
     return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else math.inf
 
 
 def taken_gib() -> float:
-    """What is not free of this process's GPU."""
+    """How much of this process's GPU is in use."""
     free, total = torch.cuda.mem_get_info()
     return (total - free) / GIB
 
@@ -214,111 +335,6 @@ def out_of_memory(error: RuntimeError) -> str:
         f"{str(error).partition(' Of the allocated memory')[0]} ({place}): lower training.max_tokens_per_gpu or"
         " engine.mem_fraction_static and run again; it goes on from the last checkpoint"
     )
-
-
-def start_driver(
-    arguments: argparse.Namespace,
-    settings: Settings,
-    hub: Manifest,
-    progress: Progress,
-    interrupts: Interrupts,
-    stack: ExitStack,
-) -> Driver:
-    """What rank 0 needs besides: prompts, engine, grader, logs."""
-    tokenizer = load_tokenizer(hub.root)
-    stops = stop_token_ids(hub.root, tokenizer)
-    data = read_manifest(arguments.data).require(digests=True)
-    prompts, intake = load_prompts(data, tokenizer, settings.sampling, settings.reward.labels)
-    print(f"{settings.training.dataset}: {intake}", file=sys.stderr)
-    cursor = PromptCursor(prompts, settings.training.seed)
-    if progress.cursor:
-        cursor.restore(progress.cursor)
-    problems = validation_problems(arguments, settings)
-    if problems and (shared := overlap(read_manifest(arguments.data), read_manifest(arguments.validation))):
-        metrics.warn(shared)
-    max_requests = max(
-        settings.training.prompts_per_rollout * settings.training.samples_per_prompt,
-        len(problems) * settings.validation.samples_per_problem,
-    )
-    engine = start_engine(hub.root, settings.engine, arguments.work / "engine", max_requests)
-    stack.callback(engine.close)
-    engine.sleep()
-    engine.wake()  # as in every step: its caches, which are not needed yet, leave their room for what sends the weights
-    grader = stack.enter_context(Grader(settings.reward))
-    by_another = settings.validation_reward not in (None, settings.reward)
-    validation_grader = stack.enter_context(Grader(settings.validation_reward)) if by_another else grader
-    log = metrics.RunLog(arguments.work, progress.rollout + 1, settings.training.wandb_project)
-    stack.callback(log.close)
-    bar = tqdm(total=settings.training.rollouts, initial=progress.rollout, desc="train", unit="rollout", mininterval=1)
-    stack.callback(bar.close)
-    return Driver(
-        training=settings.training,
-        algorithm=settings.algorithm,
-        sampling=settings.sampling,
-        stop_token_ids=stops,
-        engine=engine,
-        replay_routing=settings.engine.replay_routing,
-        tokenizer=tokenizer,
-        grader=grader,
-        cursor=cursor,
-        log=log,
-        validate=validator(arguments, settings, problems, tokenizer, stops, validation_grader),
-        validation_interval=settings.validation.interval,
-        interrupts=interrupts,
-        bar=bar,
-    )
-
-
-def validation_problems(arguments: argparse.Namespace, settings: Settings) -> list[Problem]:
-    """Those of the evaluation during training; none if there is to be none."""
-    if not settings.validation.interval:
-        return []
-    reward = settings.validation_reward or settings.reward
-    return load_problems(read_manifest(arguments.validation), reward.labels)
-
-
-def validation_protocol(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
-    """What a validation score depends on besides the weights."""
-    problems = read_manifest(arguments.validation)
-    return {
-        **settings.validation.model_dump(mode="json", exclude={"interval"}),
-        "enable_thinking": settings.sampling.enable_thinking,
-        "problems": sha256_of_all(problems.files),
-        "prompts": problems.provenance["config"]["dataset"],  # how they are made of the problems
-        "reward": (settings.validation_reward or settings.reward).model_dump(mode="json"),
-        "reward_code": settings.validation_reward_code,
-    }
-
-
-def validator(
-    arguments: argparse.Namespace,
-    settings: Settings,
-    problems: list[Problem],
-    tokenizer: PreTrainedTokenizerBase,
-    stops: tuple[int, ...],
-    grader: Grader,
-) -> Callable[[RolloutEngine, int], dict[str, float]]:
-    """The evaluation during training: of the weights that an engine holds, after a number of rollouts, to metrics."""
-    wanted = settings.validation
-    protocol = schema.Evaluation(
-        datasets=[wanted.dataset],
-        samples_per_problem=wanted.samples_per_problem,
-        max_response_tokens=wanted.max_response_tokens,
-        temperature=wanted.temperature,
-        top_p=wanted.top_p,
-        enable_thinking=settings.sampling.enable_thinking,
-        pass_at=[1],
-    )
-
-    def validate(engine: RolloutEngine, rollout: int) -> dict[str, float]:
-        samples = arguments.work / "validation" / f"{rollout:06d}.jsonl"
-        samples.parent.mkdir(exist_ok=True)
-        samples.unlink(missing_ok=True)  # of a run that ended before it saved these weights: perhaps not quite the same
-        scores = evaluate(engine, tokenizer, stops, problems, protocol, grader, samples, {"rollout": rollout})
-        names = ("average", "truncated_share", "mean_tokens")
-        return {f"validation_{name}": scores[name] for name in names}
-
-    return validate
 
 
 def write_result(arguments: argparse.Namespace, checkpoint: Path) -> None:

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 
 from milepost.checkpoints import mapping, torch_dist
 from milepost.checkpoints.safetensors_io import HubCheckpoint
-from milepost.configuration.schema import Algorithm, Experts, Mtp, Optimizer, Parallel, Sampling, Training
+from milepost.configuration.schema import Experts, Parallel
 from milepost.grpo.cpu_optimizer import CpuAdam
 from milepost.grpo.learner import Learner
 from milepost.grpo.policy import Policy, StepTotals
@@ -19,6 +19,7 @@ from milepost.grpo.samples import TrainingSequence
 from milepost.qwen3_5.architecture import Architecture
 from milepost.qwen3_5.build import build_model, initialize
 from precision import computing_in
+from training_settings import training_settings
 
 SHAPES = [(12, 9), (2, 70), (12, 3), (30, 1), (30, 20), (12, 33)]
 EVEN_SHAPES = [(12, 8), (2, 70), (30, 22)]  # which no layout pads
@@ -63,23 +64,26 @@ def save_gradients(
     experts = Experts(dispatcher="alltoall", aux_loss_coefficient=0.1 if balanced else 0.0)
     architecture, hub = Architecture.from_folder(hub_folder), HubCheckpoint(hub_folder)
     batch = sequences(architecture, shapes)
-    training = Training(
-        dataset="d",
-        prompts_per_rollout=1,
-        samples_per_prompt=len(shapes),
-        global_batch=len(shapes),
-        max_tokens_per_gpu=1000 if balanced else 90,
-        log_prob_chunk=16,
+    settings = training_settings(
+        training={
+            "prompts_per_rollout": 1,
+            "samples_per_prompt": len(shapes),
+            "global_batch": len(shapes),
+            "max_tokens_per_gpu": 1000 if balanced else 90,
+            "log_prob_chunk": 16,
+        },
+        algorithm={"entropy_coefficient": 0.1, "kl_coefficient": 0.1},
+        optimizer={"learning_rate": 0.0, "clip_gradient_norm": 0.0},
+        mtp={"train": architecture.is_moe},  # without it prompts share their rows
+        sampling={"temperature": 0.7},
+        engine={"replay_routing": architecture.is_moe},
     )
-    algorithm = Algorithm(entropy_coefficient=0.1, kl_coefficient=0.1)
-    settings = Optimizer(learning_rate=0.0, clip_gradient_norm=0.0)
-    mtp = Mtp(train=architecture.is_moe)  # without it prompts share their rows
     with computing_in(dtype):
         model = build_model(architecture, parallel, dtype=dtype, mtp_num_layers=1, experts=experts)
     mapping.from_hub(model, architecture, hub)
     with computing_in(dtype):
-        policy = Policy(model, training, algorithm, Sampling(temperature=0.7), mtp, replays_routing=architecture.is_moe)
-        learner = Learner(policy, CpuAdam(model, settings), settings)
+        policy = Policy(model, settings)
+        learner = Learner(policy, CpuAdam(model, settings.optimizer), settings)
         metrics = learner.learn(batch, Progress())
     packs = policy.micro_batches(batch, StepTotals(len(shapes), sum(map(sum, shapes))))
     for name, parameter in model.named_parameters():

@@ -10,7 +10,7 @@ import yaml
 from milepost.common.errors import UserError
 from milepost.configuration.json_schema import derived
 from milepost.configuration.loading import load, merge, user_layers
-from milepost.configuration.memory import beside, estimate
+from milepost.configuration.memory import estimate, rescaled_engine
 from milepost.configuration.preflight import Machine, check_jobs, shortcomings
 from milepost.configuration.provenance import Provenance
 from milepost.configuration.shape import architecture_of
@@ -319,7 +319,7 @@ def test_weights_and_states_stay_where_the_engine_leaves_room(root, name, change
     assert [estimate(shape, model, gib).lasts_beside_engine(gib) for gib in (80, 141)] == [on_80_gib, on_141_gib]
     if on_141_gib:
         kept = estimate(shape, model, 141).lasting
-        fraction = beside(model.engine, kept, 141).mem_fraction_static
+        fraction = rescaled_engine(model.engine, kept, 141).mem_fraction_static
         assert fraction * (141 - kept) == pytest.approx(model.engine.mem_fraction_static * 141)
 
 

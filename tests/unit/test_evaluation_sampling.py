@@ -227,7 +227,7 @@ def test_samples_of_a_protocol_that_comes_back_are_there_again(run, tmp_path, mo
 class Unseeded:
     """An engine whose every answer differs, as SGLang's do; a part of it may have failed after each batch."""
 
-    heeds_seeds = False
+    is_reproducible = False
     weights_wanted = None
 
     def __init__(self, failures=()):
@@ -285,7 +285,7 @@ def test_a_stopped_batch_counts_only_where_seeds_are_heeded(draw, tmp_path, caps
     assert draw(engine)[::2] == first
     assert engine.batches == [3] and "1 samples of a stopped batch" in capsys.readouterr().err
     path.write_bytes(stopped)
-    engine.heeds_seeds = True
+    engine.is_reproducible = True
     draw(engine)
     assert engine.batches == [3, 2]
 

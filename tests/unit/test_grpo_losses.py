@@ -1,22 +1,44 @@
 """GRPO's arithmetic against plain references, both in float64: advantages, log-probs, and the loss however packed."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from milepost.configuration.schema import Algorithm
-from milepost.grpo.advantages import group_advantages
+from milepost.configuration import schema
+from milepost.grpo.advantages import ADVANTAGES, grpo
+from milepost.grpo.aggregations import AGGREGATIONS
 from milepost.grpo.log_probs import token_log_probs
-from milepost.grpo.losses import TokenBatch, grpo_loss, low_variance_kl, token_weight
+from milepost.grpo.losses import KL_ESTIMATES, POLICY_LOSSES, TokenBatch, grpo_loss, low_variance_kl
 from milepost.grpo.packing import pack_sequences
 from precision import assert_as_precise
+from training_settings import algorithm
 
 pytestmark = pytest.mark.numerical
 
 VOCABULARY, HIDDEN = 37, 16
+
+
+@pytest.mark.parametrize(
+    ("functions", "names"),
+    [
+        (ADVANTAGES, schema.Advantage),
+        (POLICY_LOSSES, schema.PolicyLoss),
+        (KL_ESTIMATES, schema.KlType),
+        (AGGREGATIONS, schema.Aggregation),
+    ],
+)
+def test_every_name_that_the_configuration_allows_is_a_function_and_no_other(functions, names):
+    assert set(functions) == set(get_args(names))
+
+
+@pytest.mark.parametrize("key", ["advantage", "loss", "kl_type", "loss_aggregation"])
+def test_another_name_is_refused_with_those_that_there_are(key):
+    with pytest.raises(ValueError, match=f"{key}\n  Input should be '"):
+        algorithm(**{key: "sum"})
 
 
 def test_advantages_are_the_unbiased_z_scores_of_each_group():
@@ -26,13 +48,13 @@ def test_advantages_are_the_unbiased_z_scores_of_each_group():
         mean = sum(row) / 4
         std = math.sqrt(sum((r - mean) ** 2 for r in row) / 3)
         expected.append([(r - mean) / (std + 1e-6) for r in row])
-    torch.testing.assert_close(group_advantages(rewards, 1e-6), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(grpo(rewards, algorithm()), torch.tensor(expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1 / 3])
 def test_a_group_without_spread_has_advantages_of_exactly_zero(value):
     """0.1 eight times has a mean that is not 0.1: divided by epsilon alone that rounding would be a signal."""
-    assert torch.equal(group_advantages(torch.full((3, 8), value), 1e-6), torch.zeros(3, 8))
+    assert torch.equal(grpo(torch.full((3, 8), value), algorithm()), torch.zeros(3, 8))
 
 
 def policy(seed=0, positions=23):
@@ -127,27 +149,27 @@ def test_a_ratio_beyond_the_range_of_exp_leaves_loss_and_gradient_finite(advanta
         old_log_probs=torch.tensor([-300.0]),
         reference_log_probs=torch.tensor([-1.0]),
     )
-    loss, metrics = grpo_loss(log_probs, None, batch, Algorithm(kl_coefficient=0.1))
+    loss, metrics = grpo_loss(log_probs, None, batch, algorithm(kl_coefficient=0.1))
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(log_probs.grad).all()
     assert all(torch.isfinite(value) for value in metrics.values())
 
 
-def reference_loss(sequences, algorithm):
+def reference_loss(sequences, settings):
     """GRPO written out token by token, as the papers state it."""
     total, tokens = 0.0, sum(len(s["log_probs"]) for s in sequences)
     for s in sequences:
         response = 0.0
         for t, log_prob in enumerate(s["log_probs"]):
             ratio = torch.exp(log_prob - s["old"][t])
-            held = min(max(ratio.item(), 1 - algorithm.clip), 1 + algorithm.clip_high)
+            held = min(max(ratio.item(), 1 - settings.clip), 1 + settings.clip_high)
             free, clipped = ratio * s["advantage"], held * s["advantage"]
             surrogate = free if free.item() <= clipped else torch.tensor(clipped, dtype=torch.float64)
             log_ratio = s["reference"][t] - log_prob
             kl = torch.exp(log_ratio) - log_ratio - 1
-            response = response - surrogate + algorithm.kl_coefficient * kl
-            response = response - algorithm.entropy_coefficient * s["entropy"][t]
-        mean_of_means = algorithm.loss_aggregation == "mean_of_response_means"
+            response = response - surrogate + settings.kl_coefficient * kl
+            response = response - settings.entropy_coefficient * s["entropy"][t]
+        mean_of_means = settings.loss_aggregation == "mean_of_response_means"
         total = total + (response / len(s["log_probs"]) / len(sequences) if mean_of_means else response / tokens)
     return total
 
@@ -185,10 +207,10 @@ def make_sequences(lengths, hidden, weight):
     aggregation=st.sampled_from(["mean_of_response_means", "token_mean"]),
 )
 def test_loss_and_gradient_are_the_papers_and_no_packing_changes_them(lengths, budget, ranks, aggregation):
-    algorithm = Algorithm(kl_coefficient=0.1, entropy_coefficient=0.01, loss_aggregation=aggregation)
+    settings = algorithm(kl_coefficient=0.1, entropy_coefficient=0.01, loss_aggregation=aggregation)
     hidden, weight, _ = policy(4, sum(lengths))
     sequences, targets = make_sequences(lengths, hidden, weight)
-    expected = reference_loss(sequences, algorithm)
+    expected = reference_loss(sequences, settings)
     expected_gradients = torch.autograd.grad(expected, (hidden, weight))
 
     total, gradients = 0.0, [torch.zeros_like(hidden), torch.zeros_like(weight)]
@@ -197,7 +219,7 @@ def test_loss_and_gradient_are_the_papers_and_no_packing_changes_them(lengths, b
         log_probs, entropy = token_log_probs(
             hidden[span], weight, targets[span], temperature=1.0, chunk=4, with_entropy=True
         )
-        weights = [token_weight(lengths[i], len(lengths), sum(lengths), aggregation) for i in pack]
+        weights = [AGGREGATIONS[aggregation](lengths[i], len(lengths), sum(lengths)) for i in pack]
         per_token = torch.tensor([lengths[i] for i in pack])
         batch = TokenBatch(
             weights=torch.tensor(weights, dtype=torch.float64).repeat_interleave(per_token),
@@ -206,7 +228,7 @@ def test_loss_and_gradient_are_the_papers_and_no_packing_changes_them(lengths, b
             old_log_probs=torch.cat([sequences[i]["old"] for i in pack]),
             reference_log_probs=torch.cat([sequences[i]["reference"] for i in pack]),
         )
-        loss, _ = grpo_loss(log_probs, entropy, batch, algorithm)
+        loss, _ = grpo_loss(log_probs, entropy, batch, settings)
         total += loss.item()
         for accumulated, new in zip(gradients, torch.autograd.grad(loss, (hidden, weight)), strict=True):
             accumulated += new
@@ -222,7 +244,7 @@ def one_token(ratio, advantage):
         rollout_log_probs=torch.zeros(1),
         old_log_probs=torch.zeros(1),
     )
-    loss, metrics = grpo_loss(log_prob, None, batch, Algorithm())
+    loss, metrics = grpo_loss(log_prob, None, batch, algorithm())
     return loss.item(), torch.autograd.grad(loss, log_prob)[0].item(), metrics["clip_fraction"].item()
 
 
@@ -248,7 +270,7 @@ def test_without_old_log_probs_the_gradient_is_that_of_the_log_prob():
     log_probs = torch.randn(5, dtype=torch.float64, requires_grad=True)
     advantages, weights = torch.randn(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
     batch = TokenBatch(weights=weights, advantages=advantages, rollout_log_probs=log_probs.detach() + 0.5)
-    loss, metrics = grpo_loss(log_probs, None, batch, Algorithm())
+    loss, metrics = grpo_loss(log_probs, None, batch, algorithm())
     torch.testing.assert_close(torch.autograd.grad(loss, log_probs)[0], -weights * advantages)
     assert metrics["ratio"] / metrics["weight"] == pytest.approx(1.0)
     assert metrics["log_prob_diff"] / metrics["weight"] == pytest.approx(0.5)

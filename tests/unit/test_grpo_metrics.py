@@ -11,6 +11,7 @@ from milepost.grpo.metrics import expert_metrics
 from milepost.grpo.samples import Sample, statistics, to_training
 from milepost.rewards.base import Verdict
 from milepost.rollout.engine import Completion, Drafting
+from training_settings import training_settings
 
 
 def sample(correct, tokens=2, finish="stop", drafting=None, prompt=(5, 6)):
@@ -52,7 +53,10 @@ def test_acceptance_is_over_all_passes_not_the_mean_of_responses():
 
 
 def test_advantages_compare_the_answers_to_one_prompt():
-    sequences = to_training(ROLLOUT, 4, epsilon=0.0)
+    settings = training_settings(
+        training={"samples_per_prompt": 4, "global_batch": 128}, algorithm={"std_epsilon": 0.0}
+    )
+    sequences = to_training(ROLLOUT, settings)
     advantages = [sequence.advantage for sequence in sequences]
     assert advantages == pytest.approx([1.5, -0.5, -0.5, -0.5, *[0.0] * 8])  # 1 of 4: a mean of 1/4, a deviation of 1/2
     first = sequences[1]
@@ -102,7 +106,8 @@ def test_float_rewards_and_the_parts_of_a_sum_are_averaged():
     assert (found["reward_min"], found["reward_max"]) == (-0.1, 0.95)
     assert (found["reward_math"], found["reward_brief"]) == (0.5, -6.5 / 4)
     assert (found["pass_rate"], found["groups_without_spread"], found["grading_failed_share"]) == (0.5, 0, 0.25)
-    first, second = (sequence.advantage for sequence in to_training(rollout, 2, 0.0)[:2])
+    settings = training_settings(training={"samples_per_prompt": 2, "global_batch": 64})
+    first, second = (sequence.advantage for sequence in to_training(rollout, settings)[:2])
     assert first == pytest.approx(-second) and first > 0
     row = rollout[0].row(3, "prompt")
     assert row["reward"] == 0.95 and row["parts"]["brief"] == {"reward": -0.5, "reason": ""}

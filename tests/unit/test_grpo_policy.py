@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 
-from milepost.configuration.schema import Algorithm, Mtp, Optimizer, Sampling, Training
 from milepost.grpo.cpu_optimizer import CpuAdam
 from milepost.grpo.learner import Learner
 from milepost.grpo.policy import Policy, StepTotals
@@ -16,6 +15,8 @@ from milepost.qwen3_5.build import build_model
 from milepost.qwen3_5.experts import take_expert_load
 from precision import assert_as_precise, assert_sum_as_precise, computing_in, in_float64
 from qwen3_5_reference import megatron_names, reference, widened
+from training_settings import algorithm as algorithm_of
+from training_settings import training_settings
 
 pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_process")]
 
@@ -57,18 +58,24 @@ def sequences(shapes, seed=0):
 SHAPES = [(12, 9), (1, 70), (12, 3), (30, 1), (30, 20), (12, 33)]
 
 
-def policy(model, budget=10_000, mtp=None, batch=None, log_prob_chunk=16, replays_routing=False, **algorithm):
-    training = Training(
-        dataset="d",
-        prompts_per_rollout=1,
-        samples_per_prompt=len(SHAPES),
-        global_batch=batch or len(SHAPES),
-        max_tokens_per_gpu=budget,
-        log_prob_chunk=log_prob_chunk,
-        dtype="float32",
+def policy(
+    model, budget=10_000, mtp=False, batch=None, log_prob_chunk=16, replays_routing=False, rate=0.0, **algorithm
+):
+    settings = training_settings(
+        training={
+            "prompts_per_rollout": 1,
+            "samples_per_prompt": len(SHAPES),
+            "global_batch": batch or len(SHAPES),
+            "max_tokens_per_gpu": budget,
+            "log_prob_chunk": log_prob_chunk,
+        },
+        sampling={"temperature": TEMPERATURE},
+        engine={"replay_routing": replays_routing},
+        mtp={"train": mtp},
+        algorithm=algorithm,
+        optimizer={"weight_decay": 0.0, "learning_rate": rate},
     )
-    sampling = Sampling(temperature=TEMPERATURE)
-    return Policy(model, training, Algorithm(**algorithm), sampling, mtp or Mtp(), replays_routing=replays_routing)
+    return Policy(model, settings)
 
 
 def row_counts(of, batch):
@@ -76,10 +83,8 @@ def row_counts(of, batch):
     return [len(b.input_ids[0]) for b in of.micro_batches(batch, StepTotals(len(batch), 1))]
 
 
-def learner(of, rate=0.0):
-    return Learner(
-        of, CpuAdam(of.model, Optimizer(learning_rate=rate, weight_decay=0.0)), Optimizer(learning_rate=rate)
-    )
+def learner(of):
+    return Learner(of, CpuAdam(of.model, of.settings.optimizer), of.settings)
 
 
 def test_gradients_are_the_same_bit_for_bit_however_threads_come():
@@ -151,9 +156,9 @@ def test_gradients_equal_those_of_transformers_sequence_by_sequence(kind, budget
     rows = row_counts(policy(ours, budget, **algorithm), batch)
     assert (rows == [sum(map(sum, SHAPES)) - 12 - 12 - 30]) == (budget == 10_000)
     _, ours_in_float64, theirs_in_float64 = models(kind, dtype=torch.float64)
-    reference = plain_gradients(architecture, theirs, batch, Algorithm(**algorithm))
+    reference = plain_gradients(architecture, theirs, batch, algorithm_of(**algorithm))
     with in_float64():
-        exact = plain_gradients(architecture, theirs_in_float64, batch, Algorithm(**algorithm))
+        exact = plain_gradients(architecture, theirs_in_float64, batch, algorithm_of(**algorithm))
     for model, dtype in ((ours, torch.float32), (ours_in_float64, torch.float64)):
         report, gradients = learned(model, batch, budget=budget, **algorithm)
         assert_sum_as_precise(report["loss"], dtype, reference[0], exact[0])
@@ -165,7 +170,8 @@ def test_leaving_out_responses_without_advantage_changes_no_gradient():
     pruned, whole = (models("dense", dtype=torch.float64)[1] for _ in range(2))
     _, rounded, _ = models("dense")
     for options, kept in (({}, 5), ({"entropy_metric": True}, 6)):
-        step = Learner(policy(rounded, **options), None, None)._prepare(batch)
+        of = policy(rounded, **options)
+        step = Learner(of, None, of.settings)._prepare(batch)
         assert sum(len(of_pack.packed.lengths) for of_pack in step.batches) == kept
     found, exact = learned(pruned, batch), learned(whole, batch, entropy_metric=True)
     _, reference = learned(rounded, batch, entropy_metric=True)
@@ -180,7 +186,7 @@ def test_a_rollout_without_any_advantage_moves_no_weight_and_is_no_step(metrics)
     _, ours, _ = models("dense")
     batch = [TrainingSequence(s.ids, s.log_probs, 0.0) for s in sequences(SHAPES)]
     progress = Progress()
-    learning = learner(policy(ours, **metrics), rate=1e-2)
+    learning = learner(policy(ours, **metrics, rate=1e-2))
     learning.learn(sequences(SHAPES), Progress())  # and Adam's momentum moves none after it
     before = {name: p.detach().clone() for name, p in ours.named_parameters()}
     report = learning.learn(batch, progress)
@@ -193,7 +199,7 @@ def test_old_log_probs_are_those_before_the_first_of_several_steps():
     """With one step the ratio is 1 with or without them; with three, the second and third step see other ratios."""
     for batch_size, distinct in ((6, False), (2, True)):
         _, ours, _ = models("dense")
-        learning = learner(policy(ours, batch=batch_size, old_log_prob_forward=True), rate=1e-2)
+        learning = learner(policy(ours, batch=batch_size, old_log_prob_forward=True, rate=1e-2))
         progress = Progress()
         report = learning.learn(sequences(SHAPES), progress)
         assert progress.optimizer_step == 6 // batch_size
@@ -202,7 +208,7 @@ def test_old_log_probs_are_those_before_the_first_of_several_steps():
 
 def test_the_reference_stays_where_the_policy_began():
     _, ours, _ = models("dense")
-    learning = learner(policy(ours, kl_coefficient=0.1), rate=1e-2)
+    learning = learner(policy(ours, kl_coefficient=0.1, rate=1e-2))
     batch, progress = sequences(SHAPES), Progress()
     first, second = learning.learn(batch, progress), learning.learn(batch, progress)
     assert first["kl"] == 0 < second["kl"]
@@ -213,7 +219,7 @@ def test_mtp_trains_beside_the_policy_and_leaves_its_gradient_alone():
     rounded, alone, beside = (models("dense", 1, dtype)[1] for dtype in (torch.float32, torch.float64, torch.float64))
     _, reference = learned(rounded, batch, entropy_metric=True)
     _, exact = learned(alone, batch, entropy_metric=True)
-    report, found = learned(beside, batch, mtp=Mtp(train=True))
+    report, found = learned(beside, batch, mtp=True)
     assert report["mtp_loss"] > 1.0  # of random weights: log(96) = 4.6 would be guessing
     of_mtp = [name for name in found if name.startswith("mtp.")]
     assert of_mtp and all(found[name].norm() > 0 for name in of_mtp)
@@ -238,7 +244,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(kind, poison):
     else:
         batch[0] = TrainingSequence(batch[0].ids, batch[0].log_probs, float("inf"))
     before = {name: p.detach().clone() for name, p in ours.named_parameters()}
-    learning, progress = learner(policy(ours), rate=1e-2), Progress()
+    learning, progress = learner(policy(ours, rate=1e-2)), Progress()
     learning.learn(batch, progress)
     assert (progress.optimizer_step, progress.bad_steps, progress.bad_steps_in_a_row) == (0, 1, 1)
     for name, parameter in ours.named_parameters():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from milepost.configuration.loading import load
-from milepost.configuration.memory import CONTEXT_GIB, SYNC_GIB, beside, disk_gib, estimate
+from milepost.configuration.memory import CONTEXT_GIB, SYNC_GIB, disk_gib, estimate, rescaled_engine
 from milepost.configuration.shape import architecture_of, text_config
 
 RECORDED = Path(__file__).parents[2] / "benchmarks/results"
@@ -113,7 +113,7 @@ def test_states_stay_on_the_gpu_only_where_they_fit_beside_the_engine(root):
 
 def test_an_engine_beside_what_is_taken_gets_as_much_memory_as_alone(root):
     engine = configured(root, "9B").engine
-    assert beside(engine, 41, 141).mem_fraction_static * (141 - 41) == pytest.approx(0.6 * 141)
+    assert rescaled_engine(engine, 41, 141).mem_fraction_static * (141 - 41) == pytest.approx(0.6 * 141)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from test_grpo_policy import SHAPES, learned, models, sequences
 
-from milepost.configuration.schema import Mtp
 from milepost.grpo.samples import TrainingSequence
 from milepost.qwen3_5.packed import pack
 from milepost.qwen3_5.routing import replay_routing, take_routing_agreement
@@ -35,9 +34,9 @@ def test_told_their_own_choice_the_routers_change_nothing(mtp):
     rounded, free, told = (models("moe", int(mtp), dtype)[1] for dtype in (torch.float32, torch.float64, torch.float64))
     with in_float64():
         routed = [TrainingSequence(s.ids, s.log_probs, s.advantage, own_choices(told, s.ids)) for s in plain]
-    _, reference = learned(rounded, plain, budget=90, mtp=Mtp(train=mtp))
-    metrics, exact = learned(free, plain, budget=90, mtp=Mtp(train=mtp))
-    metrics_told, found = learned(told, routed, budget=90, mtp=Mtp(train=mtp), replays_routing=True)
+    _, reference = learned(rounded, plain, budget=90, mtp=mtp)
+    metrics, exact = learned(free, plain, budget=90, mtp=mtp)
+    metrics_told, found = learned(told, routed, budget=90, mtp=mtp, replays_routing=True)
     assert "routing_agreement" not in metrics and metrics_told["routing_agreement"] == 1
     assert_as_precise(found, reference, exact)
 

@@ -139,8 +139,8 @@ def _activations_per_token(shape: Architecture, parallel: schema.Parallel, recom
     return layers * kept[recompute] + hidden + max(linear, full) + mlp + passing + whole
 
 
-def beside(engine: schema.Engine, taken_gib: float, gpu_memory_gib: float) -> schema.Engine:
-    """The same memory for an engine that does not find ``taken_gib`` of the GPU free: its fraction is of the rest."""
+def rescaled_engine(engine: schema.Engine, taken_gib: float, gpu_memory_gib: float) -> schema.Engine:
+    """Rescale mem_fraction_static when ``taken_gib`` is already in use: SGLang takes its share of what is free."""
     fraction = engine.mem_fraction_static * gpu_memory_gib / (gpu_memory_gib - taken_gib)
     return engine.model_copy(update={"mem_fraction_static": fraction})
 

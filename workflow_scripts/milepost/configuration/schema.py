@@ -189,18 +189,26 @@ class Parallel(Section):
     sequence: bool = Field(True, description="shard activations between tensor-parallel regions; no effect at tensor 1")
 
 
+# The names of the functions in grpo/advantages.py, losses.py and aggregations.py.
+Advantage = Literal["grpo"]
+PolicyLoss = Literal["ppo"]
+KlType = Literal["low_var_kl"]
+Aggregation = Literal["mean_of_response_means", "token_mean"]
+
+
 class Algorithm(Section):
     """GRPO as the recipes run it."""
 
-    advantage: Literal["grpo"] = "grpo"
+    advantage: Advantage = "grpo"
+    loss: PolicyLoss = "ppo"
     std_epsilon: NonNegative = 1e-6
     clip: NonNegative = 0.2
     clip_high: NonNegative = 0.28
     use_kl_loss: bool = True
     kl_coefficient: NonNegative = 0.0
-    kl_type: Literal["low_var_kl"] = "low_var_kl"
+    kl_type: KlType = "low_var_kl"
     entropy_coefficient: float = 0.0
-    loss_aggregation: Literal["mean_of_response_means", "token_mean"] = "mean_of_response_means"
+    loss_aggregation: Aggregation = "mean_of_response_means"
     reference_forward: bool = Field(False, description="compute the KL metric even where its coefficient is 0")
     old_log_prob_forward: bool = Field(False, description="recompute old log-probs even with one step a rollout")
     entropy_metric: bool = Field(False, description="compute the entropy even where its coefficient is 0")

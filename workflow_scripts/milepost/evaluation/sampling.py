@@ -164,7 +164,7 @@ def sample_problems(
     """Sample what ``file`` does not hold yet, and return all samples by problem; it holds just these then."""
     wanted = wanted_samples(problems, settings)
     samples = file.of(wanted)
-    if not engine.heeds_seeds and len(samples) < len(wanted):
+    if not engine.is_reproducible and len(samples) < len(wanted):
         settled = file.of(wanted, settled_only=True)
         if dropped := len(samples) - len(settled):
             print(
@@ -211,7 +211,7 @@ class _Sampler:
         for _ in range(TRIES):
             repeated = self.engine.repeated
             drawn = self._draw_once(batch)
-            if self.engine.heeds_seeds or self.engine.repeated == repeated:
+            if self.engine.is_reproducible or self.engine.repeated == repeated:
                 return drawn
             print(f"{self.file.path}: a part of the engine failed: sampling the batch again", file=sys.stderr)
             self.file.settle(self.file.samples)

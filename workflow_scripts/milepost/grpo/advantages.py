@@ -1,23 +1,34 @@
-"""Group-relative advantages: what a response earned beyond the other answers to the same prompt."""
+"""Advantages by name: how much better a response is than the others to the same prompt.
+
+A new one is a function ``(rewards (G, n), settings) -> (G, n)`` here, with its name in `ADVANTAGES` and in
+`configuration.schema.Advantage`.
+"""
+
+from collections.abc import Callable
 
 from torch import Tensor
 
+from milepost.configuration.schema import Algorithm
 
-def group_advantages(rewards: Tensor, epsilon: float) -> Tensor:
-    """Advantages of GRPO (Shao et al. 2024, arXiv 2402.03300, eq. 4), ``(r - mean) / (std + epsilon)`` within a group.
+
+def grpo(rewards: Tensor, algorithm: Algorithm) -> Tensor:
+    """Advantages of GRPO (Shao et al. 2024, arXiv 2402.03300, eq. 4): ``(r - mean) / (std + epsilon)`` in a group.
 
     Args:
         rewards: (G, n) one row a prompt, one column a sample; n of at least 2.
-        epsilon: added to the unbiased standard deviation.
+        algorithm: ``std_epsilon`` is added to the unbiased standard deviation.
 
     Returns:
-        (G, n); a group whose rewards are all the same says nothing about its answers and gets exact zeros, whatever
+        (G, n); exact zeros for a group whose rewards are all equal, which says nothing about its answers, whatever
         rounding does to its mean.
     """
     mean = rewards.mean(dim=1, keepdim=True)
     std = rewards.std(dim=1, keepdim=True)  # unbiased
-    advantages = (rewards - mean) / (std + epsilon)
+    advantages = (rewards - mean) / (std + algorithm.std_epsilon)
     return advantages.masked_fill(~has_spread(rewards)[:, None], 0.0)
+
+
+ADVANTAGES: dict[str, Callable[[Tensor, Algorithm], Tensor]] = {"grpo": grpo}
 
 
 def has_spread(rewards: Tensor) -> Tensor:

@@ -5,12 +5,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from milepost.configuration.schema import Optimizer as OptimizerSettings
 from milepost.grpo.metrics import warn
 from milepost.grpo.optimizer import Optimizer, learning_rate_at
 from milepost.grpo.policy import MicroBatch, Policy, StepTotals
 from milepost.grpo.run_state import Progress
 from milepost.grpo.samples import TrainingSequence
+from milepost.grpo.settings import Settings
 
 PER_STEP = (
     *("loss", "mtp_loss", "grad_norm", "idle_share", "seconds_optimizer"),
@@ -31,7 +31,7 @@ class Step:
 class Learner:
     """Turns a rollout's sequences into new weights. Every rank has one and calls it with the same sequences."""
 
-    def __init__(self, policy: Policy, optimizer: Optimizer, settings: OptimizerSettings) -> None:
+    def __init__(self, policy: Policy, optimizer: Optimizer, settings: Settings) -> None:
         self.policy, self.optimizer, self.settings = policy, optimizer, settings
 
     def learn(self, sequences: Sequence[TrainingSequence], progress: Progress) -> dict[str, float]:
@@ -40,9 +40,9 @@ class Learner:
         With one step the policy that trains is the policy that sampled, so the old log-probs are its own. With several
         they are computed before the first.
         """
-        size = self.policy.training.global_batch
+        size = self.settings.training.global_batch
         steps = [self._prepare(sequences[start : start + size]) for start in range(0, len(sequences), size)]
-        old = len(steps) > 1 or self.policy.algorithm.old_log_prob_forward
+        old = len(steps) > 1 or self.settings.algorithm.old_log_prob_forward
         steps = [replace(step, batches=self.policy.with_past_log_probs(step.batches, old)) for step in steps]
         reports = [self._step(step, progress) for step in steps if step.batches]
         if not any(step.learns for step in steps):
@@ -72,7 +72,7 @@ class Learner:
             return report | {"grad_norm": 0.0, "learning_rate": 0.0, "seconds_optimizer": 0.0}
         began = time.perf_counter()
         self.optimizer.reduce()
-        report["learning_rate"] = learning_rate_at(progress.optimizer_step + 1, self.settings)
+        report["learning_rate"] = learning_rate_at(progress.optimizer_step + 1, self.settings.optimizer)
         finite = math.isfinite(report["loss"])
         report["grad_norm"] = self.optimizer.step(report["learning_rate"]) if finite else math.nan
         report["seconds_optimizer"] = time.perf_counter() - began

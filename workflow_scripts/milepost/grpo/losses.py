@@ -1,10 +1,14 @@
-"""GRPO's loss over response tokens, normalised once for the whole optimizer step.
+"""Losses by name: what each response token adds to the loss of an optimizer step.
 
-Every token carries its weight in the step's mean, worked out from global counts before anything is packed. A pack's
-loss is then a plain weighted sum, and sums over packs and data-parallel ranks add up to the same loss and gradient
-however the sequences were laid out.
+A new policy loss is a function like `ppo` here, with its name in `POLICY_LOSSES` and in
+`configuration.schema.PolicyLoss`; likewise an estimate of the KL divergence.
+
+Every token carries its weight in the step's mean (`aggregations`), worked out from global counts before anything is
+packed. The loss of a pack is then a plain weighted sum, and sums over packs and data-parallel ranks add up to the same
+loss and gradient however the sequences are laid out.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +22,7 @@ MAX_KL = 10.0  # nats of one token's k3 estimate
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What the loss needs to know of N response tokens besides their log-probs; every tensor is (N,)."""
+    """What the loss needs of N response tokens besides their log-probs; every tensor is (N,)."""
 
     weights: Tensor
     advantages: Tensor
@@ -28,20 +32,8 @@ class TokenBatch:
 
 
 def has_kl_loss(algorithm: Algorithm) -> bool:
-    """Whether the divergence from the starting weights is a part of the loss."""
+    """Whether the loss includes the divergence from the starting weights."""
     return algorithm.use_kl_loss and algorithm.kl_coefficient > 0
-
-
-def token_weight(response_length: int, responses: int, tokens: int, aggregation: str) -> float:
-    """One token's weight in the step's loss.
-
-    Args:
-        response_length: tokens of the response that the token belongs to.
-        responses: responses in the whole optimizer step, over all ranks.
-        tokens: response tokens in the whole optimizer step, over all ranks.
-        aggregation: ``mean_of_response_means`` (GRPO's own) or ``token_mean`` (DAPO, arXiv 2503.14476, eq. 8).
-    """
-    return 1.0 / (response_length * responses) if aggregation == "mean_of_response_means" else 1.0 / tokens
 
 
 def probability_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
@@ -54,19 +46,23 @@ def probability_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
     return torch.exp((log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
-def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip: float, clip_high: float) -> tuple[Tensor, Tensor]:
+def ppo(ratio: Tensor, advantages: Tensor, algorithm: Algorithm) -> tuple[Tensor, Tensor]:
     """PPO's pessimistic surrogate (arXiv 1707.06347, eq. 7) with its own upper bound, to be minimised.
 
     Args:
         ratio: (N,) new over old probability.
         advantages: (N,)
+        algorithm: the ratio is clipped to between ``1 - clip`` and ``1 + clip_high``.
 
     Returns:
         the loss of each token (N,), and whether the clip decided it (N,).
     """
     free = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip_high)
+    clipped = -advantages * ratio.clamp(1.0 - algorithm.clip, 1.0 + algorithm.clip_high)
     return torch.maximum(free, clipped), clipped > free
+
+
+POLICY_LOSSES: dict[str, Callable[[Tensor, Tensor, Algorithm], tuple[Tensor, Tensor]]] = {"ppo": ppo}
 
 
 def low_variance_kl(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
@@ -77,6 +73,9 @@ def low_variance_kl(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     """
     log_ratio = (reference_log_probs - log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return (torch.exp(log_ratio) - log_ratio - 1.0).clamp(max=MAX_KL)
+
+
+KL_ESTIMATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"low_var_kl": low_variance_kl}
 
 
 def grpo_loss(
@@ -98,7 +97,7 @@ def grpo_loss(
     weights = batch.weights
     old_log_probs = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
     ratio = probability_ratio(log_probs, old_log_probs)
-    token_loss, clipped = clipped_policy_loss(ratio, batch.advantages, algorithm.clip, algorithm.clip_high)
+    token_loss, clipped = POLICY_LOSSES[algorithm.loss](ratio, batch.advantages, algorithm)
     metrics = {
         "weight": weights,
         "clip_fraction": weights * clipped,
@@ -106,7 +105,7 @@ def grpo_loss(
         "log_prob_diff": weights * (old_log_probs - batch.rollout_log_probs).abs(),
     }
     if batch.reference_log_probs is not None:
-        kl = low_variance_kl(log_probs, batch.reference_log_probs)
+        kl = KL_ESTIMATES[algorithm.kl_type](log_probs, batch.reference_log_probs)
         metrics["kl"] = weights * kl
         if has_kl_loss(algorithm):
             token_loss = token_loss + algorithm.kl_coefficient * kl

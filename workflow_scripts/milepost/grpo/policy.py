@@ -11,12 +11,13 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor, nn
 
-from milepost.configuration.schema import Algorithm, Mtp, Sampling, Training
+from milepost.grpo.aggregations import AGGREGATIONS
 from milepost.grpo.log_probs import token_log_probs
-from milepost.grpo.losses import TokenBatch, grpo_loss, has_kl_loss, token_weight
+from milepost.grpo.losses import TokenBatch, grpo_loss, has_kl_loss
 from milepost.grpo.metrics import expert_metrics
 from milepost.grpo.packing import pack_sequences
 from milepost.grpo.samples import TrainingSequence
+from milepost.grpo.settings import Settings
 from milepost.qwen3_5.experts import take_expert_load
 from milepost.qwen3_5.model import hidden_states, output_weight
 from milepost.qwen3_5.mtp import mtp_loss
@@ -56,43 +57,31 @@ class MicroBatch:
 
 
 class Policy:
-    """A model together with the settings under which it samples and trains.
+    """A model together with the settings under which it samples and trains."""
 
-    With ``replays_routing`` every sequence says which experts its tokens visit, and the routers do as they are told.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        training: Training,
-        algorithm: Algorithm,
-        sampling: Sampling,
-        mtp: Mtp,
-        *,
-        replays_routing: bool = False,
-    ) -> None:
-        self.model, self.training, self.algorithm, self.sampling, self.mtp = model, training, algorithm, sampling, mtp
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self.model, self.settings = model, settings
         self.device = next(model.parameters()).device
-        self.reference = _copy_of(model) if _wants_reference(algorithm) else None
-        # The MTP layer wants every token's next one, and an auxiliary loss wants every token counted.
-        self.shares_prompts = not (mtp.train or model.config.moe_aux_loss_coeff)
-        self.replays_routing = replays_routing
+        algorithm = settings.algorithm
+        self.reference = _copy_of(model) if algorithm.reference_forward or has_kl_loss(algorithm) else None
+        # The MTP layer needs every token's next one, and an auxiliary loss counts every token.
+        self.shares_prompts = not (settings.mtp.train or model.config.moe_aux_loss_coeff)
 
     @property
     def learns_without_advantage(self) -> bool:
         """Whether a response of advantage 0 has a gradient."""
-        algorithm = self.algorithm
+        algorithm = self.settings.algorithm
         return (
             has_kl_loss(algorithm)
             or bool(algorithm.entropy_coefficient)
-            or self.mtp.train
+            or self.settings.mtp.train
             or bool(self.model.config.moe_aux_loss_coeff)
         )
 
     @property
     def measures_every_response(self) -> bool:
         """Whether the metrics ask for those, too, that have no gradient."""
-        algorithm = self.algorithm
+        algorithm = self.settings.algorithm
         return self.reference is not None or algorithm.entropy_metric or algorithm.old_log_prob_forward
 
     def micro_batches(self, sequences: Sequence[TrainingSequence], totals: StepTotals) -> list[MicroBatch]:
@@ -100,7 +89,7 @@ class Policy:
         ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         lengths = [len(sequence.ids) for sequence in sequences]
         sharing = parallel_state.get_tensor_model_parallel_world_size() * _context_size()  # GPUs that take one pack
-        packs = pack_sequences(lengths, self.training.max_tokens_per_gpu * sharing, ranks)[rank]
+        packs = pack_sequences(lengths, self.settings.training.max_tokens_per_gpu * sharing, ranks)[rank]
         return [self._micro_batch([sequences[index] for index in indices], totals) for indices in packs]
 
     def _micro_batch(self, sequences: Sequence[TrainingSequence], totals: StepTotals) -> MicroBatch:
@@ -113,8 +102,8 @@ class Policy:
         row_of_token = packed.spread(torch.arange(input_ids.shape[1], device=self.device))  # (T,)
         mask = torch.zeros(input_ids.shape[1], dtype=torch.bool, device=self.device)
         mask[row_of_token[response_tokens]] = True
-        aggregation = self.algorithm.loss_aggregation
-        weights = [token_weight(s.response_length, totals.responses, totals.tokens, aggregation) for s in sequences]
+        weight = AGGREGATIONS[self.settings.algorithm.loss_aggregation]
+        weights = [weight(s.response_length, totals.responses, totals.tokens) for s in sequences]
         columns = torch.stack(
             [
                 _per_token(weights, sequences),
@@ -135,7 +124,7 @@ class Policy:
             predicting=predicting[mine],
             targets=input_ids[0, row_of_token[response_tokens[mine]]],
             tokens=TokenBatch(weights=columns[0], advantages=columns[1], rollout_log_probs=columns[2]),
-            routing=self._routing(sequences, packed) if self.replays_routing else None,
+            routing=self._routing(sequences, packed) if self.settings.engine.replay_routing else None,
         )
 
     def _routing(self, sequences: Sequence[TrainingSequence], packed: Packed) -> Tensor:
@@ -168,7 +157,8 @@ class Policy:
         Returns:
             the loss and the metrics' weighted sums of the whole step, over all data-parallel ranks.
         """
-        wants_entropy = bool(self.algorithm.entropy_coefficient) or self.algorithm.entropy_metric
+        algorithm, mtp = self.settings.algorithm, self.settings.mtp
+        wants_entropy = bool(algorithm.entropy_coefficient) or algorithm.entropy_metric
         # The mean over packs; of a pack's loss every context-parallel rank has its part of the gradient already.
         packs = len(batches) * parallel_state.get_data_parallel_world_size()
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / packs, device=self.device))
@@ -176,20 +166,20 @@ class Policy:
         began = time.perf_counter()
         for batch in batches:
             log_probs, entropy, hidden = self._forward(batch, wants_entropy)
-            loss, metrics = grpo_loss(log_probs, entropy, batch.tokens, self.algorithm)
+            loss, metrics = grpo_loss(log_probs, entropy, batch.tokens, algorithm)
             metrics["loss"] = loss.detach()
-            if self.mtp.train:
-                mtp = mtp_loss(
+            if mtp.train:
+                of_mtp = mtp_loss(
                     self.model,
                     hidden,
                     batch.input_ids,
                     batch.response_mask,
                     batch.packed,
                     token_count=totals.tokens,
-                    chunk=self.training.log_prob_chunk,
+                    chunk=self.settings.training.log_prob_chunk,
                 )
-                metrics["mtp_loss"] = mtp.detach()
-                loss = loss + self.mtp.loss_scale * mtp
+                metrics["mtp_loss"] = of_mtp.detach()
+                loss = loss + mtp.loss_scale * of_mtp
             loss.backward()
             for name, value in metrics.items():
                 sums[name] = sums[name] + value if name in sums else value
@@ -212,8 +202,8 @@ class Policy:
             hidden.index_select(0, batch.predicting),  # (N, H)
             output_weight(self.model),
             batch.targets,
-            temperature=self.sampling.temperature,
-            chunk=self.training.log_prob_chunk,
+            temperature=self.settings.sampling.temperature,
+            chunk=self.settings.training.log_prob_chunk,
             with_entropy=with_entropy,
             tensor_group=parallel_state.get_tensor_model_parallel_group(),
         )
@@ -231,10 +221,6 @@ def _idle_share(began: float, device: torch.device) -> dict[str, float]:
     dist.all_gather(everyone, busy)
     seconds = torch.cat(everyone)
     return {"idle_share": 1 - (seconds.mean() / seconds.max()).item()}
-
-
-def _wants_reference(algorithm: Algorithm) -> bool:
-    return algorithm.reference_forward or has_kl_loss(algorithm)
 
 
 def _context_size() -> int:

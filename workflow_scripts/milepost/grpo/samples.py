@@ -1,18 +1,25 @@
-"""One rollout: prompts in, graded samples out. Token ids go in and token ids come out; nothing is tokenised again."""
+"""One rollout: prompts in, graded samples with advantages out. Rank 0 draws it, and every rank learns from it.
 
-from collections.abc import Callable, Sequence
+Token ids go in and token ids come out; nothing is tokenised again.
+"""
+
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from milepost.grpo.advantages import group_advantages, has_spread
-from milepost.grpo.data import Prompt
+from milepost.common.interrupts import Interrupted, Interrupts
+from milepost.grpo.advantages import ADVANTAGES, has_spread
+from milepost.grpo.data import Prompt, PromptCursor
+from milepost.grpo.settings import Settings
 from milepost.rewards.base import Response, Verdict
 from milepost.rewards.grader import Grader
-from milepost.rollout.engine import Completion, Request, RolloutEngine, SamplingParams
+from milepost.rollout.engine import Completion, Request, RolloutEngine, SamplingParams, request_seed
 from milepost.rollout.prompts import decode
 
 
@@ -71,33 +78,89 @@ class TrainingSequence:
         return len(self.log_probs)
 
 
-def collect(
-    engine: RolloutEngine,
-    params: SamplingParams,
-    requests: Sequence[tuple[Prompt, int]],
-    tokenizer: PreTrainedTokenizerBase,
-    grader: Grader,
-    on_done: Callable[[int, Completion], None] | None = None,
-) -> list[Sample]:
-    """Sample one response for every (prompt, seed), and grade them all; in the order of the requests."""
-    completions = engine.generate([Request(prompt.ids, seed) for prompt, seed in requests], params, on_done)
-    texts = [decode(tokenizer, completion.token_ids) for completion in completions]
-    verdicts = grader.grade(
-        [
-            Response.of(prompt, text, completion.finish, len(completion.token_ids), grader.settings.think_block)
-            for (prompt, _), completion, text in zip(requests, completions, texts, strict=True)
+@dataclass(frozen=True)
+class Rollout:
+    """Responses to learn from.
+
+    Attributes:
+        samples: in groups, each with its own prompt.
+        sequences: what training needs of them, in the same order.
+        seconds: by phase.
+    """
+
+    samples: list[Sample]
+    sequences: list[TrainingSequence]
+    seconds: dict[str, float]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all prompts and responses."""
+        return sum(len(sequence.ids) for sequence in self.sequences)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws rollouts: takes prompts, samples a group of responses to each, grades them and compares them."""
+
+    settings: Settings
+    engine: RolloutEngine
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: tuple[int, ...]
+    grader: Grader
+    cursor: PromptCursor
+    interrupts: Interrupts
+
+    def draw(self, number: int) -> Rollout | None:
+        """Draw rollout ``number``, from 1; None if the process was asked to end meanwhile."""
+        began, training = time.perf_counter(), self.settings.training
+        prompts = self.cursor.take(training.prompts_per_rollout)
+        asked = [prompt for prompt in prompts for _ in range(training.samples_per_prompt)]
+        requests = [
+            # ``place`` in the rollout, not the prompt's own: a small data set may hold a prompt at several.
+            Request(prompt.ids, request_seed(training.seed, number, place, sample))
+            for place, prompt in enumerate(prompts)
+            for sample in range(training.samples_per_prompt)
         ]
+        progress = tqdm(total=len(requests), desc=f"rollout {number}", unit="sample", leave=False, mininterval=1)
+        try:
+            with progress, self.interrupts.abandonable():
+                completions = self.engine.generate(requests, self._params(), lambda *_: progress.update())
+                samples = self._graded(asked, completions)
+        except Interrupted:
+            return None
+        sampled = time.perf_counter()
+        self.engine.sleep()
+        slept = time.perf_counter()
+        sequences = to_training(samples, self.settings)
+        return Rollout(samples, sequences, {"rollout": sampled - began, "sleep_wake": slept - sampled})
+
+    def _params(self) -> SamplingParams:
+        sampling = self.settings.sampling
+        return SamplingParams(
+            max_new_tokens=sampling.max_response_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop_token_ids=self.stop_token_ids,
+            with_routing=self.settings.engine.replay_routing,
+        )
+
+    def _graded(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Sample]:
+        texts = [decode(self.tokenizer, completion.token_ids) for completion in completions]
+        think_block = self.grader.settings.think_block
+        responses = [
+            Response.of(prompt, text, completion.finish, len(completion.token_ids), think_block)
+            for prompt, completion, text in zip(prompts, completions, texts, strict=True)
+        ]
+        verdicts = self.grader.grade(responses)
+        return [Sample(*parts) for parts in zip(prompts, completions, texts, verdicts, strict=True)]
+
+
+def to_training(samples: Sequence[Sample], settings: Settings) -> list[TrainingSequence]:
+    """Samples with the advantages of their groups: each ``samples_per_prompt`` in a row share a prompt."""
+    advantages = ADVANTAGES[settings.algorithm.advantage](
+        _rewards(samples, settings.training.samples_per_prompt), settings.algorithm
     )
-    return [
-        Sample(prompt, completion, text, verdict)
-        for (prompt, _), completion, text, verdict in zip(requests, completions, texts, verdicts, strict=True)
-    ]
-
-
-def to_training(samples: Sequence[Sample], group_size: int, epsilon: float) -> list[TrainingSequence]:
-    """Samples with their group's advantages; each ``group_size`` consecutive samples share a prompt."""
-    rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64).view(-1, group_size)
-    advantages = group_advantages(rewards, epsilon).flatten().tolist()
     return [
         TrainingSequence(
             ids=torch.tensor(sample.prompt.ids + sample.completion.token_ids),
@@ -105,12 +168,17 @@ def to_training(samples: Sequence[Sample], group_size: int, epsilon: float) -> l
             advantage=advantage,
             routing=_whole_routing(sample.completion.routing),
         )
-        for sample, advantage in zip(samples, advantages, strict=True)
+        for sample, advantage in zip(samples, advantages.flatten().tolist(), strict=True)
     ]
 
 
+def _rewards(samples: Sequence[Sample], group_size: int) -> Tensor:
+    """(G, n): a row for each prompt, a column for each of its samples."""
+    return torch.tensor([sample.reward for sample in samples], dtype=torch.float64).view(-1, group_size)
+
+
 def _whole_routing(routing: Tensor | None) -> Tensor | None:
-    """With a row for the last token, too: nobody reads what it computes, so it may visit the experts before it."""
+    """Add a row for the last token: nothing reads what it computes, so it may visit the experts before it."""
     return None if routing is None else torch.cat([routing, routing[-1:]])
 
 
@@ -119,10 +187,11 @@ def statistics(samples: Sequence[Sample], group_size: int) -> dict[str, float]:
 
     ``pass_rate`` is the share of prompts that at least one sample solved, ``groups_without_spread`` the share of
     prompts whose samples all earned the same, which teach nothing; ``reward_<name>`` is the mean of a sum's part, and
-    ``grading_failed_share`` the share of samples that could not be graded. Where drafts are made, ``acceptance_length``
-    is the tokens that a forward pass of the model gives, ``acceptance_rate`` the share of drafted tokens that are kept.
+    ``grading_failed_share`` the share of samples that could not be graded. With speculative decoding
+    ``acceptance_length`` is the number of tokens per forward pass of the model, ``acceptance_rate`` the share of
+    drafted tokens that are kept.
     """
-    rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64).view(-1, group_size)
+    rewards = _rewards(samples, group_size)
     solved = torch.tensor([sample.verdict.correct for sample in samples]).view(-1, group_size)
     lengths = [len(sample.completion.token_ids) for sample in samples]
     return {

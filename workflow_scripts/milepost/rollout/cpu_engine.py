@@ -37,7 +37,7 @@ def share_weights(folder: Path, settings: Engine, named: Iterable[tuple[str, Ten
 class CpuEngine:
     """`rollout.engine.RolloutEngine` on the CPU; up to ``max_running`` sequences run at once."""
 
-    heeds_seeds = True
+    is_reproducible = True
     repeated = 0  # it runs in this process
 
     def __init__(self, model: CpuModel, max_running: int):

@@ -90,13 +90,13 @@ class RolloutEngine(Protocol):
     """A model that is ready to answer.
 
     Attributes:
-        heeds_seeds: whether a `Request` decides its response, so that it can be asked for again.
+        is_reproducible: whether a `Request` decides its response, so that it can be asked for again.
         repeated: how many requests were asked for again, since the part of it that was answering them failed.
         weights_wanted: set by whoever sends weights. `generate` calls it, in its own thread, when a part of the engine
             was started anew and needs the weights that the rest has; it must lead to `load_weights`.
     """
 
-    heeds_seeds: bool
+    is_reproducible: bool
     repeated: int
     weights_wanted: Callable[[], None] | None
 

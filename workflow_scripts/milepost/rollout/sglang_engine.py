@@ -95,7 +95,7 @@ class SglangEngine:
         self._cut_short: set[int] = set()  # servers whose restart took longer than all answers of a `generate`
 
     @property
-    def heeds_seeds(self) -> bool:
+    def is_reproducible(self) -> bool:
         """Whether SGLang does."""
         return bool(self.settings.server_arguments.get("enable_deterministic_inference"))
 

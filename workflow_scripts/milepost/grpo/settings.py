@@ -1,0 +1,22 @@
+"""The settings of a training as one object, which travels through all of it."""
+
+from milepost.configuration import schema
+
+
+class Settings(schema.Section):
+    """The sections of the configuration that a training reads."""
+
+    training: schema.Training
+    validation: schema.Validation
+    parallel: schema.Parallel
+    algorithm: schema.Algorithm
+    optimizer: schema.Optimizer
+    mtp: schema.Mtp
+    sampling: schema.Sampling
+    engine: schema.Engine
+    experts: schema.Experts
+    reward: schema.Reward
+    reward_code: dict[str, str] | None = None  # of a user's functions, by file: it decides which run goes on
+    validation_reward: schema.Reward | None = None  # where it is another one
+    validation_reward_code: dict[str, str] | None = None
+    hardware: schema.Hardware
