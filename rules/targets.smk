@@ -22,8 +22,19 @@ rule preflight:
     localrule: True
     run:
         found = table(settings)
-        Path(log[0]).write_text(found + "\n")
+        Path(log[0]).write_text(f"{found}\n")
         print(found)
+
+
+rule check_reward:
+    """Grade the answers of a file (--config answers=...) by the rewards of the listed models."""
+    log:
+        f"{RESULTS}/logs/check_reward.log",
+    localrule: True
+    params:
+        job=f"{RESULTS}/jobs/check_reward.json",
+    shell:
+        'begin {log:q}; python "$SCRIPTS"/check_reward.py --job {params.job:q} |& logged'
 
 
 for stage, purpose in STAGES.items():

@@ -16,7 +16,8 @@ from milepost.checkpoints.manifest import write_manifest
 from milepost.common.errors import UserError
 from milepost.configuration.loading import merge
 from milepost.configuration.schema import TinyModel
-from milepost.rewards.math import Verdict
+from milepost.rewards.base import Verdict
+from milepost.rewards.grader import Grader
 from milepost.tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
 from milepost.tiny.problems import all_additions
 from milepost.tiny.tokenizer import train_tokenizer
@@ -40,24 +41,16 @@ SETTINGS = {
 }
 
 
-class FixedReward:
+class FixedReward(Grader):
     """Right or wrong by the text alone; ``hook`` is called before each grading with the number of gradings so far."""
 
     hook = staticmethod(lambda gradings: None)
+    gradings = 0
 
-    def __init__(self, settings):
-        self.gradings = 0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def grade(self, pairs):
+    def grade(self, responses):
         self.hook(self.gradings)
         self.gradings += 1
-        return [Verdict(sum(map(ord, text)) % 2 == 0, None, "fixed") for text, _ in pairs]
+        return [Verdict(float(sum(map(ord, response.response)) % 2 == 0), None, "fixed") for response in responses]
 
 
 def prepare(folder: Path, kind: str = "dense", rows: int = 7, **tiny) -> Path:

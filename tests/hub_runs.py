@@ -59,7 +59,7 @@ class Run:
                 sys.executable,
                 "-c",
                 IMPATIENT,
-                *job_arguments(config, every_row=every_row),
+                *job_arguments(config, every_row=every_row, labels="math"),
                 *("--name", "tiny", "--folder", str(self.folder / "results/hub")),
                 "--manifest",
                 str(self.manifest),

@@ -9,8 +9,8 @@ from milepost.checkpoints.manifest import write_manifest
 from milepost.common.errors import run
 from milepost.common.files import hold
 from milepost.common.jobs import job_parser
-from milepost.common.labels import BOX
-from milepost.common.problems import Problem, asks_for_a_box, kinds_of, load_problem_set
+from milepost.common.labels import READERS
+from milepost.common.problems import Problem, kinds_of, load_problem_set, says_how_to_answer
 from milepost.configuration.schema import Architecture, Dataset, ModelSource, Section
 from milepost.configuration.shape import require_shape
 from milepost.hub import environment
@@ -47,14 +47,17 @@ def download(arguments: argparse.Namespace) -> None:
         else:
             snapshot = dataset_from_hub(dataset.repo, dataset.revision, dataset.file, arguments.folder)
             path = snapshot.root / dataset.file
+        labels = arguments.job["labels"]
         problems, bad = load_problem_set(
             path,
             dataset.model_copy(update={"instruction": None}),
+            labels,
             max_bad_share=0.0 if arguments.job["every_row"] else dataset.max_bad_share,
         )
         for kind in kinds_of(bad):
             print(f"warning: {path}: set aside: {kind}", file=sys.stderr)
-        print(boxes(arguments.name, problems, dataset.instruction), file=sys.stderr)
+        if asks := READERS[labels].asks:
+            print(boxes(arguments.name, problems, dataset.instruction, asks), file=sys.stderr)
         facts = {
             "file": dataset.file,
             "rows": len(problems),
@@ -81,17 +84,17 @@ def download(arguments: argparse.Namespace) -> None:
     )
 
 
-def boxes(name: str, problems: list[Problem], instruction: str | None) -> str:
-    r"""One line: how many prompts in the file ask for no ``\boxed`` answer, and what is done about it."""
-    without = sum(not asks_for_a_box(problem) for problem in problems)
+def boxes(name: str, problems: list[Problem], instruction: str | None, asks: tuple[str, ...]) -> str:
+    r"""One line: how many prompts in the file ask for no answer in ``\boxed`` or the like, and what is done."""
+    without, marks = sum(not says_how_to_answer(problem, asks) for problem in problems), " or ".join(asks)
     if not without:
-        return f"{name}: all {len(problems)} prompts ask for a {BOX} answer"
-    found = f"{name}: {without} of {len(problems)} prompts ask for no {BOX} answer, and the reward reads no other"
-    if instruction and BOX in instruction:
+        return f"{name}: all {len(problems)} prompts ask for a {marks} answer"
+    found = f"{name}: {without} of {len(problems)} prompts ask for no {marks} answer, and the reward reads no other"
+    if instruction and any(mark in instruction for mark in asks):
         return f"{found}: the data set's instruction, which asks for one, is added to them"
     fault = "its instruction does not either" if instruction else "it has no instruction"
     return (
-        f"warning: {found}: {fault}; set datasets: {{{name}: {{instruction: ...}}}} to a sentence that asks for {BOX}"
+        f"warning: {found}: {fault}; set datasets: {{{name}: {{instruction: ...}}}} to a sentence that asks for {marks}"
     )
 
 

@@ -11,7 +11,7 @@ from milepost.configuration.schema import Engine, Evaluation, Reward
 from milepost.evaluation.problems import load_problems
 from milepost.evaluation.sampling import BATCH, SampleFile, origin_of, sample_problems, wanted_samples
 from milepost.evaluation.scores import scores
-from milepost.rewards.math import Grader
+from milepost.rewards.grader import Grader
 from milepost.rollout.engine import start_engine
 from milepost.rollout.prompts import load_tokenizer, stop_token_ids
 
@@ -32,7 +32,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     settings, reward = Evaluation.model_validate(config["evaluation"]), Reward.model_validate(config["reward"])
     engine_settings = Engine.model_validate(config["engine"] | {"mem_fraction_static": settings.mem_fraction_static})
     model = read_manifest(arguments.model)
-    problems = load_problems(read_manifest(arguments.data))
+    problems = load_problems(read_manifest(arguments.data), reward.labels)
 
     weights = {"files": {name: entry["sha256"] for name, entry in sorted(model.files.items())}}
     file = SampleFile.open(arguments.samples, origin_of(weights | arguments.job["sampler"], problems))

@@ -46,7 +46,7 @@ from milepost.grpo.settings import Settings
 from milepost.grpo.weight_sync import push_weights
 from milepost.qwen3_5.architecture import Architecture
 from milepost.qwen3_5.build import build_model, finalize, initialize
-from milepost.rewards.math import Grader
+from milepost.rewards.grader import Grader
 from milepost.rollout.engine import start_engine
 from milepost.rollout.prompts import load_tokenizer, stop_token_ids
 
@@ -241,12 +241,13 @@ def start_lead(
     training, validation, data = settings.training, settings.validation, read_manifest(arguments.data)
     tokenizer = load_tokenizer(source.hub.root)
     stops = stop_token_ids(source.hub.root, tokenizer)
-    prompts, intake = load_prompts(data.require(digests=True), tokenizer, settings.sampling)
+    prompts, intake = load_prompts(data.require(digests=True), tokenizer, settings.sampling, settings.reward.labels)
     print(f"{training.dataset}: {intake}", file=sys.stderr)
     cursor = PromptCursor(prompts, training.seed)
     if progress.cursor:
         cursor.restore(progress.cursor)
-    problems = load_problems(read_manifest(arguments.validation)) if validation.interval else []
+    validated_by = settings.validation_reward or settings.reward
+    problems = load_problems(read_manifest(arguments.validation), validated_by.labels) if validation.interval else []
     if problems and (shared := overlap(data, read_manifest(arguments.validation))):
         metrics.warn(shared)
 
@@ -258,6 +259,7 @@ def start_lead(
     engine.sleep()
     engine.wake()  # as in every step: its caches, which are not needed yet, leave their room for what sends the weights
     grader = stack.enter_context(Grader(settings.reward))
+    validation_grader = stack.enter_context(Grader(validated_by)) if settings.validation_reward else grader
     log = metrics.RunLog(arguments.work, progress.rollout + 1, training.wandb_project)
     stack.callback(log.close)
     bar = tqdm(total=training.rollouts, initial=progress.rollout, desc="train", unit="rollout", mininterval=1)
@@ -268,7 +270,7 @@ def start_lead(
         samples.parent.mkdir(exist_ok=True)
         samples.unlink(missing_ok=True)  # of a run that ended before it saved these weights: perhaps not quite the same
         wanted, sampler = validation_settings(settings), {"rollout": rollout}
-        scores = evaluate(engine, tokenizer, stops, problems, wanted, grader, samples, sampler)
+        scores = evaluate(engine, tokenizer, stops, problems, wanted, validation_grader, samples, sampler)
         return {f"validation_{name}": scores[name] for name in ("average", "truncated_share", "mean_tokens")}
 
     return Lead(
@@ -303,6 +305,8 @@ def validation_protocol(arguments: argparse.Namespace, settings: Settings) -> di
         "enable_thinking": settings.sampling.enable_thinking,
         "problems": sha256_of_all(problems.files),
         "prompts": problems.provenance["config"]["dataset"],  # how they are made of the problems
+        "reward": (settings.validation_reward or settings.reward).model_dump(mode="json"),
+        "reward_code": settings.validation_reward_code if settings.validation_reward else settings.reward_code,
     }
 
 

@@ -14,7 +14,7 @@ from milepost.configuration.loading import SHARED, load, merge, user_layers
 from milepost.configuration.memory import estimate, rescaled_engine
 from milepost.configuration.preflight import Machine, check_jobs, shortcomings
 from milepost.configuration.provenance import Provenance
-from milepost.configuration.schema import Algorithm, Dataset, Model, Plots, Reward, Root, Section, Speculation, WarmUp
+from milepost.configuration.schema import Dataset, Model, Plots, Reward, Root, Section, Speculation, WarmUp
 from milepost.configuration.shape import architecture_of
 
 
@@ -396,7 +396,7 @@ def test_every_figure_stands_in_one_place(root):
     fields, twice = {**Root.model_fields, **Model.model_fields}, []
     for name in (*SHARED, "plots"):
         (section,) = sections_in(fields[name].annotation)
-        if section not in (Algorithm, Reward):
+        if section is not Reward:
             twice += [f"{name}.{key}" for key in shared.get(name, {}) if not section.model_fields[key].is_required()]
     for model in SHIPPED:
         own = yaml.safe_load((root / f"config/models/{model}.yaml").read_text())
@@ -412,10 +412,7 @@ def test_every_key_and_every_section_says_what_it_means():
     assert {WarmUp, Speculation, Dataset, Plots} <= set(every_section())
     silent = [section.__name__ for section in every_section() if not section.__doc__]
     for section in every_section():
-        if section is not Algorithm:  # its comments stand in config.yaml
-            silent += [
-                f"{section.__name__}.{key}" for key, field in section.model_fields.items() if not field.description
-            ]
+        silent += [f"{section.__name__}.{key}" for key, field in section.model_fields.items() if not field.description]
     assert not silent
 
 

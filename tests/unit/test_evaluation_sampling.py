@@ -18,7 +18,7 @@ from milepost.evaluation import sampling
 from milepost.evaluation.problems import load_problems
 from milepost.evaluation.sampling import SampleFile, origin_of, read_samples, sample_problems
 from milepost.evaluation.scores import evaluate as evaluate_live
-from milepost.rewards.math import Grader
+from milepost.rewards.grader import Grader
 from milepost.rollout.engine import Completion, SamplingParams, request_seed, start_engine
 from milepost.rollout.prompts import encode_prompt, load_tokenizer, stop_token_ids
 from milepost.tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint

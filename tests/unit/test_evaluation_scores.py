@@ -8,7 +8,8 @@ from milepost.common.problems import Problem
 from milepost.configuration.schema import Reward
 from milepost.evaluation.sampling import Sample
 from milepost.evaluation.scores import scores
-from milepost.rewards.math import Grader, Verdict
+from milepost.rewards.base import Verdict
+from milepost.rewards.grader import Grader
 from settings import section
 
 SETTINGS = section("evaluation", samples_per_problem=4, pass_at=[1, 2, 4], bootstrap_samples=500)
@@ -76,10 +77,12 @@ def test_an_interval_ends_where_scores_do():
 class Fixed:
     """A grader whose verdicts are given: what goes wrong in one is not to be had at will."""
 
+    settings = Reward()
+
     def __init__(self, *reasons):
         self.verdicts = [Verdict(reason == "correct", None, reason) for reason in reasons]
 
-    def grade(self, pairs):
+    def grade(self, responses):
         return self.verdicts
 
 
@@ -99,3 +102,40 @@ def test_shares_are_of_all_samples_and_every_kind_of_grading_error_counts():
     ]
     assert [problem["reasons"] for problem in result["per_problem"]] == [list(reasons[:4]), list(reasons[4:])]
     assert result["mean_tokens"] == 3.5
+
+
+def test_float_rewards_are_averaged_and_correct_from_a_threshold_on(tmp_path):
+    """An interval of rewards that may be of any size is not cut to that of shares; nothing is said of boxes."""
+    (tmp_path / "mine.py").write_text("def f(sample): return float(sample.answer)\n")
+    reward = Reward(function=f"{tmp_path}/mine.py:f", correct_from=2.0)
+    samples = [
+        Sample(number // 4, number % 4, 0, [], f"</think>{value}", 10, "stop", 0.5)
+        for number, value in enumerate([3, 3, 3, 3, -1, 2, 1.5, -0.5])
+    ]
+    with Grader(reward) as grader:
+        result = scores(PROBLEMS, samples, SETTINGS, grader)
+    assert result["average"] == (3 + 0.5) / 2
+    low, high = result["interval"]
+    assert low < 0 and high > 3  # t(1) is 12.7, the standard error 1.25
+    assert result["pass_at"]["1"] == (1 + 1 / 4) / 2
+    assert [problem["rewards"] for problem in result["per_problem"]] == [[3, 3, 3, 3], [-1, 2, 1.5, -0.5]]
+    assert result["per_problem"][1]["correct"] == [False, True, False, False]
+    assert [result[name] for name in ("majority", "no_box_share", "no_think_end_share", "several_answers_share")] == [
+        None
+    ] * 4
+    json.dumps(result, allow_nan=False)
+
+
+def test_a_sum_is_scored_by_its_total_and_votes_by_the_answer_of_its_kind(tmp_path):
+    (tmp_path / "mine.py").write_text("def f(sample): return (-len(sample.answer), 'long')\n")
+    reward = Reward(sum=[{"kind": "math"}, {"function": f"{tmp_path}/mine.py:f", "weight": 0.01}], correct_from=0.5)
+    texts = [*boxed("33", "34", "33"), "</think>no box"]
+    samples = [Sample(0, number, 0, [], text, 10, "stop", 0.5) for number, text in enumerate(texts)]
+    with Grader(reward) as grader:
+        result = scores(PROBLEMS[:1], samples, SETTINGS, grader)
+    assert result["average"] == pytest.approx((2 - 0.01 * (3 * len(r"\boxed{33}") + len("no box"))) / 4)
+    assert (result["majority"], result["no_box_share"], result["pass_at"]["1"]) == (1, 1 / 4, 1 / 2)
+    assert result["per_problem"][0]["parts"][1] == {
+        "math": {"reward": 0, "reason": "wrong"},
+        "f": {"reward": -10, "reason": "long"},
+    }

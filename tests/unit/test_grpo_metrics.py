@@ -9,7 +9,7 @@ from milepost.grpo.data import Prompt
 from milepost.grpo.learner import _summary
 from milepost.grpo.metrics import expert_metrics
 from milepost.grpo.samples import Sample, statistics, to_training
-from milepost.rewards.math import Verdict
+from milepost.rewards.base import Verdict
 from milepost.rollout.engine import Completion, Drafting
 from settings import training_settings
 
@@ -30,7 +30,10 @@ def test_statistics_are_those_counted_by_hand():
     assert statistics(ROLLOUT, 4) == pytest.approx(
         {
             "reward_mean": 5 / 12,
+            "reward_min": 0.0,
+            "reward_max": 1.0,
             "pass_rate": 2 / 3,
+            "grading_failed_share": 0.0,
             "groups_without_spread": 2 / 3,
             "response_length_mean": 6.5,
             "truncated_share": 3 / 12,
@@ -84,3 +87,27 @@ def test_means_over_tokens_weigh_each_step_by_its_tokens():
     assert _summary(steps) == pytest.approx(
         {"loss": 2.0, "grad_norm": 3.0, "clip_fraction": 0.25, "kl": 0.1, "learning_rate": 2e-6}
     )
+
+
+def test_float_rewards_and_the_parts_of_a_sum_are_averaged():
+    def graded(total, math, brief, reason="correct"):
+        parts = {"math": Verdict(math, None, ""), "brief": Verdict(brief, None, "")}
+        verdict = Verdict(total, None, reason, parts, correct_from=0.9)
+        return Sample(Prompt(1, [5], None), Completion([9], [-0.5], "stop"), "text", verdict)
+
+    rollout = [
+        graded(0.95, 1.0, -0.5),
+        graded(-0.1, 0.0, -1.0),
+        graded(0.5, 1.0, -5.0),
+        graded(0, 0, 0, "grading_error"),
+    ]
+    found = statistics(rollout, 2)
+    assert found["reward_mean"] == pytest.approx(1.35 / 4)
+    assert (found["reward_min"], found["reward_max"]) == (-0.1, 0.95)
+    assert (found["reward_math"], found["reward_brief"]) == (0.5, -6.5 / 4)
+    assert (found["pass_rate"], found["groups_without_spread"], found["grading_failed_share"]) == (0.5, 0, 0.25)
+    settings = training_settings(training={"samples_per_prompt": 2, "global_batch": 64})
+    first, second = (sequence.advantage for sequence in to_training(rollout, settings)[:2])
+    assert first == pytest.approx(-second) and first > 0
+    row = rollout[0].row(3, "prompt")
+    assert row["reward"] == 0.95 and row["parts"]["brief"] == {"reward": -0.5, "reason": ""}

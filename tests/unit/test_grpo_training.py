@@ -22,7 +22,7 @@ from milepost.common.errors import USER_ERROR, UserError
 from milepost.grpo import run_state
 from milepost.grpo.learner import Learner
 from milepost.qwen3_5.build import finalize
-from milepost.rewards.math import Verdict
+from milepost.rewards.base import Verdict
 from milepost.rollout.cpu_engine import CpuEngine
 from stages import flip_a_bit, unmeasured
 
@@ -229,7 +229,7 @@ def test_rewards_that_are_all_equal_are_told_once_with_three_answers_and_trainin
 ):
     """The run is stopped and goes on within its first rollouts."""
     reasons = itertools.cycle(["no_box", "no_box", "no_think_end"])
-    verdicts = lambda grader, pairs: [Verdict(bool(reward), None, next(reasons)) for _ in pairs]  # noqa: E731
+    verdicts = lambda grader, responses: [Verdict(float(reward), None, next(reasons)) for _ in responses]  # noqa: E731
     monkeypatch.setattr(grpo_run.FixedReward, "grade", verdicts)
     work, told = tmp_path / "run", f"warning: every reward of rollouts 1 to 3 is {reward}, and equal rewards"
     for rollouts in (1, 5, 6):

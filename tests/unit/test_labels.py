@@ -2,9 +2,10 @@ r"""Labels: what holds one answer is read, what no answer could match is refused
 
 import pytest
 
+from answered import graded
 from milepost.common.labels import MAX_CHARACTERS, read_label
 from milepost.configuration.schema import Reward
-from milepost.rewards.math import Grader
+from milepost.rewards.grader import Grader
 
 # Labels of GSM8K, MATH, DAPO, AIME and OlympiadBench, in their spellings.
 ANSWERS = [
@@ -36,7 +37,7 @@ ANSWERS = [
 def test_an_answer_is_read_as_it_stands_and_its_own_text_in_a_box_is_right():
     assert [read_label(answer) for answer in ANSWERS] == ANSWERS
     with Grader(Reward()) as grader:
-        verdicts = grader.grade([(f"</think>\\boxed{{{answer}}}", answer) for answer in ANSWERS])
+        verdicts = graded(grader, [(f"</think>\\boxed{{{answer}}}", answer) for answer in ANSWERS])
     assert [answer for answer, verdict in zip(ANSWERS, verdicts, strict=True) if not verdict.correct] == []
 
 
@@ -107,4 +108,4 @@ def test_a_hostile_label_takes_no_longer_than_its_length(text):
 def test_what_is_refused_for_its_length_or_its_braces_no_box_can_answer():
     with Grader(Reward()) as grader:
         labels = ["9" * (MAX_CHARACTERS + 1), "\\frac{1}{2", "4\\"]
-        assert not any(v.correct for v in grader.grade([(f"</think>\\boxed{{{label}}}", label) for label in labels]))
+        assert not any(v.correct for v in graded(grader, [(f"</think>\\boxed{{{label}}}", label) for label in labels]))

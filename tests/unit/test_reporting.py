@@ -23,7 +23,7 @@ from milepost.reporting.plots import all_plots
 from milepost.reporting.report import HEAD, TAIL, _training_facts, shortened
 from milepost.reporting.results import pairs, read_scores, read_trainings
 from milepost.reporting.tables import difference_table, in_words, markdown, points, readable_scores, score_table
-from milepost.rewards.math import Grader
+from milepost.rewards.grader import Grader
 from settings import section
 from stages import flip_a_bit, job_arguments, script
 
@@ -202,7 +202,8 @@ def test_prompts_that_were_trained_on_and_are_scored_are_told(reported):
 def test_rewards_that_were_all_equal_at_first_are_told(tmp_path, rewards, told):
     path = train(tmp_path, "4B")
     log = next(path.parent.rglob("metrics.jsonl"))
-    rows = [{"rollout": number, "reward_mean": reward} for number, reward in enumerate(rewards, start=1)]
+    names = ("reward_mean", "reward_min", "reward_max")
+    rows = [{"rollout": number, **dict.fromkeys(names, reward)} for number, reward in enumerate(rewards, start=1)]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     facts = dict(_training_facts(*read_trainings([path])))
     found = facts.get(f"rewards of the first {min(3, len(rewards))} rollouts")

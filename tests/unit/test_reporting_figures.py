@@ -65,7 +65,13 @@ def score(folder, weights, correct, config=None, facts=None, labels=("2", "4", "
         "grading_error_share": 0.0625,
         "mean_tokens": 1234.4,
         "per_problem": [
-            {"label": label, "correct": row, "answers": [f"a{p}.0", f"a{p}.1"], "reasons": [f"r{p}.0", f"r{p}.1"]}
+            {
+                "label": label,
+                "rewards": [float(c) for c in row],
+                "correct": row,
+                "answers": [f"a{p}.0", f"a{p}.1"],
+                "reasons": [f"r{p}.0", f"r{p}.1"],
+            }
             for p, (label, row) in enumerate(zip(labels, correct, strict=True))
         ],
     } | (facts or {})

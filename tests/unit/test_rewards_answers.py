@@ -4,12 +4,13 @@ from fractions import Fraction
 
 import pytest
 
+from answered import response
 from milepost.rewards.answers import extract, last_box, read_answer
 from milepost.rewards.latex import OutOfBounds
 
 
 @pytest.mark.parametrize(
-    ("response", "mode", "found"),
+    ("text", "mode", "found"),
     [
         (r"a</think>\boxed{33}", "required", (r"33", None)),
         (r"<think>a</think>\boxed{1}</think>\boxed{2}", "required", ("2", None)),
@@ -30,8 +31,8 @@ from milepost.rewards.latex import OutOfBounds
         ("", "optional", (None, "no_box")),
     ],
 )
-def test_only_the_text_behind_the_reasoning_counts(response, mode, found):
-    assert extract(response, mode) == found
+def test_only_the_text_behind_the_reasoning_counts(text, mode, found):
+    assert extract(response(text, think_block=mode)) == found
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ math-verify's documentation.
 
 import pytest
 
+from answered import graded
 from milepost.configuration.schema import Reward
-from milepost.rewards.math import Grader
+from milepost.rewards.grader import Grader
 
 
 @pytest.fixture(scope="module")
@@ -509,13 +510,13 @@ WRONG = {
 
 @pytest.mark.parametrize(("answer", "label"), pairs(RIGHT))
 def test_the_same_in_another_spelling_is_correct(grader, answer, label):
-    [verdict] = grader.grade([(f"</think>\\boxed{{{answer}}}", label)])
+    [verdict] = graded(grader, [(f"</think>\\boxed{{{answer}}}", label)])
     assert verdict.correct and verdict.reason == "correct"
 
 
 @pytest.mark.parametrize(("answer", "label"), pairs(WRONG))
 def test_anything_else_is_wrong(grader, answer, label):
-    [verdict] = grader.grade([(f"</think>\\boxed{{{answer}}}", label)])
+    [verdict] = graded(grader, [(f"</think>\\boxed{{{answer}}}", label)])
     assert not verdict.correct and verdict.reason in ("wrong", "several_answers")
 
 
@@ -608,5 +609,5 @@ x>33
 
 @pytest.mark.parametrize("label", LABELS)
 def test_every_label_is_its_own_answer_and_that_of_no_other(grader, label):
-    verdicts = grader.grade([(f"</think>\\boxed{{{answer}}}", label) for answer in LABELS])
+    verdicts = graded(grader, [(f"</think>\\boxed{{{answer}}}", label) for answer in LABELS])
     assert [answer for answer, verdict in zip(LABELS, verdicts, strict=True) if verdict.correct] == [label]

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from answered import graded
 from milepost.configuration.schema import Reward
-from milepost.rewards.math import Grader, Verdict
+from milepost.rewards.base import Verdict
+from milepost.rewards.grader import Grader
 
 DATA = Path(__file__).parents[1] / "data"
 CASES = [
@@ -27,14 +29,14 @@ def grader():
 
 
 def verdict(grader, answer, label) -> Verdict:
-    return grader.grade([(f"reasoning</think>\\boxed{{{answer}}}", label)])[0]
+    return graded(grader, [(f"reasoning</think>\\boxed{{{answer}}}", label)])[0]
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["id"] for case in CASES])
 def test_known_case_gets_its_verdict_in_its_time(grader, case):
     start = time.monotonic()
-    [graded] = grader.grade([(case["output"], case["label"])])
-    assert graded.correct == bool(case["expected"])
+    [judged] = graded(grader, [(case["output"], case["label"])])
+    assert judged.correct == bool(case["expected"])
     assert time.monotonic() - start < case["max_seconds"]
 
 
@@ -118,7 +120,7 @@ def test_what_only_looks_like_the_label_is_wrong(grader, answer, label):
 def test_reasons_name_what_was_wrong(grader):
     responses = [r"</think>\boxed{33}", r"</think>\boxed{34}", r"</think>\boxed{33, 34}", r"\boxed{33}", "</think>33"]
     beyond = ["9" * 5000, "{" * 50 + "33" + "}" * 50, "(" * 50 + "33" + ")" * 50, "\\sqrt" * 50 + "4", "x" + "^2" * 50]
-    verdicts = grader.grade([(text, "33") for text in responses + [f"</think>\\boxed{{{each}}}" for each in beyond]])
+    verdicts = graded(grader, [(text, "33") for text in responses + [f"</think>\\boxed{{{each}}}" for each in beyond]])
     assert [verdict.reason for verdict in verdicts] == (
         ["correct", "wrong", "several_answers", "no_think_end", "no_box", "too_long", *["too_deep"] * 4]
     )
@@ -128,16 +130,16 @@ def test_reasons_name_what_was_wrong(grader):
 def test_without_a_think_block_only_optional_grades():
     for mode, correct in (("required", False), ("optional", True)):
         with Grader(Reward(think_block=mode)) as grader:
-            assert grader.grade([(r"So \boxed{33}.", "33")])[0].correct is correct
+            assert graded(grader, [(r"So \boxed{33}.", "33")])[0].correct is correct
 
 
 def test_slow_comparison_is_stopped_and_the_next_ones_go_on():
     with Grader(Reward(max_seconds=1)) as grader:
         slow = ["e^{e^{e^{e^e}}}", r"\sqrt{2}^{10^{1000}}"]
         labels = ["33", "\\pi"]
-        verdicts = grader.grade([(f"</think>\\boxed{{{a}}}", label) for a, label in zip(slow, labels, strict=True)])
+        verdicts = graded(grader, [(f"</think>\\boxed{{{a}}}", label) for a, label in zip(slow, labels, strict=True)])
         assert [verdict.reason for verdict in verdicts] == ["grading_timeout"] * 2
-        assert grader.grade([(r"</think>\boxed{\log_{2} 8}", "3")])[0].reason in ("correct", "grading_timeout")
+        assert graded(grader, [(r"</think>\boxed{\log_{2} 8}", "3")])[0].reason in ("correct", "grading_timeout")
 
 
 HOSTILE = {
@@ -199,20 +201,21 @@ LATEX = [
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.one_of(st.text(max_size=100), st.lists(st.sampled_from(LATEX), max_size=30).map("".join)), st.booleans())
 def test_no_response_raises(grader, response, boxed):
-    grader.grade([(f"</think>\\boxed{{{response}}}" if boxed else response, "33")])
+    graded(grader, [(f"</think>\\boxed{{{response}}}" if boxed else response, "33")])
 
 
 def test_integers_start_no_process_and_workers_end_with_the_grader():
     with Grader(Reward()) as grader:
         verdict(grader, "33", "34")
-        assert all(worker.process is None for worker in grader.workers.workers)
+        workers = grader.parts[0][1].workers.workers
+        assert all(worker.process is None for worker in workers)
         assert verdict(grader, r"\log_{2} 8", "3").correct
-        process = next(worker.process for worker in grader.workers.workers if worker.process)
+        process = next(worker.process for worker in workers if worker.process)
     assert process.returncode is not None
 
 
 def test_every_aime_label_is_its_own_correct_answer(grader):
     rows = [json.loads(line) for line in (DATA / "aime-2024.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 30
-    verdicts = grader.grade([(f"</think>\\boxed{{{int(row['label'])}}}", row["label"]) for row in rows])
+    verdicts = graded(grader, [(f"</think>\\boxed{{{int(row['label'])}}}", row["label"]) for row in rows])
     assert all(verdict.correct for verdict in verdicts)

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from answered import graded
 from milepost.configuration.schema import Reward
-from milepost.rewards.math import Grader
+from milepost.rewards.grader import Grader
 
 PIECE = re.compile(r"\\[A-Za-z]+|\\.|[0-9]*\.?[0-9]+|[A-Za-z]+|.", re.DOTALL)
 SPACES = [" ", r"\,", r"\;", r"\ ", "~", r"\:"]
@@ -79,7 +80,7 @@ def rewritten(draw, answers):
 @given(rewritten(WRONG))
 def test_no_rewriting_makes_a_wrong_answer_right(grader, pair):
     answer, label = pair
-    [verdict] = grader.grade([(f"</think>\\boxed{{{answer}}}", label)])
+    [verdict] = graded(grader, [(f"</think>\\boxed{{{answer}}}", label)])
     assert not verdict.correct
 
 
@@ -101,5 +102,5 @@ def respaced(draw):
 @given(respaced())
 def test_no_spaces_or_braces_make_a_right_answer_wrong(grader, pair):
     answer, label = pair
-    [verdict] = grader.grade([(f"</think>\\boxed{{{answer}}}", label)])
+    [verdict] = graded(grader, [(f"</think>\\boxed{{{answer}}}", label)])
     assert verdict.correct

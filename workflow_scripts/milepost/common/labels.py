@@ -1,13 +1,16 @@
 r"""The answer that a row's label holds, or the reason why no answer could ever match it.
 
-A label is what a response has to say in its ``\boxed{}``: a number, an expression, a list, an interval, a few words.
-Two spellings that hold more are unambiguous and read: a solution that ends ``#### 4``, as in GSM8K, and one with a
-single ``\boxed{4}``. All else that is longer than an answer is refused, since training on it would earn nothing.
+What a label may be is for the reward to say (`READERS`). To the math reward it is what a response has to say in its
+``\boxed{}``: a number, an expression, a list, an interval, a few words. Two spellings that hold more are unambiguous
+and read: a solution that ends ``#### 4``, as in GSM8K, and one with a single ``\boxed{4}``. All else that is longer
+than an answer is refused, since training on it would earn nothing.
 """
 
+import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
@@ -16,6 +19,7 @@ MAX_WORDS = 8  # of a text that is an answer: "all real numbers except 3"
 
 FINAL_ANSWER, BOX = "####", r"\boxed"
 BACKSLASHES_OR_BRACE = re.compile(r"\\++(?:(boxed\s*+\{)|[{}])?|[{}]")
+LETTER = re.compile(r"(?:\\(?:text|textbf|mathrm|mathbf)\b|[\s(\[{*_`$\"'])*(?P<letter>[A-Za-z])[\s)\]}*_`$\"'.:]*")
 NO_WORD = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
 WORD = re.compile(r"[^\W\d_]{2,}")
 SENTENCE = re.compile(
@@ -31,14 +35,9 @@ def read_label(value: Any) -> str:
     Raises:
         ValueError: the label holds no one answer; the message says why, and follows the label's key.
     """
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError("is neither text nor a number")
     if isinstance(value, float):
         return _shortest(value)
-    text = str(value).strip()
-    if not text:
-        raise ValueError("is empty")
-    answer = _extracted(text)
+    answer = _extracted(read_text(value).strip())
     if len(answer) > MAX_CHARACTERS:
         raise ValueError(f"is longer than an answer may be, {MAX_CHARACTERS} characters")
     if not _fits_in_braces(answer):
@@ -48,6 +47,67 @@ def read_label(value: Any) -> str:
     if len(WORD.findall(NO_WORD.sub(" ", answer))) > MAX_WORDS or SENTENCE.search(answer):
         raise ValueError("is prose: it is no single answer")
     return answer
+
+
+def read_text(value: Any) -> str:
+    """A label as text, every character of it; a number in its shortest decimal spelling.
+
+    Raises:
+        ValueError: it is neither, or empty.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError("is neither text nor a number")
+    text = _shortest(value) if isinstance(value, float) else str(value)
+    if not text.strip():
+        raise ValueError("is empty")
+    return text
+
+
+def read_letter(value: Any) -> str:
+    """The letter of a choice, ``B`` for ``(b)`` as well.
+
+    Raises:
+        ValueError: it is not one letter.
+    """
+    if letter := one_letter(read_text(value)):
+        return letter
+    raise ValueError("is not the one letter of a choice")
+
+
+def one_letter(text: str) -> str | None:
+    r"""The upper-case letter that a text is, with no more around it than marks: ``(B)``, ``**B.**``, ``\text{B}``."""
+    found = LETTER.fullmatch(text)
+    return found["letter"].upper() if found else None
+
+
+def read_any(value: Any) -> str | None:
+    """A label for a function that reads it as it likes: text or a number as above, anything else as JSON."""
+    if value is None or value == "":
+        return None
+    return json.dumps(value) if isinstance(value, bool | list | dict) else read_text(value)
+
+
+@dataclass(frozen=True)
+class LabelReader:
+    """How a reward reads labels, and by what it knows a prompt that says how to answer.
+
+    Attributes:
+        read: from JSON's value to the label; a `ValueError` says what is wrong with it.
+        required: whether a row without a label is unusable.
+        asks: a prompt that contains one of these asks for an answer that the reward finds.
+    """
+
+    read: Callable[[Any], str | None]
+    required: bool = True
+    asks: tuple[str, ...] = ()
+
+
+READERS = {
+    "math": LabelReader(read_label, asks=(BOX,)),
+    "choice": LabelReader(read_letter, asks=(BOX, "Answer:")),
+    "exact": LabelReader(read_text),
+    "any": LabelReader(read_any, required=False),
+}
 
 
 def _shortest(value: float) -> str:

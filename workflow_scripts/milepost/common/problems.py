@@ -2,12 +2,12 @@
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from milepost.common.errors import UserError
-from milepost.common.labels import BOX, read_label
+from milepost.common.labels import READERS, LabelReader
 
 ROLES = ("system", "user", "assistant")
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")
@@ -17,11 +17,19 @@ BadRows = list[tuple[int, str]]  # of each row that is no problem the line (from
 
 @dataclass(frozen=True)
 class Problem:
-    """One usable row: the chat that asks, the answer that is right, and where it stood in the file (from 1)."""
+    """One usable row.
+
+    Attributes:
+        messages: the chat that asks.
+        label: the answer that is right; None where the reward needs none.
+        line: where it stood in the file, from 1.
+        row: all of it, as JSON gave it.
+    """
 
     messages: list[dict[str, str]]
-    label: str
+    label: str | None
     line: int
+    row: dict[str, Any] = field(default_factory=dict)
 
 
 class ProblemSet(Protocol):
@@ -36,21 +44,26 @@ class ProblemSet(Protocol):
 
 
 def load_problem_set(
-    path: Path | str, known: ProblemSet, *, max_bad_share: float | None = None
+    path: Path | str, known: ProblemSet, labels: str = "math", *, max_bad_share: float | None = None
 ) -> tuple[list[Problem], BadRows]:
     """The usable rows of a file and the others; a `UserError` where `require_problems` refuses it.
 
-    ``max_bad_share`` takes the place of what is known.
+    Args:
+        labels: how the reward reads them, a name of `common.labels.READERS`.
+        max_bad_share: in the place of what is known.
     """
-    problems, bad = read_problems(path, known.prompt_key, known.label_key)
+    problems, bad = read_problems(path, known.prompt_key, known.label_key, labels)
     share = known.max_bad_share if max_bad_share is None else max_bad_share
     require_problems(path, problems, bad, rows=known.rows, unique=known.unique_prompts, max_bad_share=share)
     if known.instruction:
-        problems = [p if asks_for_a_box(p) else _instructed(p, known.instruction) for p in problems]
+        asks = READERS[labels].asks
+        problems = [p if says_how_to_answer(p, asks) else _instructed(p, known.instruction) for p in problems]
     return problems, bad
 
 
-def read_problems(path: Path | str, prompt_key: str, label_key: str) -> tuple[list[Problem], BadRows]:
+def read_problems(
+    path: Path | str, prompt_key: str, label_key: str, labels: str = "math"
+) -> tuple[list[Problem], BadRows]:
     """Read every row of a file, in its order; blank lines are none."""
     problems, bad = [], []
     try:
@@ -60,7 +73,7 @@ def read_problems(path: Path | str, prompt_key: str, label_key: str) -> tuple[li
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                problems.append(_read_row(line, prompt_key, label_key, number))
+                problems.append(_read_row(line, prompt_key, label_key, READERS[labels], number))
             except (ValueError, RecursionError) as error:
                 bad.append((number, _reason(error)))
     return problems, bad
@@ -107,9 +120,9 @@ def kinds_of(bad: BadRows) -> list[str]:
     ]
 
 
-def asks_for_a_box(problem: Problem) -> bool:
-    r"""Whether a chat speaks of ``\boxed``, in which alone the math reward finds an answer."""
-    return any(BOX in message["content"] for message in problem.messages)
+def says_how_to_answer(problem: Problem, asks: tuple[str, ...]) -> bool:
+    r"""Whether a chat contains one of ``asks``, such as ``\boxed``: the reward finds an answer that is so given."""
+    return any(mark in message["content"] for message in problem.messages for mark in asks)
 
 
 def _instructed(problem: Problem, instruction: str) -> Problem:
@@ -118,22 +131,22 @@ def _instructed(problem: Problem, instruction: str) -> Problem:
     return replace(problem, messages=[*before, question | {"content": f"{question['content']}\n\n{instruction}"}])
 
 
-def _read_row(line: bytes, prompt_key: str, label_key: str, number: int) -> Problem:
+def _read_row(line: bytes, prompt_key: str, label_key: str, labels: LabelReader, number: int) -> Problem:
     row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=_no_constant)
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
-    for key in (prompt_key, label_key):
+    for key in (prompt_key, label_key) if labels.required else (prompt_key,):
         if key not in row:
             raise ValueError(f"no {key!r}")
     messages = _messages(row[prompt_key], prompt_key)
     try:
-        label = read_label(row[label_key])
+        label = labels.read(row.get(label_key))
     except ValueError as error:
         raise ValueError(f"{label_key!r} {error}") from None
-    for key, text in ((prompt_key, "".join(message["content"] for message in messages)), (label_key, label)):
+    for key, text in ((prompt_key, "".join(message["content"] for message in messages)), (label_key, label or "")):
         if HALF_A_PAIR.search(text):
             raise ValueError(f"{key!r} has half of a surrogate pair, which is no character")
-    return Problem(messages, label, number)
+    return Problem(messages, label, number, row)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

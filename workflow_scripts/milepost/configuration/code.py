@@ -4,6 +4,7 @@ import ast
 import functools
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 # What these packages and modules do decides whether and how a job runs or ends, never what it computes.
@@ -26,13 +27,30 @@ def code_digest(root: Path, *scripts: str) -> str:
 
     Comments, formatting, docstrings and the texts of errors, messages, logs and help do not count.
     """
-    waiting, trees = [root / script for script in scripts], {}
+    return _digest_of_all(root, [root / script for script in scripts], _WithoutTexts, NOT_COMPUTING)
+
+
+@functools.cache
+def user_code_digest(script: Path) -> str:
+    """Digest of a user's ``script`` and of every module beside it that it imports.
+
+    Comments, formatting and docstrings do not count. Texts do: a judge's prompt is one. A file that can't be parsed
+    counts by its bytes.
+    """
+    return _digest_of_all(script.parent, [script], _WithoutDocstrings)
+
+
+def _digest_of_all(
+    root: Path, waiting: list[Path], reduced: type[ast.NodeTransformer], left_out: Collection[str] = ()
+) -> str:
+    """Digest of the files in ``waiting`` and of all below ``root`` that they import, without those ``left_out``."""
+    trees: dict[Path, str] = {}
     while waiting:
         file = waiting.pop()
         relative = file.relative_to(root)
-        if file in trees or NOT_COMPUTING & {relative.as_posix(), relative.parent.as_posix()}:
+        if file in trees or {relative.as_posix(), relative.parent.as_posix()} & {*left_out}:
             continue
-        trees[file], imported = _read(root, file)
+        trees[file], imported = _read(root, file, reduced)
         waiting += imported
     return digest(sorted((file.relative_to(root).as_posix(), tree) for file, tree in trees.items()))
 
@@ -43,14 +61,17 @@ def digest(value: object) -> str:
 
 
 @functools.cache
-def _read(root: Path, file: Path) -> tuple[str, list[Path]]:
+def _read(root: Path, file: Path, reduced: type[ast.NodeTransformer]) -> tuple[str, list[Path]]:
     """Digest of one module's syntax tree, and the files below ``root`` that it imports, their packages included.
 
-    Of a file in another language every byte counts.
+    Of a file in another language, or one that can't be parsed, every byte counts.
     """
-    if file.suffix != ".py":
+    try:
+        tree = ast.parse(file.read_bytes(), filename=str(file)) if file.suffix == ".py" else None
+    except (SyntaxError, ValueError):
+        tree = None
+    if tree is None:
         return hashlib.sha256(file.read_bytes()).hexdigest(), []
-    tree = ast.parse(file.read_bytes(), filename=str(file))
     package, names = file.relative_to(root).parent.parts, set()
     for node in ast.walk(tree):  # what is imported inside functions, too
         if isinstance(node, ast.Import):
@@ -64,11 +85,11 @@ def _read(root: Path, file: Path) -> tuple[str, list[Path]]:
         for depth in range(1, len(name) + 1):
             path = root.joinpath(*name[:depth])
             files += [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()]
-    return digest(ast.dump(_WithoutTexts().visit(tree))), files
+    return digest(ast.dump(reduced().visit(tree))), files
 
 
-class _WithoutTexts(ast.NodeTransformer):
-    """Drops docstrings, and empties texts that are written for people."""
+class _WithoutDocstrings(ast.NodeTransformer):
+    """Drops docstrings."""
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
@@ -76,6 +97,10 @@ class _WithoutTexts(ast.NodeTransformer):
         ):
             node.body = node.body[1:]
         return super().generic_visit(node)
+
+
+class _WithoutTexts(_WithoutDocstrings):
+    """Drops docstrings, and empties texts that are written for people."""
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
         if isinstance(node.exc, ast.Call):

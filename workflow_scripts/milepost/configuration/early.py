@@ -3,9 +3,10 @@
 What the machine lacks is found by `configuration.preflight`, which only a real run asks.
 """
 
+import ast
 import functools
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from milepost.common.errors import UserError
@@ -13,6 +14,7 @@ from milepost.common.problems import load_problem_set
 from milepost.configuration import runs
 from milepost.configuration.loading import Configuration, nearest
 from milepost.configuration.provenance import Provenance
+from milepost.configuration.rewards import Function
 from milepost.configuration.schema import Dataset
 
 Job = tuple[str, dict[str, str]]  # its rule, its wildcards
@@ -35,23 +37,40 @@ def check_inputs(jobs: Sequence[Job], configuration: Configuration, provenance: 
     """
 
     @functools.cache  # many jobs may read one set, which may be large
-    def check_rows(dataset: str, max_bad_share: float) -> None:
-        _check_rows(configuration.datasets[dataset], max_bad_share)
+    def check_rows(dataset: str, max_bad_share: float, labels: str) -> None:
+        _check_rows(configuration.datasets[dataset], max_bad_share, labels)
+
+    def check_reward(model: str, dataset: str) -> str:
+        """How the reward reads labels, once its own files are checked."""
+        reward = configuration.reward(model, dataset)
+        for function in reward.functions:
+            check_function(function)
+        return reward.labels
 
     for rule, wildcards in jobs:
         if rule == "dataset":
             dataset = configuration.datasets[wildcards["name"]]
             _check_place(wildcards["name"], dataset)
-            check_rows(wildcards["name"], dataset.max_bad_share)
+            check_rows(wildcards["name"], dataset.max_bad_share, configuration.labels(wildcards["name"]))
         elif rule == "download":
             _check_folder(wildcards["model"], configuration)
         elif rule == "train":
-            validation = configuration.models[wildcards["model"]].validation
-            if validation.interval:
-                check_rows(validation.dataset, 0.0)
+            settings = configuration.models[wildcards["model"]]
+            trained_on = configuration.datasets[settings.training.dataset]
+            labels = check_reward(wildcards["model"], settings.training.dataset)
+            check_rows(settings.training.dataset, trained_on.max_bad_share, labels)
+            if settings.validation.interval:
+                labels = check_reward(wildcards["model"], settings.validation.dataset)
+                check_rows(settings.validation.dataset, 0.0, labels)
             _check_training(wildcards["model"], configuration, provenance)
         elif rule == "evaluate":
-            check_rows(wildcards["dataset"], 0.0)
+            check_rows(wildcards["dataset"], 0.0, check_reward(wildcards["model"], wildcards["dataset"]))
+        elif rule == "check_reward":
+            for reward in configuration.rewards():
+                for function in reward.functions:
+                    check_function(function)
+            if configuration.answers is None:
+                raise UserError("give the file of answers to grade: --config 'answers=answers.jsonl'")
 
 
 def _check_place(name: str, dataset: Dataset) -> None:
@@ -63,10 +82,42 @@ def _check_place(name: str, dataset: Dataset) -> None:
             raise UserError(f"{folder / dataset.file}: no such file: correct datasets.{name}.folder or .file")
 
 
-def _check_rows(dataset: Dataset, max_bad_share: float) -> None:
+def _check_rows(dataset: Dataset, max_bad_share: float, labels: str) -> None:
     """Of a local set; a score, unlike a training, needs every row."""
     if dataset.folder and (file := Path(dataset.folder).expanduser() / dataset.file).is_file():
-        load_problem_set(file, dataset, max_bad_share=max_bad_share)
+        load_problem_set(file, dataset, labels, max_bad_share=max_bad_share)
+
+
+def check_function(function: Function) -> None:
+    """Refuse (`UserError`) a reward whose file is not there, can't be parsed, or has no such function."""
+    try:
+        tree = ast.parse(function.path.read_bytes(), filename=function.file)
+    except OSError:
+        raise UserError(f"{function.path}: no such file: correct reward.function {function}") from None
+    except (SyntaxError, ValueError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise UserError(f"{function.file}{line}: {getattr(error, 'msg', error)}: correct the file") from None
+    names = dict(_bound_at_top(tree.body))
+    if function.name not in names and "*" not in names:
+        functions = [name for name, node in names.items() if isinstance(node, ast.FunctionDef)]
+        raise UserError(f"{function.file}: has no function {function.name!r}{nearest(function.name, functions)}")
+    if isinstance(names.get(function.name), ast.AsyncFunctionDef | ast.ClassDef):
+        raise UserError(f"{function.file}: {function.name!r} has to be a plain function, defined by `def`")
+
+
+def _bound_at_top(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
+    """The names that statements make in a module, each with its statement; also those within an `if` or `try`."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name, node
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield from ((alias.asname or alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from ((target.id, node) for target in targets if isinstance(target, ast.Name))
+        else:
+            for block in ("body", "handlers", "orelse", "finalbody"):
+                yield from _bound_at_top(getattr(node, block, ()))
 
 
 def _check_folder(model: str, configuration: Configuration) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from milepost.common.files import atomic_write
 from milepost.configuration.loading import SHARED, read_yaml
+from milepost.configuration.rewards import Part
 from milepost.configuration.schema import Model, Root
 
 CONFIG = Path(__file__).resolve().parents[3] / "config"
@@ -54,10 +55,8 @@ def _tables() -> str:
                 lines += tables(f"{name}.{key}", inner)
         return lines
 
-    return (
-        "\n".join(line for name, section in {"config.yaml": Root, **top}.items() for line in tables(name, section))
-        + "\n"
-    )
+    lines = [line for name, section in {"config.yaml": Root, **top}.items() for line in tables(name, section)]
+    return "\n".join([*lines, *_table("a part of reward.sum", Part)]) + "\n"
 
 
 def _table(title: str, section: type[BaseModel]) -> list[str]:

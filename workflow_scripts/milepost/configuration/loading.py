@@ -27,9 +27,11 @@ from pydantic import BaseModel, ValidationError
 
 from milepost.common.errors import UserError
 from milepost.configuration import layout
-from milepost.configuration.schema import NAME, Dataset, Model, ModelSource, Plots, Root
+from milepost.configuration.rewards import Labels
+from milepost.configuration.schema import NAME, Dataset, Model, ModelSource, Plots, Reward, Root
 
-PLACES = frozenset(ModelSource.places + Dataset.places)
+# Keys that take one another's place: where something is from, and what a reward is.
+ALTERNATIVES = (frozenset(ModelSource.places + Dataset.places), frozenset(Reward.ways))
 RETYPED = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float")}
 SHARED = tuple(name for name in Model.model_fields if name not in ("source", "architecture"))
 TAKEN = {  # names of targets (train_all), and of folders that lie beside those of the models
@@ -64,6 +66,7 @@ class Configuration:
         models: name -> settings, one for every file in config/models/ and in the user's ``models_folder``.
         faults: name -> the error in a model that is not listed; it is raised only when that model is used.
         plots: how plots look.
+        answers: the file that check_reward grades.
     """
 
     listed: list[str]
@@ -74,6 +77,7 @@ class Configuration:
     models: dict[str, Model]
     faults: dict[str, str]
     plots: Plots
+    answers: str | None
 
     @property
     def scored(self) -> set[str]:
@@ -81,6 +85,26 @@ class Configuration:
         models = [self.models[name] for name in self.listed]
         validated = {model.validation.dataset for model in models if model.validation.interval}
         return validated.union(*(model.evaluation.datasets for model in models))
+
+    def reward(self, model: str, dataset: str) -> Reward:
+        """What a model's responses to a problem set are graded by: the set's own reward, or else the model's."""
+        return self.datasets[dataset].reward or self.models[model].reward
+
+    def rewards(self) -> list[Reward]:
+        """Each reward that grades a listed model's responses, once."""
+        used = [self.reward(name, dataset) for name in self.listed for dataset in sorted(_sets(self.models[name]))]
+        return [reward for number, reward in enumerate(used) if reward not in used[:number]]
+
+    def labels(self, dataset: str) -> Labels:
+        """How the labels of a problem set are read while it is fetched: by the least strict reward that grades it."""
+        read = {self.reward(name, dataset).labels for name, model in self.models.items() if dataset in _sets(model)}
+        return next((labels for labels in ("any", "exact", "choice") if labels in read), "math")
+
+
+def _sets(model: Model) -> set[str]:
+    """The problem sets that a model is trained, validated and evaluated on."""
+    validated = [model.validation.dataset] if model.validation.interval else []
+    return {model.training.dataset, *validated, *model.evaluation.datasets}
 
 
 def load(
@@ -114,7 +138,17 @@ def load(
             if name in root.models:
                 raise
             faults[name] = str(error)
-    return Configuration(root.models, root.run, root.results, root.preflight, root.datasets, models, faults, root.plots)
+    return Configuration(
+        listed=root.models,
+        run=root.run,
+        results=root.results,
+        preflight=root.preflight,
+        datasets=root.datasets,
+        models=models,
+        faults=faults,
+        plots=root.plots,
+        answers=root.answers,
+    )
 
 
 def _layer(file: Path) -> Layer:
@@ -378,14 +412,15 @@ def _name(path: Path) -> str:
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """``under`` with the values of ``over``: mappings are merged, everything else is replaced. Neither is changed.
 
-    A source (``source``, or an entry of ``datasets``) has one place, so another place replaces the first.
+    A source (``source``, or an entry of ``datasets``) has one place, so another place replaces the first. A reward is one
+    kind, function or sum likewise.
     """
     result = copy.copy(under)
     for key, value in over.items():
         old = result.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
-            other_places = PLACES - value.keys() if PLACES & value.keys() else ()
-            old = {name: content for name, content in old.items() if name not in other_places}
+            replaced = {name for keys in ALTERNATIVES if keys & value.keys() for name in keys - value.keys()}
+            old = {name: content for name, content in old.items() if name not in replaced}
             result[key] = merge(old, value)
         else:
             result[key] = value

@@ -19,9 +19,9 @@ from milepost.common.contents import content_of
 from milepost.common.errors import UserError
 from milepost.common.files import read_json, sha256_of
 from milepost.configuration import runs, staleness
-from milepost.configuration.code import code_digest, digest
+from milepost.configuration.code import code_digest, digest, user_code_digest
 from milepost.configuration.loading import Configuration
-from milepost.configuration.schema import Engine, Evaluation, Section
+from milepost.configuration.schema import Engine, Evaluation, Reward, Section
 
 OF_TRAINING = {"mem_fraction_static", "check_weights", "replay_routing"}  # of the engine; only a training reads them
 TRAIN_SECTIONS = (
@@ -34,7 +34,6 @@ TRAIN_SECTIONS = (
     "sampling",
     "engine",
     "experts",
-    "reward",
 )
 # Where the manifest of each result lies in the results folder.
 MANIFESTS = {
@@ -89,7 +88,7 @@ class Provenance:
 
     Stages, and what identifies a result of each:
     ``dataset`` (name), ``download``, ``convert``, ``train``, ``export`` (model), ``evaluate`` (model, dataset,
-    weights), ``tables``, ``plots``, ``report`` (none).
+    weights), ``tables``, ``plots``, ``report``, ``check_reward`` (none).
     """
 
     def __init__(self, configuration: Configuration, scripts: Path):
@@ -141,6 +140,7 @@ class Provenance:
             job["on_code_change"] = self._on_code_change(**which)
         elif stage == "dataset":
             job["every_row"] = which["name"] in self._configuration.scored
+            job["labels"] = self._configuration.labels(which["name"])
         elif stage == "evaluate":
             job["sampler"] = self._sampler(which["model"])
         return job
@@ -231,7 +231,8 @@ class Provenance:
 
     def _dataset(self, name: str) -> Parts:
         dataset = self._configuration.datasets[name]
-        config = {"dataset": dataset, "name": name}
+        # The reward is read by what trains and evaluates: with another one the set need not be fetched again.
+        config = {"dataset": dataset.model_dump(mode="json", exclude={"reward"}), "name": name}
         if dataset.folder:
             file = Path(dataset.folder).expanduser() / dataset.file
             config["content"] = _content(file) if file.is_file() else None  # if it is missing, the download says so
@@ -255,6 +256,7 @@ class Provenance:
     def _train(self, model: str) -> Parts:
         settings = self._configuration.models[model]
         config = {section: getattr(settings, section) for section in TRAIN_SECTIONS}
+        config |= _graded_by(self._configuration.reward(model, settings.training.dataset))
         config["training"] = settings.training.model_dump(mode="json", exclude={"on_code_change"})  # see `job`
         config["hardware"] = settings.hardware.model_dump(mode="json", include={"gpus", "processes"})
         upstream = {
@@ -264,6 +266,9 @@ class Provenance:
         }
         if settings.validation.interval:
             upstream["validation"] = ("dataset", {"name": settings.validation.dataset})
+            validation = _graded_by(self._configuration.reward(model, settings.validation.dataset))
+            if validation["reward"] != config["reward"]:
+                config |= {f"validation_{key}": value for key, value in validation.items()}
         return Parts(config, ["train.py", engine_file(settings.engine.kind)], versions.TRAINING, upstream)
 
     def _export(self, model: str) -> Parts:
@@ -275,13 +280,17 @@ class Provenance:
         config = {
             "evaluation": settings.evaluation.model_copy(update={"datasets": [dataset]}),
             "engine": settings.engine.model_dump(mode="json", exclude=OF_TRAINING),
-            "reward": settings.reward,
+            **_graded_by(self._configuration.reward(model, dataset)),
             "hardware": settings.hardware.model_dump(mode="json", include={"gpus"}),
         }
         source = "download" if weights == "base" else "export"
         upstream = {source: (source, {"model": model}), "dataset": ("dataset", {"name": dataset})}
         packages = (*versions.SAMPLING, *versions.GRADING)
         return Parts(config, ["evaluate_model.py", engine_file(settings.engine.kind)], packages, upstream)
+
+    def _check_reward(self) -> Parts:
+        rewards = [reward.model_dump(mode="json") for reward in self._configuration.rewards()]
+        return Parts({"answers": self._configuration.answers, "rewards": rewards}, ["check_reward.py"], (), {})
 
     def _tables(self) -> Parts:
         return Parts({}, ["make_tables.py"], versions.STATISTICS, self._evaluations())
@@ -319,6 +328,12 @@ def sampler(evaluation: Evaluation, engine: Engine, code: str, packages: dict[st
         "code": code,
         "versions": packages,
     }
+
+
+def _graded_by(reward: Reward) -> dict[str, Any]:
+    """A reward as part of a record: its settings and, of a user's functions, the code by file."""
+    files = {function.file: user_code_digest(function.path) for function in reward.functions if function.path.is_file()}
+    return {"reward": reward.model_dump(mode="json"), **({"reward_code": files} if files else {})}
 
 
 def engine_file(kind: str) -> str:

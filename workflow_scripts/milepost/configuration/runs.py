@@ -22,7 +22,10 @@ CONTINUES = {
         *("max_tokens_per_gpu", "recompute", "log_prob_chunk"),
     },
     "engine": {"mem_fraction_static", "max_running_requests", "cuda_graph_batch_sizes"},
+    "reward": {"retries", "processes", "memory_gib", "max_error_share", "correct_from"},
     "validation": None,
+    "validation_reward": None,
+    "validation_reward_code": None,
 }
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 FILE = "run.json"

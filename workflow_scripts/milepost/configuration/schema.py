@@ -6,6 +6,7 @@ config/README.md are written from it, and entry scripts read the sections that t
 Other modules import every section from here:
 
     section.py      the base class of sections, and types of values
+    rewards.py      what a response earns
     sources.py      where models and problem sets come from
     training.py     layout, optimizer, rollouts, sampling, validation
     machine.py      hardware, engine, conversion
@@ -19,7 +20,8 @@ from pydantic import AfterValidator, Field
 
 from milepost.configuration.evaluation import Evaluation, Plots
 from milepost.configuration.machine import OWN_SERVER_ARGUMENTS, Conversion, Engine, Hardware, Speculation
-from milepost.configuration.section import NAME, EachOnce, Name, NonNegative, Positive, Section
+from milepost.configuration.rewards import Reward
+from milepost.configuration.section import NAME, EachOnce, Name, NonNegative, Section
 from milepost.configuration.sources import Architecture, Dataset, ModelSource, Problems, Source, TinyModel, WarmUp
 from milepost.configuration.training import (
     Experts,
@@ -47,32 +49,21 @@ Aggregation = Literal["mean_of_response_means", "token_mean"]
 
 
 class Algorithm(Section):
-    """GRPO as the recipes run it."""
+    """Advantages and losses: GRPO as the recipes run it."""
 
-    advantage: Advantage = "grpo"
-    loss: PolicyLoss = "ppo"
-    std_epsilon: NonNegative = 1e-6
-    clip: NonNegative = 0.2
-    clip_high: NonNegative = 0.28
-    use_kl_loss: bool = True
-    kl_coefficient: NonNegative = 0.0
-    kl_type: KlType = "low_var_kl"
-    entropy_coefficient: float = 0.0
-    loss_aggregation: Aggregation = "mean_of_response_means"
-    reference_forward: bool = Field(False, description="compute the KL metric even where its coefficient is 0")
-    old_log_prob_forward: bool = Field(False, description="recompute old log-probs even with one step a rollout")
-    entropy_metric: bool = Field(False, description="compute the entropy even where its coefficient is 0")
-
-
-class Reward(Section):
-    """The rule-based math reward."""
-
-    think_block: Literal["required", "optional"] = Field(
-        "required",
-        description="required: only text after the reasoning's </think> counts; optional: all of it where there is"
-        " none, as under enable_thinking: false",
-    )
-    max_seconds: Positive = Field(5.0, description="time one answer's grading may take in its worker")
+    advantage: Advantage = Field(description="how rewards become advantages; a function in grpo/advantages.py")
+    loss: PolicyLoss = Field(description="the policy loss; a function in grpo/losses.py")
+    std_epsilon: NonNegative = Field(description="added to the standard deviation of a group's rewards")
+    clip: NonNegative = Field(description="the ratio is clipped below at 1 - clip")
+    clip_high: NonNegative = Field(description="the ratio is clipped above at 1 + clip_high")
+    use_kl_loss: bool = Field(description="add the KL divergence from the starting weights to the loss")
+    kl_coefficient: NonNegative = Field(description="weight of the KL loss")
+    kl_type: KlType = Field(description="estimator of the KL divergence; a function in grpo/losses.py")
+    entropy_coefficient: float = Field(description="weight of the entropy, which is subtracted from the loss")
+    loss_aggregation: Aggregation = Field(description="how tokens are averaged; a function in grpo/aggregations.py")
+    reference_forward: bool = Field(description="compute the KL metric even if its coefficient is 0")
+    old_log_prob_forward: bool = Field(description="recompute old log-probs even with one step per rollout")
+    entropy_metric: bool = Field(description="compute the entropy even if its coefficient is 0")
 
 
 class Model(Section):
@@ -83,7 +74,7 @@ class Model(Section):
     hardware: Hardware = Field(description="what the model's jobs take of a machine")
     conversion: Conversion = Field(Conversion(), description="how the starting weights are converted")
     parallel: Parallel = Field(Parallel(), description="how the model is laid out over GPUs")
-    algorithm: Algorithm = Field(Algorithm(), description="advantages and losses")
+    algorithm: Algorithm = Field(description="advantages and losses")
     optimizer: Optimizer = Field(description="Adam and its learning rate")
     training: Training = Field(description="data, batches and length of the training")
     validation: Validation = Field(description="the evaluation during training")
@@ -122,6 +113,7 @@ class Root(Section):
     models_folder: str | None = Field(
         None, description="a folder of your own whose *.yaml are further models; relative to where Snakemake runs"
     )
+    answers: str | None = Field(None, description="a file of answers, JSON lines, that check_reward grades")
     preflight: Literal["refuse", "warn"] = Field(
         "refuse", description="refuse jobs that this machine seems too small for, or only warn"
     )

@@ -4,6 +4,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
+from milepost.configuration.rewards import Reward
 from milepost.configuration.section import NonNegative, Section, Share
 
 
@@ -79,10 +80,15 @@ class Dataset(Source):
     prompt_key: str = Field(
         "prompt", description="key of a row's chat, which is a list of messages that ends with the user's"
     )
-    label_key: str = Field("label", description="key of a row's answer, which is text or a number")
-    instruction: str | None = Field(
-        None, description="added to every prompt that does not ask for a \\boxed answer itself; only those are graded"
+    label_key: str = Field(
+        "label", description="key of a row's answer, text or a number; a reward of your own may need none"
     )
+    instruction: str | None = Field(
+        None,
+        description="added to every prompt; where the reward reads boxes, only to those that do not ask for a \\boxed"
+        " answer themselves",
+    )
+    reward: Reward | None = Field(None, description="grades this set's responses, in place of the model's")
     rows: PositiveInt | None = Field(None, description="the number of rows that the file must have; none accepts any")
     unique_prompts: bool = Field(False, description="refuse the file if a prompt repeats")
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = Field(

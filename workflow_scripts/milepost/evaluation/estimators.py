@@ -36,7 +36,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PairedDifference(Estimate):
-    """Trained minus base over the same problems, a share between -1 and 1; without a spread only ``value`` is known.
+    """Trained minus base over the same problems, of shares between -1 and 1; without a spread only ``value`` is known.
 
     Attributes:
         bootstrap_interval: BCa bootstrap over problems, as `bootstrap_interval` describes it.
@@ -123,9 +123,14 @@ def majority(answers: Sequence[str | None], correct: Sequence[bool]) -> float:
 
 
 def paired_difference(
-    base: ArrayLike, trained: ArrayLike, bootstrap_samples: int, seed: int, confidence: float = 0.95
+    base: ArrayLike,
+    trained: ArrayLike,
+    bootstrap_samples: int,
+    seed: int,
+    confidence: float = 0.95,
+    bounds: tuple[float, float] = (-1.0, 1.0),
 ) -> PairedDifference:
-    """Trained minus base from both models' means of the same problems, (P,) each.
+    """Trained minus base from both models' means of the same problems, (P,) each; ``bounds`` are a difference's.
 
     The problems' difficulty, most of the spread of either score, cancels in the pairs. With as few problems as AIME has
     the t interval relies on the mean being nearly normal, so a bootstrap over problems stands beside it.
@@ -134,7 +139,7 @@ def paired_difference(
     if base.shape != trained.shape:
         raise ValueError(f"{len(base)} problems of base, {len(trained)} of trained: pairs need the same ones")
     differences = trained - base  # (P,)
-    estimate = mean_with_error(differences, confidence, bounds=(-1, 1))
+    estimate = mean_with_error(differences, confidence, bounds)
     value, error = estimate.value, estimate.standard_error
     if estimate.interval is None:
         return PairedDifference(value, error, None, None, None)

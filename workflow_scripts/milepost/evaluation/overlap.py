@@ -32,7 +32,9 @@ def overlap(training: Manifest, scored: Manifest) -> str | None:
 
 def _keys(data: Manifest) -> list[tuple[Problem, set[str]]]:
     """The problems of a data set, and what each question is recognised by."""
-    problems, _ = read_problems(data.root / data.facts["file"], data.facts["prompt_key"], data.facts["label_key"])
+    problems, _ = read_problems(
+        data.root / data.facts["file"], data.facts["prompt_key"], data.facts["label_key"], "any"
+    )
     questions = [_words(problem.messages[-1]["content"]) for problem in problems]
     bare = _without_template(questions) if len(problems) > 1 else questions
     return [

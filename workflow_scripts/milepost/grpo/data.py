@@ -1,7 +1,8 @@
 """The prompts of a run: read strictly, shuffled once an epoch, handed out by a cursor that is part of the run state."""
 
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -15,11 +16,21 @@ from milepost.rollout.prompts import encode_prompt
 
 @dataclass(frozen=True)
 class Prompt:
-    """One training problem: its line in the file, its chat as token ids, and the answer that earns the reward."""
+    """One training problem.
+
+    Attributes:
+        line: where it stands in the file, from 1.
+        ids: its chat as token ids.
+        label: the answer that earns the reward; None where the reward needs none.
+        messages: its chat, for the reward.
+        row: the data set's whole row, for the reward.
+    """
 
     line: int
     ids: list[int]
-    label: str
+    label: str | None
+    messages: Sequence[Mapping[str, str]] = ()
+    row: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -34,8 +45,10 @@ class Intake:
         return f"{self.used} prompts ({self.bad} bad rows and {self.too_long} too long prompts set aside)"
 
 
-def load_prompts(data: Manifest, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> tuple[list[Prompt], Intake]:
-    """Read and encode the problems of a data set.
+def load_prompts(
+    data: Manifest, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, labels: str = "math"
+) -> tuple[list[Prompt], Intake]:
+    """Read and encode the problems of a data set, their labels as ``labels`` says (`common.labels.READERS`).
 
     Rows that are no problem and prompts of more than ``sampling.max_prompt_tokens`` tokens are set aside and counted.
     A larger share of bad rows than the data set's ``max_bad_share``, another number of rows than it names, or no usable
@@ -43,9 +56,15 @@ def load_prompts(data: Manifest, tokenizer: PreTrainedTokenizerBase, sampling: S
     """
     file = data.root / data.facts["file"]
     settings = Dataset.model_validate(data.provenance["config"]["dataset"])
-    problems, bad = load_problem_set(file, settings)
+    problems, bad = load_problem_set(file, settings, labels)
     encoded = [
-        Prompt(problem.line, encode_prompt(tokenizer, problem.messages, sampling.enable_thinking), problem.label)
+        Prompt(
+            line=problem.line,
+            ids=encode_prompt(tokenizer, problem.messages, sampling.enable_thinking),
+            label=problem.label,
+            messages=problem.messages,
+            row=problem.row,
+        )
         for problem in problems
     ]
     prompts = [prompt for prompt in encoded if len(prompt.ids) <= sampling.max_prompt_tokens]

@@ -83,16 +83,17 @@ class RunLog:
 
 
 def equal_rewards(log: RunLog) -> str | None:
-    """A warning where all responses so far earned 0, or all 1: three answers and why. None where rewards differ."""
-    means = {row["reward_mean"] for row in log.lines[METRICS].read() if "reward_mean" in row}
-    if means not in ({0.0}, {1.0}):
+    """A warning where all responses so far earned the same: three answers and why. None where rewards differ."""
+    rows = [row for row in log.lines[METRICS].read() if "reward_mean" in row]
+    rewards = {row[name] for row in rows for name in ("reward_min", "reward_max")}
+    if len(rewards) != 1:
         return None
     samples = log.lines[SAMPLES].read()
     first_of_reason = {row["reason"]: number for number, row in reversed([*enumerate(samples)])}
     rest = (number for number in range(len(samples)) if number not in first_of_reason.values())
     shown = [samples[number] for number in [*sorted(first_of_reason.values()), *rest][:SHOWN]]
     lines = [
-        f"every reward of rollouts 1 to {samples[-1]['rollout']} is {means.pop():.0f}, and equal rewards teach"
+        f"every reward of rollouts 1 to {samples[-1]['rollout']} is {rewards.pop():g}, and equal rewards teach"
         " nothing; training goes on. Is this what the prompts ask for, and what the labels hold?"
     ]
     lines += [

@@ -17,7 +17,8 @@ from milepost.common.interrupts import Interrupted, Interrupts
 from milepost.grpo.advantages import ADVANTAGES, has_spread
 from milepost.grpo.data import Prompt, PromptCursor
 from milepost.grpo.settings import Settings
-from milepost.rewards.math import Grader, Verdict
+from milepost.rewards.base import Response, Verdict
+from milepost.rewards.grader import Grader
 from milepost.rollout.engine import Completion, Request, RolloutEngine, SamplingParams, request_seed
 from milepost.rollout.prompts import decode
 
@@ -33,7 +34,7 @@ class Sample:
 
     @property
     def reward(self) -> float:
-        return float(self.verdict.correct)
+        return float(self.verdict.reward)
 
     def row(self, rollout: int, prompt_text: str) -> dict[str, Any]:
         """The sample as a line of samples.jsonl."""
@@ -46,6 +47,7 @@ class Sample:
             "answer": self.verdict.answer,
             "reward": self.reward,
             "reason": self.verdict.reason,
+            **({"parts": self.verdict.parts_as_json()} if self.verdict.parts else {}),
             "tokens": len(self.completion.token_ids),
             "finish": self.completion.finish,
         }
@@ -145,7 +147,12 @@ class Sampler:
 
     def _graded(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Sample]:
         texts = [decode(self.tokenizer, completion.token_ids) for completion in completions]
-        verdicts = self.grader.grade([(text, prompt.label) for prompt, text in zip(prompts, texts, strict=True)])
+        think_block = self.grader.settings.think_block
+        responses = [
+            Response.of(prompt, text, completion.finish, len(completion.token_ids), think_block)
+            for prompt, completion, text in zip(prompts, completions, texts, strict=True)
+        ]
+        verdicts = self.grader.grade(responses)
         return [Sample(*parts) for parts in zip(prompts, completions, texts, verdicts, strict=True)]
 
 
@@ -179,14 +186,24 @@ def statistics(samples: Sequence[Sample], group_size: int) -> dict[str, float]:
     """The metrics of a rollout that need no model.
 
     ``pass_rate`` is the share of prompts that at least one sample solved, ``groups_without_spread`` the share of
-    prompts whose samples all earned the same, which teach nothing. With speculative decoding ``acceptance_length`` is
-    the number of tokens per forward pass of the model, ``acceptance_rate`` the share of drafted tokens that are kept.
+    prompts whose samples all earned the same, which teach nothing; ``reward_<name>`` is the mean of a sum's part, and
+    ``grading_failed_share`` the share of samples that could not be graded. With speculative decoding
+    ``acceptance_length`` is the number of tokens per forward pass of the model, ``acceptance_rate`` the share of
+    drafted tokens that are kept.
     """
     rewards = _rewards(samples, group_size)
+    solved = torch.tensor([sample.verdict.correct for sample in samples]).view(-1, group_size)
     lengths = [len(sample.completion.token_ids) for sample in samples]
     return {
         "reward_mean": rewards.mean().item(),
-        "pass_rate": (rewards.amax(dim=1) > 0).double().mean().item(),
+        "reward_min": rewards.min().item(),
+        "reward_max": rewards.max().item(),
+        **{
+            f"reward_{name}": sum(sample.verdict.parts[name].reward for sample in samples) / len(samples)
+            for name in samples[0].verdict.parts
+        },
+        "pass_rate": solved.any(dim=1).double().mean().item(),
+        "grading_failed_share": sum(sample.verdict.failed for sample in samples) / len(samples),
         "groups_without_spread": 1.0 - has_spread(rewards).double().mean().item(),
         "response_length_mean": sum(lengths) / len(lengths),
         "truncated_share": sum(sample.completion.finish == "length" for sample in samples) / len(samples),

@@ -16,4 +16,7 @@ class Settings(schema.Section):
     engine: schema.Engine
     experts: schema.Experts
     reward: schema.Reward
+    reward_code: dict[str, str] | None = None  # of a user's functions, by file: it decides which run goes on
+    validation_reward: schema.Reward | None = None  # where it is another one
+    validation_reward_code: dict[str, str] | None = None
     hardware: schema.Hardware

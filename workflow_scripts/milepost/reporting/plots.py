@@ -91,7 +91,7 @@ def all_plots(trainings: Sequence[Training], pairs: Sequence[Pair]) -> list[Plot
             Plot(
                 "scores",
                 "Base and trained",
-                "Mean share of correct samples (avg@n) with its 95% interval over problems.",
+                "Mean reward (avg@n; where it is 0 or 1 the share of correct samples), its 95% interval over problems.",
                 None,
                 lambda theme: _score_bars(pairs, theme),
             )
@@ -159,9 +159,10 @@ def _reward(training: Training, theme: Theme) -> Figure:
             label="validation (avg@n)",
             zorder=4,
         )
-    axes.set(xlabel="rollout", ylabel="share correct")
-    axes.set_ylim(0, 1.02)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set(xlabel="rollout", ylabel="share correct" if training.is_share else "mean reward")
+    if training.is_share:
+        axes.set_ylim(0, 1.02)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=3)
     return figure
 
@@ -206,7 +207,7 @@ def _score_bars(pairs: Sequence[Pair], theme: Theme) -> Figure:
             axes.errorbar(average, row + offset, xerr=reach, color=theme.ink, linewidth=1.1, capsize=2.5)
             right = average if np.isnan(high) else max(high, average)
             axes.annotate(
-                f"{100 * average:.1f}%",
+                f"{100 * average:.1f}%" if score.is_share else f"{average:.3g}",
                 (right, row + offset),
                 xytext=(5, 0),
                 textcoords="offset points",
@@ -217,9 +218,13 @@ def _score_bars(pairs: Sequence[Pair], theme: Theme) -> Figure:
         names.append(f"{pair.base.model}\n{pair.base.dataset}" if several else pair.base.model)
     axes.set_yticks(range(len(pairs)), names)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.08)
-    axes.set_xticks(np.linspace(0, 1, 6))
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    if all(pair.base.is_share for pair in pairs):
+        axes.set_xlim(0, 1.08)
+        axes.set_xticks(np.linspace(0, 1, 6))
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    else:
+        axes.margins(x=0.12)  # room for the numbers
+        axes.set_xlabel("mean reward; 1 is 100%")
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
@@ -236,10 +241,11 @@ def _paired_dots(pair: Pair, theme: Theme) -> Figure:
     axes.vlines(at, base, trained, color=colors, linewidth=float(np.clip(90 / len(at), 0.8, 3)), alpha=0.55)
     axes.scatter(at, base, s=1.9 * size, color=theme.base, label=_label(True), zorder=3)  # a ring where both are equal
     axes.scatter(at, trained, s=size, color=theme.trained, label=_label(False), zorder=4)
-    axes.set(xlabel=f"{len(at)} problems, sorted", ylabel="share correct")
+    axes.set(xlabel=f"{len(at)} problems, sorted", ylabel="share correct" if pair.base.is_share else "mean reward")
     axes.set_xticks([])
-    axes.set_ylim(-0.04, 1.04)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    if pair.base.is_share:
+        axes.set_ylim(-0.04, 1.04)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return figure
 

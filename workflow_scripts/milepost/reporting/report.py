@@ -15,7 +15,7 @@ from milepost.checkpoints.manifest import Manifest
 from milepost.configuration.schema import Plots
 from milepost.reporting.plots import Theme
 from milepost.reporting.results import Pair, Score, Training
-from milepost.reporting.tables import in_words, percent, points, titled
+from milepost.reporting.tables import amount, change, in_words, span, titled
 
 EACH = 3  # right samples, and as many wrong ones, of every group
 LAST_ROLLOUTS = 5  # whose samples are shown
@@ -110,7 +110,7 @@ def evaluation_samples(score: Score) -> list[dict[str, Any]]:
 
 def training_samples(training: Training) -> list[dict[str, Any]]:
     """A few right and wrong samples of the last rollouts."""
-    rows = [row | {"correct": row["reward"] > 0} for row in training.read_samples(LAST_ROLLOUTS)]
+    rows = [row | {"correct": row["reward"] >= training.correct_from} for row in training.read_samples(LAST_ROLLOUTS)]
     return [
         _sample(row, row["prompt"], f"rollout {row['rollout']}")
         for wanted in (True, False)
@@ -122,6 +122,7 @@ def _sample(row: dict[str, Any], prompt: str, source: str) -> dict[str, Any]:
     question = " ".join(CHAT_MARKS.sub(" ", prompt).split())
     return {
         "correct": row["correct"],
+        "reward": f"{row['reward']:.4g}",
         "question": question if len(question) < 200 else f"{question[:199]}…",
         "source": source,
         "prompt": shortened(prompt),
@@ -146,15 +147,18 @@ def shortened(text: str) -> str:
 def _training_facts(training: Training) -> list[tuple[str, str]]:
     """A training in a few lines; a metric that was not logged is left out."""
     facts, reward = training.manifest.facts, training.column("reward_mean")
+    is_share = training.is_share
+    unit = "%" if is_share else ""
     few = max(1, len(reward) // 20)
     rows = {"rollouts": f"{facts['rollouts']:,}"}
     if len(reward):
         rows["reward, first and last twentieth"] = (
-            f"{percent(reward.iloc[:few].mean())}% → {percent(reward.iloc[-few:].mean())}%"
+            f"{amount(reward.iloc[:few].mean(), is_share)}{unit} → {amount(reward.iloc[-few:].mean(), is_share)}{unit}"
         )
         first = reward.iloc[:FIRST_ROLLOUTS]
-        if set(first) in ({0.0}, {1.0}):
-            rows[f"rewards of the first {len(first)} rollouts"] = f"all {first.iloc[0]:.0f}, which teaches nothing"
+        lowest, highest = (training.column(f"reward_{name}").iloc[:FIRST_ROLLOUTS] for name in ("min", "max"))
+        if len({*lowest, *highest}) == 1:
+            rows[f"rewards of the first {len(first)} rollouts"] = f"all {first.iloc[0]:g}, which teaches nothing"
     if len(step := training.column("seconds_step")):
         parts = {name: training.column(f"seconds_{name}") for name in ("rollout", "train", "sync", "sleep_wake")}
         split = ", ".join(f"{name.replace('_', ' and ')} {part.median():.3g} s" for name, part in parts.items())
@@ -165,24 +169,28 @@ def _training_facts(training: Training) -> list[tuple[str, str]]:
         rows["|log-prob trainer − engine|, largest"] = f"{gap.max():.2g}"
     rows["checkpoint"] = facts["checkpoint"]
     if best := facts.get("best"):
-        rows["best by validation"] = f"{best['checkpoint']} ({percent(best['score'])}%)"
+        rows["best by validation"] = f"{best['checkpoint']} ({amount(best['score'], is_share)}{unit})"
     return list(rows.items())
 
 
 def _gain(pair: Pair) -> dict[str, Any]:
     """A tile: the difference, and a bar for each of the two scores, the shorter over the longer."""
     difference, base, trained = pair.difference(), pair.base.facts["average"], pair.trained.facts["average"]
+    is_share = pair.base.is_share
+    whole = 1.0 if is_share else max(base, trained, 1e-9)  # of the longest bar
     (shorter, shorter_color), (longer, longer_color) = sorted([(base, "--base"), (trained, "--accent")])
     return {
         "model": pair.base.model,
         "dataset": pair.base.dataset,
-        "points": points(difference.value),
-        "base": percent(base),
-        "trained": percent(trained),
-        "interval": difference.interval and " to ".join(map(points, difference.interval)),
-        "shorter": round(100 * shorter, 1),
+        "points": change(difference.value, is_share),
+        "unit": "points" if is_share else "reward",
+        "percent": "%" if is_share else "",
+        "base": amount(base, is_share),
+        "trained": amount(trained, is_share),
+        "interval": difference.interval and span(difference.interval, is_share),
+        "shorter": round(100 * max(shorter, 0.0) / whole, 1),
         "shorter_color": shorter_color,
-        "longer": round(100 * longer, 1),
+        "longer": round(100 * max(longer, 0.0) / whole, 1),
         "longer_color": longer_color,
     }
 

@@ -12,7 +12,8 @@ import pandas as pd
 from milepost.checkpoints.manifest import Manifest, read_manifest
 from milepost.common.errors import UserError
 from milepost.configuration import staleness
-from milepost.evaluation.estimators import PairedDifference, correct_counts, paired_difference
+from milepost.configuration.rewards import Reward
+from milepost.evaluation.estimators import PairedDifference, paired_difference
 
 BASE = "base"
 
@@ -46,9 +47,13 @@ class Score:
         return tuple(self.facts["interval"] or (np.nan, np.nan))
 
     def problem_means(self) -> np.ndarray:
-        """The share of correct samples of each problem, (P,)."""
-        counts, number = correct_counts([problem["correct"] for problem in self.facts["per_problem"]])
-        return counts / number
+        """The mean reward of each problem's samples, (P,)."""
+        return np.array([problem["rewards"] for problem in self.facts["per_problem"]], dtype=float).mean(axis=1)
+
+    @property
+    def is_share(self) -> bool:
+        """Whether its rewards are 0 or 1, so that their mean is a share."""
+        return _reward(self.manifest).is_share
 
     def read_samples(self, wanted: set[tuple[int, int]]) -> list[dict[str, Any]]:
         """The samples of the ``(problem, sample)`` that are wanted, with what the grader said of each."""
@@ -61,6 +66,7 @@ class Score:
                 found.append(
                     row
                     | {"label": facts["label"], "correct": facts["correct"][sample]}
+                    | {"reward": facts["rewards"][sample]}
                     | {"answer": facts["answers"][sample], "reason": facts["reasons"][sample]}
                 )
         return found
@@ -77,7 +83,8 @@ class Pair:
         """Trained minus base over the same problems, bootstrapped with the evaluation's seed."""
         protocol = self.trained.protocol
         means = self.base.problem_means(), self.trained.problem_means()
-        return paired_difference(*means, protocol["bootstrap_samples"], protocol["seed"])
+        bounds = (-1.0, 1.0) if self.trained.is_share else (-np.inf, np.inf)
+        return paired_difference(*means, protocol["bootstrap_samples"], protocol["seed"], bounds=bounds)
 
     def made_by_others(self) -> list[str]:
         """How the code or the versions that made the trained score differ from the base's, in words."""
@@ -101,6 +108,16 @@ class Training:
     def settings(self) -> dict[str, Any]:
         """The settings that it was trained with, by section."""
         return self.manifest.provenance["config"]
+
+    @property
+    def is_share(self) -> bool:
+        """Whether its rewards are 0 or 1, so that their mean is a share."""
+        return _reward(self.manifest).is_share
+
+    @property
+    def correct_from(self) -> float:
+        """The reward from which a sample is correct."""
+        return _reward(self.manifest).correct_from
 
     def column(self, name: str) -> pd.Series:
         """One metric over the rollouts that have it; empty where none has."""
@@ -162,9 +179,15 @@ def _measured_by(score: Score) -> dict[str, Any]:
     config = score.manifest.provenance["config"]
     return {
         **{f"{section} section": config.get(section) for section in ("evaluation", "engine", "reward")},
+        "reward function": config.get("reward_code"),
         "set of prompts": score.facts.get("prompts"),
         "set of labels": [problem["label"] for problem in score.facts["per_problem"]],
     }
+
+
+def _reward(manifest: Manifest) -> Reward:
+    """What a result's responses were graded by."""
+    return Reward.model_validate(manifest.provenance["config"].get("reward") or {})
 
 
 def _read(path: Path, kind: str) -> Manifest:

@@ -4,9 +4,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
 from milepost.rewards.arithmetic import NoValue, fold
+from milepost.rewards.base import NO_THINK_END, Response
 from milepost.rewards.comparison import Item, Statement
 from milepost.rewards.expressions import APPLIED, GREEK, read_expression
 from milepost.rewards.latex import FUNCTIONS, Token, balanced, closing, spelled, tokenize, unwrapped
@@ -16,7 +16,6 @@ from milepost.rewards.units import split_unit
 
 INK = re.compile(r"\S")
 BOX_OR_BRACE = re.compile(r"\\++(boxed\s*+\{|[{}]?)|[{}]")
-THINK_MARK = re.compile(r"<(/?)think>")
 
 STOPS = {".", ",", ";", ":", r"\\"}
 LEAD_IN = {"the", "my", "final", "answer", "is", "so", "thus", "hence", "therefore"}
@@ -66,24 +65,16 @@ class Answer:
         return ", ".join(item.text if value is None else str(value) for item, value in values)
 
 
-def extract(response: str, think_block: Literal["required", "optional"]) -> tuple[str | None, str | None]:
+def extract(response: Response) -> tuple[str | None, str | None]:
     r"""The content of the last complete ``\boxed{}`` behind the reasoning, and else the reason why there is none.
 
-    The reasoning ends at its ``</think>``; one more behind it, that nothing opened, takes nothing away.
-
     Returns:
-        ``(content, None)`` or ``(None, reason)``, reason being ``no_think_end`` (the reasoning never ended, or, with
-        ``think_block="required"``, was never there) or ``no_box`` (no complete box behind it, or but empty ones).
+        ``(content, None)`` or ``(None, reason)``, reason being ``no_think_end`` (the reasoning never ended, or never
+        began though it has to) or ``no_box`` (no complete box behind it, or but empty ones).
     """
-    marks = list(THINK_MARK.finditer(response))
-    thinking, start, said = bool(marks) or think_block == "required", 0, []
-    for mark in marks:
-        if not thinking:
-            said.append(response[start : mark.start()])
-        thinking, start = not mark[1], mark.end()
-    if thinking:
-        return None, "no_think_end"
-    content = last_box("\n".join([*said, response[start:]]))
+    if not response.is_answered:
+        return None, NO_THINK_END
+    content = last_box(response.answer)
     return (None, "no_box") if content is None else (content, None)
 
 

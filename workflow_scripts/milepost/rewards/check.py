@@ -1,0 +1,91 @@
+"""Grades a file of answers, so that a reward is tried before it costs GPU time: ``snakemake check_reward``."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from milepost.common.errors import UserError
+from milepost.common.labels import READERS
+from milepost.common.problems import Problem
+from milepost.configuration.rewards import Reward
+from milepost.rewards.base import Response, Verdict
+from milepost.rewards.grader import Grader
+
+SHOWN = 40  # characters of a text in the table, the last ones of a response
+
+
+def verdict_table(file: Path, reward: Reward) -> str:
+    """What a reward makes of the answers in a file, for a person to read.
+
+    A line of the file is a JSON object with the text ``response`` and, where the reward needs one, ``label``. It may
+    have ``prompt`` (text, or a list of messages), ``row`` (the data set's row; otherwise the line's own object),
+    ``finish`` and ``tokens``: a training's samples.jsonl will do.
+    """
+    answers = read_answers(file, reward)
+    with Grader(reward.model_copy(update={"max_error_share": 1.0})) as grader:
+        verdicts = grader.grade([response for _, response in answers])
+    rows = [_row(line, response, verdict) for (line, response), verdict in zip(answers, verdicts, strict=True)]
+    mean = sum(verdict.reward for verdict in verdicts) / len(verdicts)
+    correct = sum(verdict.correct for verdict in verdicts)
+    return (
+        f"reward: {json.dumps(reward.model_dump(mode='json', exclude_defaults=True))}\n"
+        f"{tabulate(rows, headers='keys', disable_numparse=True)}\n"
+        f"{len(verdicts)} answers, mean reward {mean:.4g}, {correct} correct\n"
+    )
+
+
+def read_answers(file: Path, reward: Reward) -> list[tuple[int, Response]]:
+    """The answers in a file, each with its line (from 1); a `UserError` names the first line that has none."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"answers: {file}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                found.append((number, _read(json.loads(line), reward)))
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{file}, line {number}: {error}") from None
+    if not found:
+        raise UserError(f'{file}: holds no answer: give one a line, {{"response": "...", "label": "..."}}')
+    return found
+
+
+def _read(answer: Any, reward: Reward) -> Response:
+    if not isinstance(answer, Mapping) or not isinstance(answer.get("response"), str):
+        raise ValueError('a JSON object with a text "response" is expected')
+    reader = READERS[reward.labels]
+    if reader.required and "label" not in answer:
+        raise ValueError('no "label", which the reward needs')
+    try:
+        label = reader.read(answer.get("label"))
+    except ValueError as error:
+        raise ValueError(f'"label" {error}') from None
+    prompt, row = answer.get("prompt", ""), answer.get("row", answer)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    finish, tokens = answer.get("finish", "stop"), answer.get("tokens", 0)
+    return Response.of(Problem(messages, label, 0, row), answer["response"], finish, tokens, reward.think_block)
+
+
+def _row(line: int, response: Response, verdict: Verdict) -> dict[str, str]:
+    return {
+        "line": str(line),
+        "label": _short(response.label or "–"),
+        "answer": _short(verdict.answer or "–"),
+        "reward": f"{verdict.reward:.4g}",
+        **{name: f"{part.reward:.4g}" for name, part in verdict.parts.items()},
+        "correct": "yes" if verdict.correct else "no",
+        "reason": "; ".join(
+            dict.fromkeys(filter(None, [verdict.reason, *(part.reason for part in verdict.parts.values())]))
+        ),
+        "the response ends": _short(response.response[-SHOWN:]),
+    }
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
