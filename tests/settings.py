@@ -21,7 +21,10 @@ def training_settings(**sections: dict[str, Any]) -> Settings:
     """The shared settings of config.yaml, on the CPU in fp32, with ``sections`` laid over them."""
     on_the_cpu = {"hardware": {"gpus": 0}, "engine": {"kind": "cpu"}, "training": {"dtype": "float32"}}
     changes = merge(on_the_cpu, sections)
-    return Settings(**{name: section(name, **changes.get(name, {})) for name in Settings.model_fields})
+    of_model = {
+        name: section(name, **changes.pop(name, {})) for name in Settings.model_fields if name in Model.model_fields
+    }
+    return Settings(**of_model, **changes)
 
 
 def algorithm(**changes: Any) -> Algorithm:

@@ -412,8 +412,8 @@ def _name(path: Path) -> str:
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """``under`` with the values of ``over``: mappings are merged, everything else is replaced. Neither is changed.
 
-    A source (``source``, or an entry of ``datasets``) has one place, so another place replaces the first. A reward is one
-    kind, function or sum likewise.
+    A source (``source``, or an entry of ``datasets``) has one place, so another place replaces the first. A reward is
+    one kind, function or sum likewise.
     """
     result = copy.copy(under)
     for key, value in over.items():
