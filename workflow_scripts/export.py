@@ -17,6 +17,7 @@ from milepost.checkpoints.manifest import (
     write_manifest,
 )
 from milepost.checkpoints.safetensors_io import HubCheckpoint, HubWriter
+from milepost.checkpoints.shards import untouched
 from milepost.common.errors import UserError, run
 from milepost.common.files import hold, require_room
 from milepost.common.jobs import job_parser
@@ -54,7 +55,7 @@ def export(arguments: argparse.Namespace) -> None:
     start_folder(partial)
     require_room(partial, sum(file["bytes"] for file in source.files.values()))
     with HubWriter(hub, partial) as writer, tqdm(total=len(hub.entries), unit=" tensors", mininterval=1) as bar:
-        for name in mapping.untouched(hub, mtp_num_layers):
+        for name in untouched(hub, mtp_num_layers):
             writer.copy(name)
             bar.update()
         for name, tensor in mapping.to_hub(model, architecture, hub):

@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 
 from milepost.checkpoints import mapping, torch_dist
 from milepost.checkpoints.safetensors_io import HubCheckpoint
+from milepost.checkpoints.shards import untouched
 from milepost.configuration.schema import Parallel
 from milepost.qwen3_5.architecture import Architecture
 from milepost.qwen3_5.build import build_model, initialize
@@ -29,7 +30,7 @@ def check(model: torch.nn.Module, architecture: Architecture, hub: HubCheckpoint
         expected = hub.read(name)
         assert value.dtype == expected.dtype and value.equal(expected), f"{when}: {name}"
         returned.add(name)
-    assert returned == set(hub) - set(mapping.untouched(hub, mapping.mtp_num_layers_of(model))), when
+    assert returned == set(hub) - set(untouched(hub, mapping.mtp_num_layers_of(model))), when
 
 
 def through_every_layout(folder: Path) -> None:

@@ -23,7 +23,7 @@ from milepost.qwen3_5.architecture import Architecture
 from milepost.qwen3_5.build import build_model
 from milepost.qwen3_5.model import hidden_states, output_weight
 from milepost.qwen3_5.packed import pack
-from milepost.rollout import sglang_engine
+from milepost.rollout import sglang_dispatch
 from milepost.rollout.engine import Request, SamplingParams, start_engine
 from milepost.rollout.prompts import encode_prompt, load_tokenizer, stop_token_ids
 from milepost.tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
@@ -225,9 +225,9 @@ def test_a_killed_server_is_restarted_with_the_current_weights(folders, engine, 
 
 
 def test_a_hanging_scheduler_is_restarted(folders, engine, monkeypatch):
-    monkeypatch.setattr(sglang_engine, "PATIENCE", 20.0)
-    monkeypatch.setattr(sglang_engine, "FIRST_PATIENCE", 20.0)
-    monkeypatch.setattr(sglang_engine, "CHECK_INTERVAL", 2.0)
+    monkeypatch.setattr(sglang_dispatch, "PATIENCE", 20.0)
+    monkeypatch.setattr(sglang_dispatch, "FIRST_PATIENCE", 20.0)
+    monkeypatch.setattr(sglang_dispatch, "CHECK_INTERVAL", 2.0)
     engine.weights_wanted = lambda: engine.load_weights(tensors(folders / "other"))
     starts = engine.servers[0].starts
     children = psutil.Process(engine.servers[0]._process.pid).children(recursive=True)

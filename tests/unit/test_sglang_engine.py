@@ -19,7 +19,7 @@ import torch
 from milepost.common.errors import UserError
 from milepost.configuration.schema import Engine, Speculation
 from milepost.qwen3_5.architecture import Architecture
-from milepost.rollout import sglang_engine
+from milepost.rollout import sglang_dispatch, sglang_engine
 from milepost.rollout.engine import Drafting, Request, SamplingParams
 from milepost.rollout.sglang_engine import SglangEngine
 from milepost.rollout.sglang_server import Server, server_arguments
@@ -183,7 +183,7 @@ def test_a_server_that_dies_is_restarted_and_its_requests_are_asked_again(start,
     completions = engine.generate(requests(40, length=30), PARAMS)
     assert [completion.token_ids for completion in completions] == [[1000 + n, n] for n in range(40)]
     assert pid(victim) != old and victim.starts == 2
-    assert "starting it anew" in capsys.readouterr().err
+    assert "restarting it" in capsys.readouterr().err
 
 
 def test_the_only_server_may_die(start):
@@ -194,8 +194,8 @@ def test_the_only_server_may_die(start):
 
 @pytest.mark.timeout(60)
 def test_a_server_that_compiles_kernels_for_its_first_answer_does_not_hang(start, monkeypatch):
-    monkeypatch.setattr(sglang_engine, "PATIENCE", 2)
-    monkeypatch.setattr(sglang_engine, "CHECK_INTERVAL", 0.1)
+    monkeypatch.setattr(sglang_dispatch, "PATIENCE", 2)
+    monkeypatch.setattr(sglang_dispatch, "CHECK_INTERVAL", 0.1)
     engine = start(1, random_seed=14)
     (server,) = engine.servers
     assert len(engine.generate(requests(4), PARAMS)) == 4
@@ -211,9 +211,9 @@ def test_a_server_that_compiles_kernels_for_its_first_answer_does_not_hang(start
 @pytest.mark.parametrize("seconds", [0, 0.2], ids=["before", "meanwhile"])
 @pytest.mark.parametrize("servers", [1, 2])
 def test_servers_that_hang_are_restarted(start, monkeypatch, servers, seconds):
-    monkeypatch.setattr(sglang_engine, "PATIENCE", 1)
-    monkeypatch.setattr(sglang_engine, "FIRST_PATIENCE", 1)
-    monkeypatch.setattr(sglang_engine, "CHECK_INTERVAL", 0.1)
+    monkeypatch.setattr(sglang_dispatch, "PATIENCE", 1)
+    monkeypatch.setattr(sglang_dispatch, "FIRST_PATIENCE", 1)
+    monkeypatch.setattr(sglang_dispatch, "CHECK_INTERVAL", 0.1)
     engine = start(servers)
 
     def hang():
@@ -268,7 +268,7 @@ def test_an_interrupt_aborts_what_runs_and_the_engine_goes_on(start):
 
 @pytest.mark.timeout(60)
 def test_an_interrupt_does_not_wait_for_a_server_that_hangs(start, monkeypatch):
-    monkeypatch.setattr(sglang_engine, "ABORT_SECONDS", 1)
+    monkeypatch.setattr(sglang_dispatch, "ABORT_SECONDS", 1)
     engine = start(2)
 
     def interrupt(index, completion):
@@ -349,7 +349,7 @@ def test_a_restarted_server_is_given_the_weights_that_it_should_have(start):
     engine = start(1)
     engine._folder_is_current = False  # as after load_weights, which needs a GPU
     os.kill(pid(engine.servers[0]), signal.SIGKILL)
-    with pytest.raises(UserError, match="nobody is there to send it the current weights"):
+    with pytest.raises(UserError, match="nothing can send it the current weights"):
         engine.generate(requests(2), PARAMS)
 
     def supply():
