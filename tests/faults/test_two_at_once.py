@@ -38,7 +38,7 @@ def test_the_second_says_who_is_at_work_and_waits(holder, tmp_path, capfd):
     other, began = holder(1.0), time.monotonic()
     with hold(tmp_path / "result"):
         assert time.monotonic() - began > 0.5
-    assert f"result: process {other.pid} on {os.uname().nodename} is at work on it: waiting" in capfd.readouterr().err
+    assert f"result: process {other.pid} on {os.uname().nodename} is working on it: waiting" in capfd.readouterr().err
 
 
 def test_a_killed_holder_leaves_nothing_behind(holder, tmp_path, capfd):

@@ -185,7 +185,7 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path, model_in_one_process):
     torch_dist.save(small, tmp_path / "weights")
     with pytest.raises(UserError, match=r"weights: has no tensor decoder\.layers\.4\."):
         torch_dist.load(large, tmp_path / "weights")
-    with pytest.raises(UserError, match="no torch_dist checkpoint is there"):
+    with pytest.raises(UserError, match="not a torch_dist checkpoint"):
         torch_dist.load(small, tmp_path / "absent")
 
 

@@ -211,7 +211,7 @@ def test_without_an_index_the_weights_of_the_top_folder_are_fetched(hub, downloa
     assert set(manifest.files) == {"config.json", "model.safetensors"}
     hub.host("Qwen/tiny", {name: files[name] for name in files if name != "model.safetensors"})
     download.manifest.unlink()
-    download.fails(download.model(), "in subfolders alone (checkpoint-100/model.safetensors)", "beside config.json")
+    download.fails(download.model(), "only in subfolders (checkpoint-100/model.safetensors)", "next to config.json")
 
 
 def test_a_name_that_a_pattern_would_not_fit_is_fetched(hub, download):
@@ -235,7 +235,7 @@ def test_an_index_that_names_no_weights_is_refused_before_they_are_fetched(hub, 
 @pytest.mark.parametrize("name", ["../../outside.json", "/outside.json"])
 def test_a_name_that_leaves_the_folder_is_refused(hub, download, name):
     hub.host("Qwen/tiny", MODEL | {name: b"{}"})
-    download.fails(download.model(), repr(name), "not a name to write to")
+    download.fails(download.model(), repr(name), "not safe to write")
 
 
 def test_only_the_weights_that_are_missing_must_fit_the_disk(hub, download):

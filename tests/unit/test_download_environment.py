@@ -47,11 +47,11 @@ def kept(download, mode: str) -> None:
         ({"HTTP_PROXY": "ftp://127.0.0.1:9"}, "HTTP_PROXY is 'ftp://127.0.0.1:9': not the address of a proxy"),
         ({"NO_PROXY": "[::1"}, "NO_PROXY is '[::1'"),
         ({"SSL_CERT_FILE": "/nowhere"}, "SSL_CERT_FILE is '/nowhere', which can't be read as certificates"),
-        ({"HF_OIDC_RESOURCE": "x"}, "HF_OIDC_RESOURCE is set and gives no token"),
+        ({"HF_OIDC_RESOURCE": "x"}, "HF_OIDC_RESOURCE is set but yields no token"),
         ({"HF_HOME": "/etc/hostname/home"}, "/etc/hostname is not a folder: set HF_HOME to a folder"),
         (
             {"HF_HUB_CACHE": "/proc/nothing"},
-            "/proc/nothing can't be made (No such file or directory): set HF_HUB_CACHE",
+            "/proc/nothing can't be created (No such file or directory): set HF_HUB_CACHE",
         ),
     ],
     ids=str,
@@ -94,7 +94,7 @@ def test_the_variable_that_keeps_it_offline_is_named(download):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"hf_x", "(Permission denied): mend it, or set HF_TOKEN"),
+        (b"hf_x", "(Permission denied): correct it, or set HF_TOKEN"),
         (b"\xff\xfe", "(not text)"),
         (None, "(Is a directory)"),
     ],
@@ -201,7 +201,7 @@ def test_a_read_only_cache_that_lacks_a_file_says_so(hub, download):
 def test_a_cache_that_can_t_be_made_is_named(download):
     (download.folder / "mine").mkdir(mode=0o555)
     home = download.folder / "mine/home"
-    download.fails(download.model(HF_HOME=str(home)), f"{home}/hub can't be made (Permission denied): set HF_HOME")
+    download.fails(download.model(HF_HOME=str(home)), f"{home}/hub can't be created (Permission denied): set HF_HOME")
     download.home.write_text("a file")
     download.fails(download.model(HF_HUB_OFFLINE="1"), f"{download.home} is not a folder")
 

@@ -32,8 +32,8 @@ def row(**changes) -> str:
         (row(label=float("nan")), "not JSON: NaN"),
         (row(difficulty=float("-inf")), "not JSON: -Infinity"),
         ('{"prompt": [{"role": "user", "content": "?"}], "label": 1e999}', "'label' is not a finite number"),
-        (row()[:-1] + ', "label": "3"}', "a key stands twice"),
-        (row(prompt=[{"role": "user", "content": "?"}])[:-1] + ', "x": {"a": 1, "a": 1}}', "a key stands twice"),
+        (row()[:-1] + ', "label": "3"}', "a key is repeated"),
+        (row(prompt=[{"role": "user", "content": "?"}])[:-1] + ', "x": {"a": 1, "a": 1}}', "a key is repeated"),
         (row(label="\ud83d"), "'label' has half of a surrogate pair"),
         (row(prompt=[{"role": "user", "content": "What? \udc00"}]), "'prompt' has half of a surrogate pair"),
         (row(label="We add 1 and 1. So it makes 2."), "'label' is prose"),
@@ -128,5 +128,5 @@ def test_training_bears_its_share_of_bad_rows_but_never_an_empty_set(tmp_path):
     require_problems(file, problems, bad, max_bad_share=0.01)
     with pytest.raises(UserError, match="unusable"):
         require_problems(file, problems, bad, max_bad_share=0.009)
-    with pytest.raises(UserError, match="not one usable row"):
+    with pytest.raises(UserError, match="no usable row"):
         require_problems(file, [], [])

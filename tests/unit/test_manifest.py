@@ -40,7 +40,7 @@ def test_files_given_in_another_order_make_the_same_manifest(made, tmp_path):
 @pytest.mark.parametrize(
     ("content", "digests", "said"),
     [
-        (None, False, "missing, though .* vouches for it"),
+        (None, False, "missing, though .* lists it"),
         (b"seco", False, "4 bytes, .* says 6"),
         (b"second and more", False, "15 bytes, .* says 6"),
         (b"sec0nd", False, None),

@@ -309,7 +309,7 @@ def test_a_server_that_fails_at_the_start_says_why_in_one_line(start):
 
 def test_an_answer_that_sglang_cut_shorter_than_asked_for_is_no_answer(start):
     """It does so where its memory does not hold a whole one; taken as it is, the answer would count as wrong."""
-    with pytest.raises(UserError, match="its memory holds an answer of 4 tokens, not of 9: raise mem_fraction_static"):
+    with pytest.raises(UserError, match="its memory holds a response of 4 tokens, not of 9: raise mem_fraction_static"):
         start(1).generate(requests(1), SamplingParams(max_new_tokens=9))
 
 

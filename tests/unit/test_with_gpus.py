@@ -43,7 +43,7 @@ def test_a_gpu_is_told_by_its_uuid_however_the_user_lists_it(driver, monkeypatch
 
 def test_more_gpus_than_are_visible_are_refused(driver, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    with pytest.raises(UserError, match=r"2 GPUs are needed and 1 are visible \(CUDA_VISIBLE_DEVICES: 1\)"):
+    with pytest.raises(UserError, match=r"2 GPUs are needed, but only 1 are visible \(CUDA_VISIBLE_DEVICES: 1\)"):
         with_gpus.take(2, with_gpus.visible_devices(2))
 
 
@@ -69,7 +69,7 @@ def test_locks_go_with_a_job_that_is_killed(driver, tmp_path, environment, monke
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert "other jobs have GPUs: waiting until 3 of 0,1,2 are free" in waiting.stderr.readline()
+    assert "GPUs are in use: waiting until 3 of 0,1,2 are free" in waiting.stderr.readline()
     time.sleep(1)
     assert waiting.poll() is None
     job.kill()
