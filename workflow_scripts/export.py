@@ -1,4 +1,4 @@
-"""Turn torch_dist weights, converted or trained, back into the Hub's format: the files that were downloaded, anew."""
+"""Export torch_dist weights, converted or trained, to the Hub's format, with the files of the download."""
 
 import argparse
 import sys
@@ -76,12 +76,12 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def weights_folder(manifest: Manifest) -> Path:
-    """Where the torch_dist weights lie that ``manifest`` vouches for."""
+    """The folder of the torch_dist weights in ``manifest``."""
     if manifest.kind == "convert":
         return manifest.root
     if manifest.kind == "train":
         return manifest.root / manifest.facts["weights"]
-    raise UserError(f"{manifest.path}: of the stage {manifest.kind!r}: give the manifest of a conversion or a training")
+    raise UserError(f"{manifest.path}: a manifest of {manifest.kind!r}: give one of a conversion or a training")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, required=True, help="table of scores to write")
     parser.add_argument("--differences", type=Path, required=True, help="table of paired differences to write, as CSV")
     parser.add_argument("--markdown", type=Path, required=True, help="both tables to write, as Markdown")
-    parser.add_argument("--html", type=Path, required=True, help="both tables to write, as a page")
+    parser.add_argument("--html", type=Path, required=True, help="both tables to write, as HTML")
     arguments = parser.parse_args()
     scores = read_scores(arguments.scores)
     readable = titled(scores, pairs(scores))

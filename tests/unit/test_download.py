@@ -103,7 +103,7 @@ def test_a_server_that_asks_to_wait_is_not_asked_sooner(hub, download):
     hub.faults.append(Fault("GET /api/models", 429, {"Retry-After": "2"}))
     result = download.model()
     download.succeeds(result)
-    assert "model Qwen/tiny: revision main: the Hub answers 429: again in 2 s" in result.stderr
+    assert "model Qwen/tiny: revision main: the Hub answers 429: retrying in 2 s" in result.stderr
 
 
 def test_a_server_that_stays_broken_ends_the_run_in_one_line(hub, download):
@@ -172,7 +172,7 @@ def test_a_gated_repository_says_how_to_get_in_and_opens_with_the_token(hub, dow
 
 def test_a_token_that_no_header_can_hold_is_not_printed(hub, download):
     hub.host("Qwen/tiny", MODEL, LFS)
-    download.fails(download.model(HF_TOKEN=f"{TOKEN}é"), "HF_TOKEN holds a character")
+    download.fails(download.model(HF_TOKEN=f"{TOKEN}é"), "the token in HF_TOKEN contains an invalid character")
 
 
 def test_weights_that_are_pickles_only_are_refused_before_any_is_fetched(hub, download):
@@ -367,7 +367,7 @@ def test_rows_that_can_earn_no_reward_are_told_at_once(tmp_path):
     done = download(few_are_borne)
     manifest = download.succeeds(done)
     assert manifest.facts["rows"] == 2
-    told = [line for line in done.stderr.splitlines() if "set.jsonl: set aside: " in line]
+    told = [line for line in done.stderr.splitlines() if "set.jsonl: skipped: " in line]
     assert len(told) == 2 and "(2 rows, the first in line 3)" in told[0] and "(line 4)" in told[1]
     assert "warning: tiny: 1 of 2 prompts ask for no \\boxed answer" in done.stderr
     assert "it has no instruction" in done.stderr

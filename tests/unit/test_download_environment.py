@@ -108,7 +108,7 @@ def test_a_token_s_file_that_can_t_be_read_is_named(hub, download, content, word
     else:
         file.write_bytes(content)
         file.chmod(0 if content == b"hf_x" else 0o600)
-    download.fails(download.model(), f"the token's file {file} can't be read", words)
+    download.fails(download.model(), f"the token file {file} can't be read", words)
     assert not hub.requests
 
 

@@ -1,4 +1,4 @@
-"""Prompts that a training set shares with a set of problems to score on: scores on them say little of new problems."""
+"""Find prompts that are in both a training set and a scored set: scores on them say little about new problems."""
 
 import itertools
 import unicodedata
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from milepost.checkpoints.manifest import Manifest
 from milepost.common.problems import Problem, read_problems
 
-FEWEST_CHARACTERS = 30  # of a question that is compared without what all prompts of its set say
-LINES = 5  # that are named
+FEWEST_CHARACTERS = 30  # of a question without its set's common text; shorter ones are not compared
+LINES = 5  # that the sentence lists
 
 
 def overlap(training: Manifest, scored: Manifest) -> str | None:
-    """How many prompts of ``scored`` stand in ``training`` as well, and in which lines, as a sentence; None for none.
+    """A sentence on how many prompts of ``scored`` are also in ``training``, and in which lines; None for none.
 
-    Prompts are the same where the user's last message is, in any spacing, case and compatibility characters, and
-    without what all prompts of a set begin or end with, such as an instruction.
+    Prompts are compared by the user's last message, ignoring spacing, case and compatibility characters, and without
+    text that all prompts of a set start or end with, such as an instruction.
     """
     lines = {key: problem.line for problem, keys in reversed(_keys(training)) for key in keys}
     problems = _keys(scored)
@@ -31,7 +31,7 @@ def overlap(training: Manifest, scored: Manifest) -> str | None:
 
 
 def _keys(data: Manifest) -> list[tuple[Problem, set[str]]]:
-    """The problems of a data set, and what each question is recognised by."""
+    """The problems of a data set, and the normalised question by which each is compared."""
     problems, _ = read_problems(data.root / data.facts["file"], data.facts["prompt_key"], data.facts["label_key"])
     questions = [_words(problem.messages[-1]["content"]) for problem in problems]
     bare = _without_template(questions) if len(problems) > 1 else questions
@@ -46,13 +46,13 @@ def _words(text: str) -> list[str]:
 
 
 def _without_template(questions: Sequence[list[str]]) -> list[list[str]]:
-    """Without the words that all begin and end with."""
+    """Strip the words that all texts start and end with."""
     begin = _alike(questions)
     end = _alike([words[begin:][::-1] for words in questions])
     return [words[begin : len(words) - end] for words in questions]
 
 
 def _alike(questions: Sequence[list[str]]) -> int:
-    """How many words all begin with."""
+    """How many leading words all texts share."""
     places = zip(*questions, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda words: len(set(words)) == 1, places))

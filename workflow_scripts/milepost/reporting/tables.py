@@ -1,4 +1,4 @@
-"""Two tables, the scores and the paired differences of trained and base: as numbers, and as a person reads them."""
+"""The tables of scores and of paired differences (trained minus base), as numbers and in readable form."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from milepost.reporting.results import Pair, Score
 
 
 def score_table(scores: Sequence[Score]) -> pd.DataFrame:
-    """One row a score; shares are of 1. pass@k has a column for every k that some score has."""
+    """One row per score, shares between 0 and 1; pass@k has a column for every k that any score has."""
     ks = sorted({int(k) for score in scores for k in score.facts["pass_at"]})
     return pd.DataFrame(
         [
@@ -36,7 +36,7 @@ def score_table(scores: Sequence[Score]) -> pd.DataFrame:
 
 
 def difference_table(pairs: Sequence[Pair]) -> pd.DataFrame:
-    """One row a pair: trained minus base, with the 95% t and BCa bootstrap intervals over problems."""
+    """One row per pair: trained minus base, with the 95% t and BCa bootstrap intervals over problems."""
     rows, unknown = [], (math.nan, math.nan)
     for pair in pairs:
         difference = pair.difference()
@@ -71,7 +71,7 @@ def readable_scores(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def readable_format(table: pd.DataFrame) -> pd.DataFrame:
-    """How the answers of `score_table` end, in percent of the samples, and how long they are."""
+    """How the responses of `score_table` end, in percent of the samples, and how long they are."""
     shown = table[["model", "dataset", "weights"]].astype(str)
     for name in ("truncated", "no </think>", "no box", "grading errors"):
         shown[name] = table[name].map(percent)
@@ -93,7 +93,7 @@ def readable_differences(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def in_words(pair: Pair) -> str:
-    """The paired difference as a sentence that claims no more than the interval allows."""
+    """The paired difference as a sentence that claims no more than the interval supports."""
     difference, base, trained = pair.difference(), pair.base.facts["average"], pair.trained.facts["average"]
     text = (
         f"On {pair.base.dataset}, {pair.base.model} went from {percent(base)}% to {percent(trained)}%:"
@@ -138,7 +138,7 @@ def percent(share: float) -> str:
 
 
 def points(share: float) -> str:
-    """A difference of shares in percentage points, with its sign; what rounds to 0 has none."""
+    """A difference of shares in percentage points, with its sign unless it rounds to 0."""
     if math.isnan(share):
         return "–"
     rounded = round(100 * share, 1)
