@@ -1,4 +1,4 @@
-"""Fixtures that several suites share."""
+"""Fixtures shared by several suites."""
 
 import os
 import subprocess

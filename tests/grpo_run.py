@@ -47,7 +47,7 @@ SETTINGS = {
 
 
 class FixedReward:
-    """Right or wrong by the text alone; ``hook`` is called before each grading with the number of gradings so far."""
+    """Grades by a fixed function of the text; calls ``hook`` with the number of gradings so far before each."""
 
     hook = staticmethod(lambda gradings: None)
 

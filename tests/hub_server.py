@@ -1,4 +1,4 @@
-"""A Hub on this machine for the tests of downloads: the addresses, headers and errors that the client relies on.
+"""A local Hub server for the tests of downloads, with the addresses, headers and errors that the client relies on.
 
 Small files are served as git blobs; files in ``lfs`` are redirected to a second host name, as the Hub sends large
 files to its content network. Faults are queued per request, and every request is logged with its headers.

@@ -1,4 +1,4 @@
-"""The limits of control groups, as the kernel's files show them in and outside of containers."""
+"""The limits of control groups, as the kernel's files show them inside and outside containers."""
 
 from pathlib import Path
 

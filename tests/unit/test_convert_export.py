@@ -1,4 +1,4 @@
-"""The Hub's format to torch_dist and back: every byte returns, little memory is taken, and mistakes end in one line."""
+"""Hub format -> torch_dist and back: byte for byte, with little memory, and mistakes end in one line."""
 
 import os
 import pickle
@@ -200,7 +200,7 @@ def test_a_cut_torch_dist_file_is_named(tmp_path, model_in_one_process):
 
 
 class Evil:
-    """What a pickle may do to who reads it."""
+    """An object whose pickle runs code when it is read."""
 
     def __reduce__(self):
         return os.mkdir, (self.folder,)

@@ -1,4 +1,4 @@
-"""download.py against a Hub on this machine, with the Hub's own client."""
+"""download.py against a local Hub, with the Hub's own client."""
 
 import hashlib
 import json
@@ -188,7 +188,7 @@ def test_weights_that_the_index_names_and_nobody_has_are_refused(hub, download):
 
 
 def test_only_the_weights_that_the_index_names_are_fetched(hub, download):
-    """Not those of a training's checkpoints or of another format, nor their index; files beside them are."""
+    """Not those of a training's checkpoints or of another format, nor their index; files next to them are."""
     others = {
         "checkpoint-100/model.safetensors": WEIGHTS[1:],
         "checkpoint-100/model.safetensors.index.json": json.dumps(
@@ -283,7 +283,7 @@ def test_a_local_folder_is_linked_and_named_by_its_digests(tmp_path):
 
 
 def shaped(**changes) -> bytes:
-    """The config.json of a checkpoint of `SHAPE`, changed; context, rotation and norms are the checkpoint's own."""
+    """The config.json of a checkpoint of `SHAPE` with changes; context, rotation and norms are not in the shape."""
     text = text_config(Architecture.model_validate(SHAPE)) | {"rope_theta": 1e6, "max_position_embeddings": 4096}
     return json.dumps({"text_config": text | changes}).encode()
 
@@ -349,7 +349,7 @@ def asking(question: str, label: object) -> dict:
 
 
 def test_rows_that_can_earn_no_reward_are_told_at_once(tmp_path):
-    r"""Labels that no answer matches are set aside by kind or end the step, and so do prompts that ask for no box."""
+    r"""Labels that no answer matches are skipped and reported by kind, or end the step; so do prompts without a box."""
     download, file = Run(tmp_path, None), tmp_path / "set.jsonl"
     rows = [asking("What is 1 + 2?", "1 + 2\n#### 3"), asking("2 + 2? Use \\boxed{}.", 4.0)]
     rows += [asking("3 + 2?", "We add them. That makes 5."), asking("4 + 2?", "\\boxed{6} or \\boxed{7}")]

@@ -1,4 +1,4 @@
-"""Downloads where something around them is wrong: the environment's settings, the network in between, the cache."""
+"""Downloads with a faulty environment: wrong variables, network, proxies and caches."""
 
 import json
 import os

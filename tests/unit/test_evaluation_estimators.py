@@ -1,4 +1,4 @@
-"""Scores and their errors are what the definitions say: checked against enumeration, textbook values and simulation."""
+"""Scores and their errors match their definitions: enumeration, textbook values and simulation."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Prompts that were trained on and are scored are found, however a data set wraps and spells them."""
+"""Prompts in both the training set and a scored set are found, however they are wrapped and spelled."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A problem set is read strictly: nothing unusable is scored or trained on, and the file's line is named."""
+"""Problem sets are read strictly: unusable rows are never scored or trained on, and the line is named."""
 
 import json
 
@@ -87,7 +87,7 @@ def test_bytes_that_are_not_utf8_spoil_their_row_alone(tmp_path):
 
 @pytest.fixture
 def data(tmp_path):
-    """A data set's manifest over given lines and settings."""
+    """A data set's manifest with given lines and settings."""
 
     def make(lines, **settings):
         (tmp_path / "set.jsonl").write_text("\n".join(lines), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Preflight counts the GPUs that CUDA would enumerate, and a job chooses from them."""
+"""Preflight counts the GPUs that CUDA enumerates, and jobs choose among them."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-r"""Labels: what holds one answer is read, what no answer could match is refused, and the grader agrees with both."""
+r"""Labels with one answer are read, those that no answer could match are refused, and the grader agrees."""
 
 import pytest
 

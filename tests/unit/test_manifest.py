@@ -1,4 +1,4 @@
-"""A manifest vouches for files, and notices whatever happened to them since."""
+"""A manifest detects missing, resized and damaged files."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ PROVENANCE = {"config": {"key": 1}, "code": "c", "upstream": {}}
 
 @pytest.fixture
 def made(tmp_path):
-    """A manifest beside the folder that it vouches for."""
+    """A manifest next to the folder that it describes."""
     (tmp_path / "made/inner").mkdir(parents=True)
     (tmp_path / "made/b.txt").write_bytes(b"first")
     (tmp_path / "made/inner/a.txt").write_bytes(b"second")

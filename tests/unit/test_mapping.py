@@ -1,4 +1,4 @@
-"""The table of names: every Hub value has one place on some rank, for any layout, and mistakes are named."""
+"""Copying weights: every Hub value has one place on some rank, for any layout, and mistakes are named."""
 
 from itertools import product
 
@@ -49,12 +49,12 @@ def test_every_hub_value_lies_once_on_the_ranks_together(hubs, variant, tensor, 
             place = Place(expert_rank, expert if binding.experts else 1)
             for piece in binding.pieces(Place(rank, tensor), place):
                 seen[piece.hub][piece.source] += 1
-        copies = tensor if binding.rule.axis is None else 1  # what is not shared out, every rank holds
+        copies = tensor if binding.rule.axis is None else 1  # every rank holds replicated tensors
         assert all(counts.eq(copies).all() for counts in seen.values()), binding.megatron
 
 
 def shard(hub: HubCheckpoint, binding: Binding, place: Place, shape: tuple[int, ...]) -> torch.Tensor:
-    """What the rank at ``place`` holds, NaN wherever no piece lies."""
+    """The shard of the rank at ``place``, NaN where no piece lies."""
     values = torch.full(shape, float("nan"))
     for piece in binding.pieces(place):
         values[piece.target] = hub.read(piece.hub)[piece.source].float()
@@ -98,7 +98,7 @@ def test_a_rank_holds_whole_key_value_groups(hubs):
 @pytest.mark.parametrize("mtp_num_layers", [0, 1])
 def test_weights_come_back_from_the_model_bit_for_bit(hubs, one_process, variant, mtp_num_layers):
     architecture, hub, tensors = hubs[variant]
-    model = build_model(architecture, mtp_num_layers=mtp_num_layers)  # in fp32, as training on the CPU is
+    model = build_model(architecture, mtp_num_layers=mtp_num_layers)  # in fp32, as for training on the CPU
     mapping.from_hub(model, architecture, hub)
     returned = {name: value.clone() for name, value in mapping.to_hub(model, architecture, hub)}
     passed = untouched(hub, mtp_num_layers)

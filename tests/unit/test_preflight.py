@@ -1,4 +1,4 @@
-"""Preflight refuses what would fail hours later, and nothing that would have passed."""
+"""Preflight refuses runs that would fail hours later, and no others."""
 
 import json
 import os

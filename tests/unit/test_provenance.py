@@ -1,4 +1,4 @@
-"""A result is stale when, and only when, something changed that it depends on."""
+"""A result is stale if and only if something that it depends on changed."""
 
 import shutil
 from itertools import count
@@ -41,7 +41,7 @@ def test_a_local_data_set_whose_content_changes_is_another(root, tmp_path):
 
 
 def test_a_set_that_is_scored_must_be_whole_before_anything_is_trained(recipes):
-    """A training alone bears some bad rows."""
+    """Only trainings tolerate bad rows."""
     assert recipes().job("dataset", name="aime-2024")["every_row"]
     assert not recipes().job("dataset", name="dapo-math-17k")["every_row"]
     validated = {"validation": {"interval": 20, "dataset": "dapo-math-17k"}}

@@ -1,4 +1,4 @@
-"""What is read from a checkpoint's config.json, and what is refused."""
+"""config.json files that are read correctly, and those that are refused."""
 
 import json
 import subprocess
@@ -121,7 +121,7 @@ def test_what_would_be_computed_wrongly_in_a_mixture_is_refused_by_name(change, 
 
 @pytest.mark.parametrize("interval", [1, 2, 4, 8])
 def test_layer_types_alone_say_which_layers_have_full_attention(interval):
-    """Transformers reads the list, and the interval only where there is no list."""
+    """Transformers uses the list, and the interval only if there is no list."""
     kinds = ["linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(32)]
     text = {key: value for key, value in DENSE_9B.items() if key != "full_attention_interval"}
     assert read(text | {"layer_types": kinds}).layer_kinds == tuple(kinds)

@@ -1,4 +1,4 @@
-"""The MTP layer: what it predicts, what counts, and what its loss may move."""
+"""The MTP layer: its labels, its mask, and the parameters that its loss trains."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def packed_loss(ours, **options) -> torch.Tensor:
 
 
 def plain_losses(theirs, ours) -> torch.Tensor:
-    """The definition, sequence by sequence, token by token, with transformers' modules: of each token that counts."""
+    """The loss of each counted token by its definition, token by token, with transformers' modules."""
     layer, norm = ours.mtp.layers[0], theirs.model.norm.__class__
     norms = {}
     for name in ("enorm", "hnorm", "final_layernorm"):

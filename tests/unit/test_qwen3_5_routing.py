@@ -1,4 +1,4 @@
-"""Replayed routing: the routers do as they are told, and told their own choice nothing changes."""
+"""Routing replay: routers use the given experts, and replaying their own choice changes nothing."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_process")]
 
 
 def own_choices(model, ids):
-    """The experts that a sequence visits by itself: (T, layers x k)."""
+    """The experts that a sequence visits without replay: (T, layers x k)."""
     seen = []
     hooks = [
         layer.mlp.router.register_forward_hook(lambda _, __, output: seen.append(output[1]))
@@ -50,7 +50,7 @@ def test_a_layer_visits_the_experts_that_it_is_told():
     experts = torch.rand(7, architecture.num_layers, architecture.num_experts).topk(architecture.experts_per_token)
 
     def told_and_plain(model, tokens):
-        """The first layer's outputs for experts that it is told, and the same written out: (7, hidden) each."""
+        """The first layer's outputs for replayed experts, and the same computed directly: (7, hidden) each."""
         layer = model.decoder.layers[0].mlp
         replay_routing(model, experts.indices)
         output, _ = layer(tokens)

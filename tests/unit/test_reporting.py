@@ -1,4 +1,4 @@
-"""Tables, plots and the report, from manifests as the evaluation and the training write them."""
+"""Tables, plots and the report, from manifests in the form that evaluations and trainings write."""
 
 import json
 import math
@@ -351,7 +351,7 @@ def test_a_short_run_or_one_without_some_metrics_is_drawn_too(tmp_path):
 
 
 class Page(HTMLParser):
-    """What a browser would load or run."""
+    """Everything that a browser would load or run."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The CPU engine against transformers: the same distribution, sampled as asked, whatever shares the batch."""
+"""The CPU engine against transformers: the same distribution and sampling, independent of the batch."""
 
 import pytest
 import torch
@@ -119,7 +119,7 @@ def test_samples_follow_the_distribution(folders, engine):
 
 
 def a_mixed_batch():
-    """Groups of one prompt, prompts of one sample, stops that empty rows at different times."""
+    """Groups with one prompt, prompts with one sample, and stops that free rows at different times."""
     prompts = random_prompts(7, 7, 20, 66, 3)
     requests = [Request(prompts[index % 5], seed) for seed, index in enumerate([0] * 8 + [1, 2, 3, 4] * 2 + [2] * 5)]
     return requests, SamplingParams(max_new_tokens=30, stop_token_ids=tuple(range(0, VOCABULARY, 12)))

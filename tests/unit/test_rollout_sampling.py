@@ -1,4 +1,4 @@
-"""One sampling step: the random numbers, and what top-k and top-p leave."""
+"""One sampling step: the random numbers, top-k and top-p."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ PROBS = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
 
 
 def drawn(**params):
-    """The tokens that come out over a grid of uniform numbers, with their frequencies."""
+    """The tokens sampled for a grid of uniform numbers, with their frequencies."""
     grid = (torch.arange(1000).double() + 0.5) / 1000
     tokens, _ = sample(PROBS.log().repeat(1000, 1), grid, SamplingParams(max_new_tokens=1, **params))
     return torch.bincount(tokens, minlength=len(PROBS)) / 1000

@@ -1,7 +1,7 @@
-"""The SGLang engine's own part on a CPU: servers that start, answer, die, hang and come back.
+"""The SGLang engine on a CPU: servers that start, answer, die, hang and are restarted.
 
-The servers are real processes of `rollout.sglang_launch`; in them a small package takes SGLang's place that speaks its
-protocol. tests/gpu/ runs the same calls against SGLang itself.
+The servers are real processes of `rollout.sglang_launch`, in which a small package that speaks SGLang's protocol
+replaces SGLang. tests/gpu/ runs the same calls against SGLang itself.
 """
 
 import os
@@ -139,7 +139,7 @@ def pid(server):
 
 
 def processes(completions):
-    """Which processes answered."""
+    """The processes that answered."""
     return {-int(completion.log_probs[0]) for completion in completions}
 
 
@@ -201,7 +201,7 @@ def test_a_server_that_compiles_kernels_for_its_first_answer_does_not_hang(start
     assert len(engine.generate(requests(4), PARAMS)) == 4
     assert (server.starts, engine.repeated) == (1, 0)
 
-    # Now it may be silent for two seconds, and its next process, which compiles anew, for longer again.
+    # Now it may be silent for two seconds; its next process, which compiles again, for longer.
     threading.Timer(0.2, os.kill, (pid(server), signal.SIGSTOP)).start()
     assert len(engine.generate(requests(8, length=20), PARAMS)) == 8
     assert server.starts == 2
@@ -225,7 +225,7 @@ def test_servers_that_hang_are_restarted(start, monkeypatch, servers, seconds):
     else:
         hang()
     assert len(engine.generate(requests(24, length=20), PARAMS)) == 24
-    assert all(server.starts >= 2 for server in engine.servers)  # one may be slow to answer, too, on a busy machine
+    assert all(server.starts >= 2 for server in engine.servers)  # on a busy machine one may also be slow to answer
     assert engine.repeated >= (servers if seconds else 0) and not engine.heeds_seeds
 
 
@@ -308,7 +308,7 @@ def test_a_server_that_fails_at_the_start_says_why_in_one_line(start):
 
 
 def test_an_answer_that_sglang_cut_shorter_than_asked_for_is_no_answer(start):
-    """It does so where its memory does not hold a whole one; taken as it is, the answer would count as wrong."""
+    """SGLang truncates what its memory can't hold; the response would count as wrong."""
     with pytest.raises(UserError, match="its memory holds a response of 4 tokens, not of 9: raise mem_fraction_static"):
         start(1).generate(requests(1), SamplingParams(max_new_tokens=9))
 
@@ -372,7 +372,7 @@ def test_a_server_sets_memory_aside_for_its_share_of_the_requests(package, tmp_p
 
 
 def test_what_drafts_remember_is_part_of_the_engine_s_memory(package, tmp_path, monkeypatch):
-    """SGLang does not count it: of four layers, one of them full attention, it would take nearly twice its share."""
+    """SGLang ignores the drafts' cache: with one full-attention layer of four, it would take nearly twice its share."""
     monkeypatch.setenv("PYTHONPATH", str(package))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     make_tiny_hub(tmp_path, MOE)

@@ -1,4 +1,4 @@
-"""Preflight under Slurm asks sinfo, or says that it could not."""
+"""Preflight under Slurm queries sinfo, or says that it could not."""
 
 import os
 

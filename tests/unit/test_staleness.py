@@ -1,4 +1,4 @@
-"""Which results are stale, and what a dry run says of them: settings, code and versions, and content, not history."""
+"""Staleness, and what a dry run says about it: settings, code, versions and content count, history does not."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ class Workflow:
         self.code, self.versions, self.settings = "c1", {"torch": "2.0"}, {}
 
     def today(self) -> Provenance:
-        """As a new run of Snakemake sees it."""
+        """Results as a new run of Snakemake sees them."""
         overrides = {"models": ["tiny"], "results": str(self.folder), **self.settings}
         configuration = load(self.root / "config/config.yaml", self.root / "config/models", overrides)
         self.monkeypatch.setattr(provenance, "code_digest", lambda scripts, *names: f"{self.code} {names[0]}")
@@ -46,7 +46,7 @@ class Workflow:
         return Provenance(configuration, self.root / "workflow_scripts")
 
     def make(self, stage, content="x", **which):
-        """Do what a stage's job does as far as its manifest goes."""
+        """Write a stage's manifest as its job would."""
         today = self.today()
         path = today._manifest(stage, which)
         write_json(self.folder / "job.json", today.job(stage, **which))
@@ -72,7 +72,7 @@ class Workflow:
         }
 
     def stale(self) -> dict[str, str]:
-        """What would be made again, and why."""
+        """The results that would be remade, and why."""
         return {name: "; ".join(state.stale) for name, state in self.states().items() if not state.fresh}
 
     def keys(self) -> dict[str, str]:
@@ -142,7 +142,7 @@ def test_a_download_made_again_with_the_same_files_makes_nothing_else_stale(work
 
 
 def test_the_same_tensors_converted_again_leave_the_training_fresh(workflow):
-    """torch_dist's other files differ from save to save."""
+    """torch_dist's other files differ between saves."""
     path = workflow.folder / "tiny/convert.json"
     manifest = read_json(path)
     before = content_of(manifest)
@@ -196,7 +196,7 @@ def test_the_first_changes_are_named_and_the_others_counted():
 
 
 def samples(workflow, weights="base"):
-    """What a dry run says of an evaluation's samples."""
+    """What a dry run says about an evaluation's samples."""
     return workflow.today().why("evaluate", model="tiny", dataset="sums-evaluation", weights=weights).split("; ")[-1]
 
 

@@ -1,4 +1,4 @@
-"""The made problem sets: apart from one another, right, and in the schema of the real ones."""
+"""Generated problem sets: disjoint, correct, and in the format of the real ones."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Which GPUs a job may choose from, and that it waits for those that others hold."""
+"""A job chooses among visible GPUs, and waits for those that other jobs hold."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ UUIDS = ("GPU-aaaa-1", "GPU-bbbb-2", "GPU-cccc-3")
 
 @pytest.fixture
 def driver(tmp_path, monkeypatch):
-    """A machine with three GPUs, and locks of the test's own."""
+    """A machine with three GPUs, and a separate lock folder."""
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\n" + "".join(f"echo {uuid}, 81559, [N/A]\n" for uuid in UUIDS))
     tool.chmod(0o755)
