@@ -1,4 +1,4 @@
-"""One of several processes: GRPO's gradient under one parallel layout after the other, as checkpoints of gradients."""
+"""One of several processes: compute GRPO's gradient under several parallel layouts, saved as checkpoints."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ LAYOUTS = {
 
 
 def sequences(architecture: Architecture, shapes: list[tuple[int, int]]) -> list[TrainingSequence]:
-    """Random responses to prompts, equal prompts where of equal length, and random experts to visit."""
+    """Random responses to prompts, which are equal if of equal length, and random experts to visit."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(280, (30,), generator=generator)
     return [
@@ -57,7 +57,7 @@ def shapes_of(kind: str) -> list[tuple[int, int]]:
 def save_gradients(
     hub_folder: Path, kind: str, parallel: Parallel, folder: Path, dtype: torch.dtype = torch.float64
 ) -> None:
-    """Learn from the sequences, and write the gradients in the place of the weights, and the metrics beside them."""
+    """Learn from the sequences; save the gradients in place of the weights, and the metrics."""
     initialize(parallel)
     balanced, shapes = kind == "balanced moe", shapes_of(kind)
     experts = Experts(dispatcher="alltoall", aux_loss_coefficient=0.1 if balanced else 0.0)

@@ -1,4 +1,4 @@
-"""One of four processes: the weights of each checkpoint through one parallel layout after the other."""
+"""One of four processes: pass each checkpoint's weights through several parallel layouts."""
 
 import sys
 from pathlib import Path
@@ -34,7 +34,7 @@ def check(model: torch.nn.Module, architecture: Architecture, hub: HubCheckpoint
 
 
 def through_every_layout(folder: Path) -> None:
-    """Save by each layout, load by the next, and read each time from the Hub's format, too."""
+    """Save under each layout and load under the next; also load from the Hub's format under each."""
     architecture, hub = Architecture.from_folder(folder), HubCheckpoint(folder)
     saved = None
     for number, parallel in enumerate(MOE if architecture.is_moe else DENSE):

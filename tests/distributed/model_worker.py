@@ -1,6 +1,6 @@
-"""One of several processes: the model in one parallel layout after the other, against what one process found.
+"""One of several processes: compare the model under several parallel layouts with a single process's results.
 
-Both compute in float64, and may differ by what rounding to fp32 costs one process, in units of float64's precision.
+Both compute in float64, and may differ by a single process's fp32 rounding error, scaled to float64's precision.
 """
 
 import sys
@@ -64,7 +64,7 @@ LENGTHS = [(70, 33, 1, 66), (128, 3), (40, 41, 42), (5, 90)]  # four packs, none
 
 
 class Batch(NamedTuple):
-    """A pack, and a direction for its logits: the loss is their product, so that every logit has a say."""
+    """A pack, and a direction for its logits: the loss is their product, so that every logit contributes."""
 
     ids: Tensor
     positions: Tensor
@@ -181,7 +181,7 @@ def check(architecture, parallel: Parallel, experts: Experts, expected: dict) ->
 
 
 def single_process(kind: str, file: Path) -> None:
-    """Weights, logits and gradients of the whole model on all packs, for the others to compare with."""
+    """Weights, logits and gradients of the whole model on all packs, as the reference."""
     architecture, theirs = reference.reference(kind, **CHANGES[kind])
     weights = reference.megatron_names(architecture, dict(theirs.named_parameters()))
     weights |= reference.mtp_names(weights)

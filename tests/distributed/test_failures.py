@@ -1,4 +1,4 @@
-"""A mistake of the user's is said in one line, whichever of several processes find it, and none waits for another."""
+"""A user's mistake ends in one line, whichever processes find it, and no process waits for another."""
 
 import subprocess
 

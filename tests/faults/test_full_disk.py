@@ -1,6 +1,6 @@
-"""Every stage on a disk that is full: one line, the last good state stays, and with more room it goes on.
+"""Every stage on a full disk: a one-line error, the last good state is kept, and with more room it resumes.
 
-The disk is a small one in memory, mounted where only the test's own processes see it.
+The disk is a small tmpfs, mounted where only the test's processes see it.
 """
 
 import os
@@ -29,7 +29,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def on_a_disk(environment, tmp_path):
-    """Run a command on a disk of ``small`` KiB, and again on 100 MiB: what it said first, and what is there last."""
+    """Run a command on a disk of ``small`` KiB, then on 100 MiB; return the first run's output and the final files."""
     disk = tmp_path / "disk"
     disk.mkdir()
 

@@ -1,7 +1,7 @@
-"""The whole DAG under a storm of kills, at random moments and of every kind: it ends where a calm run ends, bit by bit.
+"""The whole DAG under random kills of every kind: its results equal those of an undisturbed run, bit for bit.
 
-A storm starts the same command again and again. Sometimes it is stopped as a user or a scheduler would (SIGINT to all,
-SIGTERM), sometimes as a crash would (SIGKILL of Snakemake, of a job's process, of everything at once).
+The same command is started again and again. Some runs are stopped as a user or a scheduler would (SIGINT to all,
+SIGTERM), others as in a crash (SIGKILL of Snakemake, of a job's process, of everything at once).
 """
 
 import json
@@ -77,7 +77,7 @@ class Run:
         assert self.start().wait(timeout=400) == 0, self.log.read_text()[-5000:]
 
     def outcome(self) -> dict[str, object]:
-        """Everything that must not depend on what happened on the way: weights, metrics, samples, tables."""
+        """Everything that interruptions must not change: weights, metrics, samples, tables."""
         results = self.folder / "results"
         tiny = results / "tiny"
         (work,) = (path for path in tiny.glob("grpo/grpo/*") if path.is_dir())
@@ -93,13 +93,13 @@ class Run:
         }
 
     def tells(self) -> list[Path]:
-        """The files, logs and reports among them, that hold a secret of the environment."""
+        """The files, including logs and reports, that contain a secret of the environment."""
         files = [path for path in self.folder.rglob("*") if path.is_file()]
         return [path for path in files if any(secret.encode() in path.read_bytes() for secret in SECRETS.values())]
 
 
 def jobs(session: int) -> list[psutil.Process]:
-    """The processes of rules that a Snakemake started."""
+    """The rule processes of a Snakemake run."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
@@ -112,7 +112,7 @@ def jobs(session: int) -> list[psutil.Process]:
 
 
 def strike(snakemake: psutil.Popen, draw: random.Random) -> str:
-    """Kill something of a run in one of the ways in which runs end."""
+    """Kill part of a run in one of these ways."""
     running = jobs(snakemake.pid)
     way = draw.choice(["Ctrl-C", "SIGTERM", "snakemake", "everything", *(["job", "job asked"] if running else [])])
     if way.startswith("job"):
@@ -162,7 +162,7 @@ def test_a_storm_of_kills_changes_nothing(root, tmp_path):
 
 @pytest.mark.slow
 def test_a_scheduler_s_warning_to_all_processes_lets_the_training_save_itself(root, tmp_path):
-    """Slurm sends SIGTERM to every process of a job at once, and kills what is left when the first one has ended."""
+    """Slurm sends SIGTERM to every process of a job at once, and kills the rest when the first one has ended."""
     run = Run(root, tmp_path / "warned", targets=("train_tiny",))
     snakemake = run.start()
 

@@ -1,4 +1,4 @@
-"""Several processes that torchrun started are asked to end: each ends in its own time."""
+"""Several processes under torchrun are interrupted: each may take its time to end."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""Two runs of the same thing at once: the second says who is at it, and a dead holder never blocks anybody."""
+"""Two simultaneous runs of the same result: the second names the first, and a dead holder never blocks."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ with hold(sys.argv[1]):
 
 @pytest.fixture
 def holder(environment, tmp_path):
-    """Start another process that holds a result for some seconds."""
+    """Start another process that locks a result for some seconds."""
     started = []
 
     def start(seconds: float) -> subprocess.Popen:

@@ -1,4 +1,4 @@
-"""One of two processes, each with a server on its GPU, of which the second is restarted: what that keeps of memory."""
+"""One of two processes, each with a server on its GPU; the second is restarted, and its memory is measured."""
 
 import sys
 from pathlib import Path

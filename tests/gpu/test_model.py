@@ -1,7 +1,7 @@
-"""The model as GPUs compute it (bf16, flash attention, Triton kernels) against transformers in fp32 on the CPU.
+"""The model on a GPU (bf16, flash attention, Triton kernels) against transformers in fp32 on the CPU.
 
-How far bf16 takes a model from fp32 depends on its weights. So what ours may be off is measured by what transformers'
-own model in bf16 is, of layers together for a parameter that each has.
+The error of bf16 depends on the weights, so ours is bounded by the error of transformers' model in bf16, with the same
+parameter of all layers taken together.
 """
 
 import copy
@@ -86,7 +86,7 @@ def gradients_of(model, direction: Tensor) -> dict[str, Tensor]:
 
 
 def assert_near(gradients: dict[str, Tensor], others: dict[str, Tensor], expected) -> None:
-    """Each kind of gradient is little further from the other's than transformers' in bf16 is from those in fp32."""
+    """Assert that each kind of gradient is hardly further off than transformers' in bf16 is from fp32."""
     exact, bf16 = expected
     off, may_be = norms(differences(gradients, others)), norms(differences(bf16.gradients, exact.gradients))
     # Those of the gates are a few sums of what nearly cancels, and transformers makes them in fp32.

@@ -1,4 +1,4 @@
-"""The GPU's optimizer against the CPU's, step for step; its state through a save, and its memory through a sleep."""
+"""The GPU optimizer against the CPU's, step by step; its state after saving, and its memory while asleep."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_process")]
 
 @pytest.fixture(autouse=True)
 def many_pieces(monkeypatch):
-    """Let small weights, too, pass through the host in pieces."""
+    """Make even small weights pass through the host in pieces."""
     monkeypatch.setattr(offloaded_adam, "PIECE", 1000)
 
 

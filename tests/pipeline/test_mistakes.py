@@ -1,4 +1,4 @@
-"""What a user who makes a mistake reads: one line, once, last on the screen, that names what they wrote."""
+"""A user's mistake ends in one line, printed once and last, that names what they wrote."""
 
 import re
 
@@ -11,7 +11,7 @@ from milepost.configuration.provenance import Provenance
 
 @pytest.fixture
 def said(snakemake, root, tmp_path):
-    """Run the workflow in a folder of the user's own; the lines that it printed. It must have failed."""
+    """Run the workflow in the user's folder; return the lines that it printed. It must fail."""
     (tmp_path / "mine.yaml").write_text("optimizer: {lr: 1.0e-6}\n")
     (tmp_path / "good.yaml").write_text("run: grpo\n")
     (tmp_path / "other.yaml").write_text("hardware: {gpus: 6}\n")

@@ -1,6 +1,6 @@
-"""Which jobs share a node: on this one each job with GPUs has its own; through Slurm each training has a node.
+"""Sharing nodes: on this machine each GPU job has its own GPUs; under Slurm each training has its own node.
 
-Commands that take Slurm's place write down what Snakemake asks of it.
+Stand-ins for Slurm's commands record their arguments.
 """
 
 import itertools
@@ -40,7 +40,7 @@ exec "$@"
 
 @pytest.fixture
 def downloaded(tmp_path):
-    """A working folder in which every model waits for its training alone."""
+    """A working folder in which only the trainings of all models are left to do."""
     paths = [f"results/{model}/{name}.json" for name in ("download", "convert") for model in MODELS]
     for number, path in enumerate([*paths, "results/data/dapo-math-17k.json", "results/data/aime-2024.json"]):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def downloaded(tmp_path):
 
 @pytest.fixture
 def slurm(tmp_path):
-    """An environment with Slurm's commands; the second result is where sbatch's arguments land, a line a job."""
+    """An environment with Slurm's commands, and the file of sbatch's arguments, one line per job."""
     commands = tmp_path / "bin"
     commands.mkdir()
     for name in ("sbatch", "squeue", "sacct", "sinfo", "scontrol", "scancel"):
@@ -63,7 +63,7 @@ def slurm(tmp_path):
 
 @pytest.fixture
 def begin(root, downloaded):
-    """Start Snakemake, wait until ``enough`` is true of what it has said, then end it at once."""
+    """Start Snakemake, wait until ``enough`` holds for its output, then kill it."""
 
     def call(enough, *arguments, environment=os.environ):
         where = ("--snakefile", str(root / "Snakefile"), "--directory", str(downloaded), "--rerun-triggers", "mtime")
@@ -152,7 +152,7 @@ def spans(root, tmp_path):
 
 
 def overlaps(spans):
-    """Of each two jobs that ran at the same time, the GPUs of both."""
+    """The GPUs of each two jobs that ran at the same time."""
     return [
         (one["gpus"], other["gpus"])
         for one, other in itertools.combinations(spans, 2)
@@ -217,7 +217,7 @@ def test_a_training_that_no_node_of_its_partition_can_hold_is_not_sent(root, dow
 
 @pytest.fixture
 def fetch_through_slurm(snakemake, root, tmp_path, slurm):
-    """Fetch a problem set without a network in a job that the given ``sbatch`` sends; the run and how often it sent."""
+    """Fetch a problem set without network in a job of the given ``sbatch``; return the run and the number of jobs."""
     environment, submitted = slurm
 
     def call(sbatch):

@@ -1,4 +1,4 @@
-"""A model file of one's own beside the shipped ones."""
+"""A user's model file next to the shipped ones."""
 
 import shutil
 import subprocess

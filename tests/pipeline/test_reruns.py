@@ -1,7 +1,7 @@
 """Only stale steps rerun: after one edit at a time, exactly the jobs that depend on it would run.
 
-The results are stood in for by empty files that Snakemake is told to take as made (``--touch`` records today's params
-for them), so the table shows what Snakemake itself decides, for a model on GPUs and one on CPU, without running either.
+Empty files stand in for the results (``--touch`` records the current params for them), so the table shows Snakemake's
+own decisions for a model on GPUs and one on CPU, without running either.
 """
 
 import re
@@ -76,7 +76,7 @@ def test_a_second_run_starts_nothing(snakemake, finished):
 
 
 def test_nothing_is_listed_as_changed_where_nothing_is(snakemake, finished):
-    """So that ``-R $(snakemake --list-changes params)`` makes again what would be made again anyway."""
+    """So that ``-R $(snakemake --list-changes params)`` reruns only what would be rerun anyway."""
 
     def listed(*config):
         done = snakemake("--list-changes", "params", "--config", MODELS, *config, "--", "all", cwd=finished, check=True)
@@ -170,7 +170,7 @@ def test_an_edited_file_reruns_what_uses_it(snakemake, workflow, file, old, new,
 
 
 def test_another_version_of_a_package_reruns_what_it_computes(snakemake, finished, tmp_path):
-    """Sympy decides rewards and scores; the version that Python finds first counts."""
+    """Rewards and scores depend on sympy; the version that Python finds first counts."""
     metadata = tmp_path / "sympy-0.1.dist-info/METADATA"
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: sympy\nVersion: 0.1\n")

@@ -1,4 +1,4 @@
-"""The whole DAG for real, small: tiny Qwen3.5, warm-up, conversion, GRPO, export, evaluation, tables, report."""
+"""A real run of the whole DAG with a tiny Qwen3.5: warm-up, conversion, GRPO, export, evaluation, tables, report."""
 
 import json
 import re
@@ -64,7 +64,7 @@ def work(tmp_path_factory, root, snakemake):
             return done.stdout + done.stderr
 
         def samples(self, name):
-            """The sampled responses of an evaluation; the first line says where they come from."""
+            """The sampled responses of an evaluation; the first line is their origin."""
             return [json.loads(line) for line in (self.results / name).read_text().split("\n")[1:-1]]
 
         def manifest(self, name):
@@ -105,7 +105,7 @@ def test_a_second_run_starts_nothing(work):
 
 @pytest.mark.slow
 def test_what_is_made_again_with_the_same_content_leaves_the_rest(work, root, tmp_path):
-    """Another version of the pipeline: a text is other, then the code of the first stage."""
+    """Another version of the pipeline: first a message differs, then the code of the first stage."""
     for part in ("Snakefile", "rules", "config", "profiles", "workflow_scripts"):
         (shutil.copytree if (root / part).is_dir() else shutil.copy)(root / part, tmp_path / part)
     script = tmp_path / "workflow_scripts/make_tiny.py"
