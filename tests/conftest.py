@@ -23,7 +23,7 @@ allow_open_files()
 
 
 def pytest_collection_modifyitems(items):
-    """GPU tests are skipped, visibly, where there are too few GPUs: ``gpu`` wants one, ``gpu(n)`` n of them."""
+    """Skip GPU tests, visibly, if there are too few GPUs: ``gpu`` needs one, ``gpu(n)`` n of them."""
     marks = {item: mark for item in items if (mark := item.get_closest_marker("gpu"))}
     if not marks:
         return
@@ -64,7 +64,7 @@ def snakemake():
 
 @pytest.fixture(scope="module")
 def one_process():
-    """Megatron-Core's groups over this process alone."""
+    """Megatron-Core's groups over only this process."""
     from milepost.qwen3_5.build import finalize, initialize
 
     initialize()

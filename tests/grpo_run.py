@@ -1,6 +1,6 @@
-"""A whole training on a random tiny model, here or in a process of its own, with rewards that random answers differ in.
+"""A whole training of a random tiny model, in this or another process, with rewards that vary between random responses.
 
-The true reward is 0 for whatever a random model says, so the grader is replaced by a fixed function of the text.
+The real reward of a random model is always 0, so a fixed function of the text replaces the grader.
 """
 
 import gc

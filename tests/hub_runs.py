@@ -13,7 +13,7 @@ from milepost.checkpoints.manifest import read_manifest
 from stages import job_arguments
 
 SCRIPTS = Path(__file__).parents[1] / "workflow_scripts"
-# The script as it is, less patient between its tries.
+# The real script, with shorter waits between retries.
 IMPATIENT = """
 import download
 from milepost.common.errors import run

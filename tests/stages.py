@@ -36,7 +36,7 @@ def _jobs() -> tempfile.TemporaryDirectory:
 
 
 def job_arguments(config: dict, **more: Any) -> list[str]:
-    """The option that gives an entry script its settings."""
+    """The option that passes an entry script its settings."""
     content = json.dumps({"config": config, "code": "c", "upstream": {}, **more})
     path = Path(_jobs().name, f"{hashlib.sha256(content.encode()).hexdigest()}.json")
     path.write_text(content)

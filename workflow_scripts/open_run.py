@@ -31,7 +31,7 @@ def main() -> None:
             file=sys.stderr,
         )
     if len(made_by) > 1:
-        print(f"{folder}: made by {told(made_by)}", file=sys.stderr)
+        print(f"{folder}: made by {makers(made_by)}", file=sys.stderr)
     by = () if job["on_code_change"] == "continue" else ("code", "versions")
     if same := same_result(folder, job, ("config", "inputs", *by)):
         print(f"{folder}: all {same.facts['rollouts']} rollouts are done: nothing to train", file=sys.stderr)
@@ -39,7 +39,7 @@ def main() -> None:
     print(folder)
 
 
-def told(made_by: list[dict[str, Any]]) -> str:
+def makers(made_by: list[dict[str, Any]]) -> str:
     """Which commits (or code digests) made which rollouts of a run."""
     return ", ".join(f"{maker['commit'] or maker['code']} from rollout {maker['from_rollout']}" for maker in made_by)
 

@@ -22,7 +22,7 @@ def test_two_processes_that_convert_and_train_listen_on_loopback_only(root, tmp_
     ):
         with listeners() as seen:
             torchrun(2, *command_line, env=environment)
-        assert seen.loopback  # gloo's: whatever listens elsewhere would have been seen as well
+        assert seen.loopback  # gloo's; sockets on other interfaces would have been seen too
         assert not seen.open, seen.open
 
 

@@ -38,7 +38,7 @@ SETTINGS = {
                 "rollouts": 6,
                 "save_interval": 1,
             },
-            # No answer is right after so short a warm-up; entropy gives every response a gradient all the same.
+            # After so short a warm-up no response is right; the entropy bonus still gives every response a gradient.
             "algorithm": {"entropy_coefficient": 0.01},
             "validation": {"interval": 3, "samples_per_problem": 1, "max_response_tokens": 8},
             "sampling": {"max_response_tokens": 8},
@@ -49,7 +49,7 @@ SETTINGS = {
 
 
 class Run:
-    """The pipeline in a folder of its own."""
+    """The pipeline in a separate folder."""
 
     def __init__(self, root: Path, folder: Path, targets: tuple[str, ...] = ("report", "export_tiny")) -> None:
         self.folder, self.log = folder, folder / "log"
@@ -146,7 +146,7 @@ def test_a_storm_of_kills_changes_nothing(root, tmp_path):
                 code = snakemake.wait(timeout=draw.choice([draw.uniform(0.2, 3), draw.uniform(3, 14)]))
             except psutil.TimeoutExpired:
                 done.append(strike(snakemake, draw))
-                if ": job" not in done[-1]:  # Snakemake itself was asked to end, or is gone
+                if ": job" not in done[-1]:  # Snakemake itself was interrupted or killed
                     code = snakemake.wait(timeout=120)
         if code == 0:
             assert storm.outcome() == expected, done

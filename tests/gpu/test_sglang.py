@@ -131,7 +131,7 @@ def check(folder, engine, **params):
 
 def test_nothing_listens_beyond_loopback(watched):
     _, seen = watched
-    assert seen.loopback  # its HTTP server: whatever listens elsewhere would have been seen as well
+    assert seen.loopback  # its HTTP server; sockets on other interfaces would have been seen too
     assert not seen.open, seen.open
 
 

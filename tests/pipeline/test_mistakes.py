@@ -30,7 +30,7 @@ def said(snakemake, root, tmp_path):
     return run
 
 
-# What is on the command line, and the whole line that comes of it.
+# Name -> (command line, the whole error line).
 MISTAKES = {
     "an unknown key": (
         ["--config", "optimizer={lr: 1}"],
@@ -100,7 +100,7 @@ MISTAKES = {
         "rows.jsonl: 1 of 2 rows are unusable: not JSON: Expecting value (line 2): correct them at the source, or raise"
         " max_bad_share",
     ),
-    "a bad row in a set to evaluate on, whatever share a training would bear": (
+    "a bad row in a set to evaluate on, even if a training would tolerate it": (
         [
             "--config",
             "datasets={sums-evaluation: {folder: ., file: rows.jsonl, max_bad_share: 0.5}}",

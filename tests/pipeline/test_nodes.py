@@ -186,10 +186,10 @@ def test_every_training_is_sent_to_a_node_of_its_own(begin, root, slurm):
     jobs = submitted.read_text().splitlines()
     assert {model for model in MODELS for job in jobs if f"rule_train_wildcards_{model} " in job} == set(MODELS)
     for job in jobs:
-        # Whatever fails there is sent anew, not begun again in what may be the last of its time.
+        # A failed job is submitted again, not restarted in what may be the last of its time.
         assert "--retries 0" in job
         asked = job.split("--wrap")[0].split()
-        # One task with all of its node's cores: more tasks, one a GPU say, would ask for so many times the cores.
+        # One task with all of its node's cores: with more tasks, such as one per GPU, each would request these cores.
         assert {"--nodes=1", "--gpus=8", "--cpus-per-task=64", "--exclusive", "--signal=TERM@1800"} <= set(asked)
         assert not any(word.startswith("--ntasks") for word in asked)
 

@@ -163,7 +163,7 @@ def test_a_setting_reruns_what_reads_it_and_nothing_else(snakemake, finished, wh
 def test_an_edited_file_reruns_what_uses_it(snakemake, workflow, file, old, new, jobs):
     edit(workflow / file, old, new)
     found = would_run(snakemake, workflow)
-    if jobs is None:  # the estimators serve every evaluation and all that is made of it
+    if jobs is None:  # all evaluations and the results made from them use the estimators
         assert found >= EVALUATED and not any("fetch" in job or "convert" in job for job in found)
     else:
         assert found == jobs

@@ -69,7 +69,7 @@ def test_a_round_trip_gives_back_every_file_byte_for_byte(monkeypatch, tmp_path,
 def test_the_converted_model_computes_what_transformers_computes(tmp_path, request, kind):
     with pytest.MonkeyPatch.context() as patch:
         _, weights = converted(patch, tmp_path, kind=kind)
-    model_in_one_process = request.getfixturevalue("model_in_one_process")  # a conversion makes groups of its own
+    model_in_one_process = request.getfixturevalue("model_in_one_process")  # a conversion creates its own groups
     ids = torch.randint(0, 280, (70,), generator=torch.Generator().manual_seed(0))
 
     def transformers_logits(dtype):

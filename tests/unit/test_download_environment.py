@@ -143,7 +143,7 @@ PAGE = b"<html>Accept our terms</html>"
     ids=["page", "coded", "pages for files", "list", "no commit", "no sizes"],
 )
 def test_an_answer_that_is_no_hub_s_is_called_so(hub, download, request_, headers, content):
-    """That of a network that wants its user to log in, or of another kind of server."""
+    """The answer of a network's login page, or of another kind of server."""
     hub.faults.append(Fault(request_, 200, headers, content=content, times=99))
     download.fails(download.model(), hub.address, "as a Hub does: check HF_ENDPOINT")
 
@@ -167,7 +167,7 @@ def test_a_server_without_tls_is_asked_once(hub, download):
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl, to make a certificate")
 def test_a_certificate_that_is_not_trusted_is_said_to_be_at_fault(tmp_path):
-    """That of a proxy which reads along, or any, by a clock that is wrong."""
+    """The certificate of an intercepting proxy, or any with a wrong clock."""
     certificate = tmp_path / "certificate.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
     command += ["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost", "-keyout", str(tmp_path / "key.pem")]
@@ -223,7 +223,7 @@ def test_a_damaged_file_that_can_t_be_removed_is_not_said_to_be(download):
 
 @pytest.mark.parametrize("tree", [None, "not JSON"])
 def test_a_cache_without_its_listing_is_used_offline(download, tree):
-    """One that an older client made, or a damaged one."""
+    """A cache of an older client, or a damaged one."""
     kept(download, "u+w")
     (listing,) = download.home.rglob("trees/*.json")
     listing.unlink()

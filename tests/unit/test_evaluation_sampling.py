@@ -1,4 +1,4 @@
-"""A tiny random Qwen3.5 evaluated from end to end: samples are kept, resumed, told from others', graded again."""
+"""Evaluate a tiny random Qwen3.5 end to end: samples are kept, resumed, separated by origin, and graded again."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture
 def run(inputs, tmp_path, monkeypatch):
-    """Run the entry script on these; returns its manifest. What it writes lies in tmp_path."""
+    """Run the entry script on these in tmp_path; return its manifest."""
 
     def call(model="download.json", reward=None, engine=None, code="c", versions=None, **settings):
         engine = Engine(kind="cpu", **(engine or {}))
@@ -79,7 +79,7 @@ def forbidden(*_):
 
 
 def content(path):
-    """The file's lines without the timing, and without how many there are."""
+    """The file's lines without timing and number of samples."""
     unstable = ("seconds", "settled")
     return [{key: value for key, value in json.loads(line).items() if key not in unstable} for line in path.open()]
 
@@ -225,7 +225,7 @@ def test_samples_of_a_protocol_that_comes_back_are_there_again(run, tmp_path, mo
 
 
 class Unseeded:
-    """An engine whose every answer differs, as SGLang's do; a part of it may have failed after each batch."""
+    """An engine that ignores seeds, like SGLang; a worker may have failed in each batch."""
 
     heeds_seeds = False
     weights_wanted = None
@@ -244,7 +244,7 @@ class Unseeded:
 
 @pytest.fixture
 def draw(inputs, tmp_path):
-    """Sample with an engine into a file; what is returned says in which batch each sample was drawn."""
+    """Sample with an engine into a file; return in which batch each sample was drawn."""
     tokenizer = load_tokenizer(inputs / "hub")
     problems = load_problems(read_manifest(inputs / "sums.json"))
 
@@ -273,7 +273,7 @@ def test_what_is_asked_for_is_what_the_protocol_says(draw, inputs, tmp_path, thi
 
 
 def test_a_stopped_batch_counts_only_where_seeds_are_heeded(draw, tmp_path, capsys):
-    """Those that were finished are the short ones: with the others drawn anew, the score would rise."""
+    """The finished samples are the short ones: if only the others were redrawn, the score would rise."""
     first = draw(Unseeded(), samples_per_problem=1, pass_at=[1])
     path = tmp_path / "samples.jsonl"
     settled = path.read_bytes()

@@ -30,7 +30,7 @@ def test_a_local_data_set_whose_content_changes_is_another(root, tmp_path):
     def key():
         overrides = {"datasets": {"mine": {"folder": str(tmp_path), "file": "mine.jsonl"}}}
         configuration = load(root / "config/config.yaml", root / "config/models", overrides)
-        provenance._content.cache_clear()  # a run of its own
+        provenance._content.cache_clear()  # as in a separate run
         return Provenance(configuration, root / "workflow_scripts").key("dataset", name="mine")
 
     keys = [key()]
@@ -61,7 +61,7 @@ def test_an_evaluation_does_not_depend_on_what_its_engine_does_for_a_training_al
 
 @pytest.fixture
 def digest(tmp_path):
-    """The digest of the script main.py, which begins with ``imports``, after an edit of another file."""
+    """The digest of the script main.py, which starts with ``imports``, after an edit of another file."""
     numbers = count()
 
     def of(imports, edited=None, addition="EDITED = 1\n", script="main.py"):

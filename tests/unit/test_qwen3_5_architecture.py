@@ -12,7 +12,7 @@ from milepost.qwen3_5.architecture import Architecture
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The text_config of the released dense 9B and of the 35B-A3B, as far as it is read.
+# The keys that are read from the text_config of the released dense 9B and of the 35B-A3B.
 COMMON = {
     "vocab_size": 248320,
     "max_position_embeddings": 262144,

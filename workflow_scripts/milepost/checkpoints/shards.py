@@ -1,4 +1,4 @@
-"""Which block of which Hub tensor lies where in the Megatron tensor that one rank holds.
+"""Map blocks of Hub tensors to places in the Megatron tensor that one rank holds.
 
 `bind` matches the table of names (`name_table`) with one architecture and one checkpoint. A `Binding` then lists the
 *pieces* of a rank's shard: a block of a Hub tensor and its place in the shard. Copying the pieces one way loads a

@@ -11,7 +11,7 @@ from typing import NoReturn
 USER_ERROR = 65  # exit status after a user's mistake (sysexits' EX_DATAERR): a retry would not help
 # The environment variable in which a launcher passes a private folder to its processes, and the file in that folder in
 # which the first process to fail leaves its error line.
-LAUNCH, TOLD = "MILEPOST_LAUNCH", "error"
+LAUNCH, ERROR_FILE = "MILEPOST_LAUNCH", "error"
 
 
 class UserError(Exception):
@@ -44,15 +44,15 @@ def run(main: Callable[[], None]) -> None:
         if is_disk_full(error):
             where = getattr(error, "filename", None) or "the results folder"
             _end(f"error: {where}: the disk is full: make room and run again")
-        if isinstance(error, RuntimeError) and (told := _told()) and told.exists():
+        if isinstance(error, RuntimeError) and (error_file := _error_file()) and error_file.exists():
             sys.exit(USER_ERROR)
         raise
 
 
 def _end(line: str) -> NoReturn:
     """Exit with the error ``line``; under a launcher, leave it for the launcher unless another process already has."""
-    if told := _told():
-        with contextlib.suppress(FileExistsError), told.open("x") as file:
+    if error_file := _error_file():
+        with contextlib.suppress(FileExistsError), error_file.open("x") as file:
             file.write(line)
         sys.exit(USER_ERROR)
     end(line)
@@ -68,7 +68,7 @@ def end(line: str) -> NoReturn:
     sys.exit(USER_ERROR)
 
 
-def _told() -> Path | None:
+def _error_file() -> Path | None:
     """The file in which processes leave their error line for the launcher; None without a launcher."""
     folder = os.environ.get(LAUNCH)
-    return Path(folder, TOLD) if folder else None
+    return Path(folder, ERROR_FILE) if folder else None

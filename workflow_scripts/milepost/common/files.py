@@ -94,7 +94,7 @@ def free_bytes(folder: Path | str) -> int:
 
 
 def in_mib(number: int) -> str:
-    """A number of bytes for people."""
+    """A number of bytes in readable form."""
     return f"{number / 2**20:,.1f} MiB"
 
 

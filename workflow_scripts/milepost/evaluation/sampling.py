@@ -118,7 +118,7 @@ class SampleFile:
         if found == origin:
             return cls(path, origin, samples, settled)
         if found is not None:
-            print(f"{path}: its samples are of other weights or settings, and are kept beside it", file=sys.stderr)
+            print(f"{path}: holds samples of other weights or settings, which are kept next to it", file=sys.stderr)
             path.rename(_beside(path, found))
         if not (own := _beside(path, origin)).exists():
             return cls(path, origin, [], 0)
@@ -168,9 +168,7 @@ def sample_problems(
     if not engine.heeds_seeds and len(samples) < len(wanted):
         settled = file.of(wanted, settled_only=True)
         if dropped := len(samples) - len(settled):
-            print(
-                f"{file.path}: {dropped} samples of a stopped batch are sampled again with the others", file=sys.stderr
-            )
+            print(f"{file.path}: the {dropped} samples of a stopped batch are sampled again", file=sys.stderr)
         samples = settled
     file.settle(samples)
     done = {(sample.problem, sample.sample) for sample in samples}
@@ -214,10 +212,10 @@ class _Sampler:
             drawn = self._draw_once(batch)
             if self.engine.heeds_seeds or self.engine.repeated == repeated:
                 return drawn
-            print(f"{self.file.path}: a part of the engine failed: sampling the batch again", file=sys.stderr)
+            print(f"{self.file.path}: an engine worker failed: sampling the batch again", file=sys.stderr)
             self.file.settle(self.file.samples)
             self.progress.update(-len(drawn))
-        raise UserError(f"{self.file.path}: the engine failed in each of {TRIES} tries of a batch: see its log")
+        raise UserError(f"{self.file.path}: the engine failed in each of {TRIES} attempts at a batch: see its log")
 
     def _draw_once(self, batch: list[tuple[int, int]]) -> list[Sample]:
         requests = [Request(self.prompts[index[0]], request_seed(self.seed, *index)) for index in batch]

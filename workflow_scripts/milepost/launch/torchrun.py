@@ -30,7 +30,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher import api
 
-from milepost.common.errors import LAUNCH, TOLD, end
+from milepost.common.errors import LAUNCH, ERROR_FILE, end
 from milepost.common.interrupts import ECHO_SECONDS
 
 PATIENCE = 24 * 60 * 60  # seconds
@@ -101,9 +101,9 @@ def main(arguments: list[str]) -> None:
         try:
             run.main(["--nnodes=1", "--rdzv-backend=one-machine", *arguments])
         except ChildFailedError as error:
-            told = Path(folder, TOLD)
-            if told.exists():
-                end(told.read_text())
+            error_file = Path(folder, ERROR_FILE)
+            if error_file.exists():
+                end(error_file.read_text())
             sys.exit(_ending(*error.get_first_failure()))
 
 

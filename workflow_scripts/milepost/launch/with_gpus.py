@@ -56,7 +56,7 @@ def take(count: int, devices: Mapping[str, str]) -> list[str]:
             f" {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}): lower hardware.gpus or show more of them"
         )
     LOCKS.mkdir(mode=0o700, exist_ok=True)
-    told = False
+    announced = False
     with (LOCKS / "choosing.lock").open("a") as choosing:
         fcntl.flock(
             choosing, fcntl.LOCK_EX
@@ -77,9 +77,9 @@ def take(count: int, devices: Mapping[str, str]) -> list[str]:
                     return [*taken]
             for lock in taken.values():
                 os.close(lock)
-            if not told:
+            if not announced:
                 print(f"GPUs are in use: waiting until {count} of {','.join(devices)} are free", file=sys.stderr)
-                told = True
+                announced = True
             time.sleep(POLL_SECONDS)
 
 

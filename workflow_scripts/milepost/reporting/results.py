@@ -138,7 +138,7 @@ def read_trainings(paths: Iterable[Path]) -> list[Training]:
 def pairs(scores: Iterable[Score]) -> list[Pair]:
     """Pair every trained score with the base's of the same model and problem set, if there is one.
 
-    Two scores that were not measured alike can't be compared: a `UserError` that says what differs.
+    Scores that were not measured in the same way can't be compared: a `UserError` says what differs.
     """
     scores = list(scores)
     bases = {(score.model, score.dataset): score for score in scores if score.is_base}

@@ -100,7 +100,7 @@ def in_words(pair: Pair) -> str:
         f" {points(difference.value)} points"
     )
     if others := pair.made_by_others():
-        text = f"The two scores were not made alike ({', '.join(others)}). {text}"
+        text = f"The two scores were made with different code or versions ({', '.join(others)}). {text}"
     if difference.interval is None:
         return f"{text}. Without a spread over problems there is no interval."
     low, high = difference.interval
