@@ -71,7 +71,7 @@ def test_a_training_of_two_processes_of_which_the_first_fails_saves_itself(root,
     read_manifest(tmp_path / "run" / "checkpoint-000003" / "manifest.json").require(digests=True)
 
 
-def test_a_training_of_two_processes_that_is_asked_to_end_saves_itself(root, tmp_path, environment):
+def test_an_interrupted_training_of_two_processes_saves_itself(root, tmp_path, environment):
     grpo_run.prepare(tmp_path)
     grpo_run.convert_model(tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"

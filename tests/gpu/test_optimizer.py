@@ -95,7 +95,7 @@ def test_a_saved_state_goes_on_bit_for_bit(cpu_offload):
 
 
 @pytest.mark.parametrize("cpu_offload", [False, True])
-def test_a_sleep_beside_which_all_else_stays_frees_the_gradients(cpu_offload):
+def test_a_sleep_that_keeps_weights_and_states_frees_the_gradients(cpu_offload):
     gpu, cpu = models()
     optimizer = build_optimizer(gpu, Settings(learning_rate=1e-3, cpu_offload=cpu_offload), stay=True)
     step(gpu, cpu, optimizer, CpuAdam(cpu, Settings(learning_rate=1e-3)), 0)

@@ -185,7 +185,7 @@ def test_a_stop_token_ends_an_answer_and_is_in_it(engine):
     assert stopped[0].finish == "stop" and len(stopped[0].log_probs) == first + 1
 
 
-def test_a_sleep_frees_memory_and_new_weights_are_the_ones_that_answer(folders, engine):
+def test_a_sleep_frees_memory_and_new_weights_take_effect(folders, engine):
     before = torch.cuda.mem_get_info()[0]
     engine.sleep()
     assert torch.cuda.mem_get_info()[0] - before > 0.1 * torch.cuda.mem_get_info()[1]

@@ -142,7 +142,7 @@ def test_a_dry_run_ends_in_the_line_that_names_the_mistake(said, what):
     assert [shown for shown in lines if "error" in shown.lower()] == lines[-1:]
 
 
-def test_a_mistake_that_only_a_job_can_find_is_said_once_and_not_tried_again(said, tmp_path):
+def test_a_mistake_found_by_a_job_is_printed_once_and_not_retried(said, tmp_path):
     lines = said(
         *("--cores", "1", "--", "results/data/aime-2024.json"), HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home")
     )

@@ -237,7 +237,7 @@ def fetch_through_slurm(snakemake, root, tmp_path, slurm):
     return call
 
 
-def test_a_mistake_that_a_slurm_job_finds_is_said_last_and_no_other_job_is_sent(fetch_through_slurm, tmp_path):
+def test_a_mistake_found_by_a_slurm_job_is_printed_last_and_not_retried(fetch_through_slurm, tmp_path):
     done, sent = fetch_through_slurm(SBATCH_THAT_RUNS)
     line = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and sent == 1, done.stderr
@@ -245,9 +245,7 @@ def test_a_mistake_that_a_slurm_job_finds_is_said_last_and_no_other_job_is_sent(
     assert line == (tmp_path / "results/logs/data/aime-2024.log").read_text().splitlines()[-1]
 
 
-def test_a_job_that_slurm_refuses_is_sent_again_whatever_mistake_an_earlier_run_ended_with(
-    fetch_through_slurm, tmp_path
-):
+def test_a_job_that_slurm_refuses_is_resubmitted_despite_an_earlier_run_s_mistake(fetch_through_slurm, tmp_path):
     mistake = tmp_path / "results/logs/data/aime-2024.error"
     mistake.parent.mkdir(parents=True)
     mistake.write_text("error: a mistake that has been mended\n")
@@ -257,7 +255,7 @@ def test_a_job_that_slurm_refuses_is_sent_again_whatever_mistake_an_earlier_run_
     assert "mended" not in done.stderr and "invalid partition" in done.stderr
 
 
-def test_a_crashed_job_is_tried_again_and_its_logs_and_times_are_kept(snakemake, root, tmp_path):
+def test_a_crashed_job_is_retried_and_its_logs_and_times_are_kept(snakemake, root, tmp_path):
     blocked = tmp_path / "results/data/sums"
     blocked.parent.mkdir(parents=True)
     blocked.write_text("a file where the job needs a folder")

@@ -151,7 +151,7 @@ def test_offline_works_from_the_cache_and_says_what_it_lacks(hub, download):
     download.fails(download.model(HF_HUB_OFFLINE="1"), "does not hold all of it")
 
 
-def test_without_a_network_the_end_is_one_line_that_names_the_address(tmp_path):
+def test_without_a_network_one_line_names_the_address(tmp_path):
     download = Run(tmp_path, None)
     download.fails(download.model(), "no answer from http://127.0.0.1:9", "HF_HUB_OFFLINE=1")
 
@@ -181,7 +181,7 @@ def test_weights_that_are_pickles_only_are_refused_before_any_is_fetched(hub, do
     assert not hub.asked("resolve")
 
 
-def test_weights_that_the_index_names_and_nobody_has_are_refused(hub, download):
+def test_weights_that_the_index_names_but_are_missing_are_refused(hub, download):
     hub.host("Qwen/tiny", {name: MODEL[name] for name in MODEL if name != "model-00002-of-00002.safetensors"}, LFS)
     download.fails(download.model(), "names model-00002-of-00002.safetensors", "incomplete")
     assert not hub.asked("resolve/.*model-00001")
@@ -348,7 +348,7 @@ def asking(question: str, label: object) -> dict:
     return {"prompt": [{"role": "user", "content": question}], "label": label}
 
 
-def test_rows_that_can_earn_no_reward_are_told_at_once(tmp_path):
+def test_rows_that_can_earn_no_reward_are_reported_at_once(tmp_path):
     r"""Labels that no answer matches are skipped and reported by kind, or end the step; so do prompts without a box."""
     download, file = Run(tmp_path, None), tmp_path / "set.jsonl"
     rows = [asking("What is 1 + 2?", "1 + 2\n#### 3"), asking("2 + 2? Use \\boxed{}.", 4.0)]

@@ -105,7 +105,7 @@ def test_both_intervals_hold_the_true_difference_95_times_in_100(problems):
     assert all(low <= count <= high for count in held.values()), held
 
 
-def test_bootstrap_is_bca_at_a_confidence_that_the_number_of_problems_raises():
+def test_bootstrap_is_bca_at_a_confidence_raised_for_few_problems():
     """With many problems it is hardly raised; with 30 it is 0.9625."""
     generator = np.random.default_rng(2)
     for problems, confidence, near in ((2000, 0.95, 2e-3), (30, 0.9625, 1e-4)):
@@ -123,7 +123,7 @@ def test_bootstrap_repeats_with_its_seed():
     assert first.interval == other.interval
 
 
-def test_p_value_is_that_of_the_two_sided_paired_t_test_whichever_model_is_better():
+def test_p_value_equals_the_two_sided_paired_t_test_s():
     base, trained = np.random.default_rng(3).binomial(8, [[0.4], [0.5]], size=(2, 30)) / 8
     expected = stats.ttest_rel(trained, base).pvalue
     assert expected < 0.5  # where one and two sides differ

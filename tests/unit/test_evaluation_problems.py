@@ -121,7 +121,7 @@ def test_an_instruction_is_given_where_a_prompt_asks_for_no_box(data):
     assert asked[1] == plain[1]
 
 
-def test_training_bears_its_share_of_bad_rows_but_never_an_empty_set(tmp_path):
+def test_training_tolerates_some_bad_rows_but_never_an_empty_set(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join([row()] * 99 + ["{"]))
     problems, bad = read_problems(file, "prompt", "label")

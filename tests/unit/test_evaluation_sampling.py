@@ -170,9 +170,7 @@ def test_less_memory_for_the_engine_keeps_the_samples(run, monkeypatch):
     ],
     ids=str,
 )
-def test_samples_serve_again_only_where_all_that_made_them_is_the_same(
-    run, inputs, tmp_path, monkeypatch, changes, kept
-):
+def test_samples_are_reused_only_if_nothing_they_depend_on_changed(run, inputs, tmp_path, monkeypatch, changes, kept):
     run()
     other = shutil.copytree(inputs / "hub", tmp_path / "other")
     (other / "config.json").write_text((other / "config.json").read_text() + "\n")
@@ -189,7 +187,7 @@ def test_samples_serve_again_only_where_all_that_made_them_is_the_same(
     assert bool(asked) != kept
 
 
-def test_samples_of_other_prompts_are_never_scored_and_those_of_other_labels_are(inputs):
+def test_samples_are_reused_for_new_labels_but_never_for_other_prompts(inputs):
     problems = load_problems(read_manifest(inputs / "sums.json"))
     relabelled = [replace(problem, label="0") for problem in problems]
     asked_otherwise = [replace(problem, messages=[{"role": "user", "content": "2?"}]) for problem in problems]

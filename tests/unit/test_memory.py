@@ -111,7 +111,7 @@ def test_states_stay_on_the_gpu_only_where_they_fit_beside_the_engine(root):
         assert estimated(root, "9B", gpu_gib).lasts_beside_engine(gpu_gib) == stay
 
 
-def test_an_engine_beside_what_is_taken_gets_as_much_memory_as_alone(root):
+def test_an_engine_next_to_used_memory_gets_as_much_as_alone(root):
     engine = configured(root, "9B").engine
     assert beside(engine, 41, 141).mem_fraction_static * (141 - 41) == pytest.approx(0.6 * 141)
 

@@ -220,7 +220,7 @@ def test_the_table_says_whether_the_gpus_of_other_nodes_would_do(root, monkeypat
     assert "needs 50.1 GiB of each GPU for the engine's weights" in reason
 
 
-def test_a_gpu_whose_memory_is_not_told_is_taken_to_be_as_configured(root):
+def test_a_gpu_of_unknown_memory_is_assumed_to_be_as_configured(root):
     untold = replace(node(141), gpus=(None,) * 8)
     faults = {
         gib: shortcomings(

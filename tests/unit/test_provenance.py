@@ -40,7 +40,7 @@ def test_a_local_data_set_whose_content_changes_is_another(root, tmp_path):
     assert len(set(keys)) == 3 and key() == keys[-1]
 
 
-def test_a_set_that_is_scored_must_be_whole_before_anything_is_trained(recipes):
+def test_a_scored_set_must_be_valid_before_any_training(recipes):
     """Only trainings tolerate bad rows."""
     assert recipes().job("dataset", name="aime-2024")["every_row"]
     assert not recipes().job("dataset", name="dapo-math-17k")["every_row"]
@@ -48,7 +48,7 @@ def test_a_set_that_is_scored_must_be_whole_before_anything_is_trained(recipes):
     assert recipes(**validated).job("dataset", name="dapo-math-17k")["every_row"]
 
 
-def test_an_evaluation_does_not_depend_on_what_its_engine_does_for_a_training_alone(root):
+def test_an_evaluation_does_not_depend_on_engine_settings_that_only_training_uses(root):
     def key(**engine):
         overrides = {"per_model": {"35B_A3B": {"engine": engine}}}
         configuration = load(root / "config/config.yaml", root / "config/models", overrides)
@@ -172,7 +172,7 @@ def test_a_training_depends_on_its_validation_set(recipes):
     ],
     ids=lambda value: str(sorted(value) if isinstance(value, set) else value),  # the same in every process
 )
-def test_the_base_s_scores_depend_on_the_download_and_the_trained_s_on_the_training(recipes, changes, stale):
+def test_base_scores_depend_on_the_download_and_trained_ones_on_the_training(recipes, changes, stale):
     unchanged = {"validation": {"interval": 0}} if "datasets" in changes else {}
     found = {
         weights
@@ -237,7 +237,7 @@ def test_how_a_job_ends_or_waits_is_no_code_of_its_result(root, tmp_path, module
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_every_section_that_a_training_reads_tells_trainings_apart(recipes, changes):
+def test_every_section_that_a_training_reads_identifies_it(recipes, changes):
     assert recipes(**changes).key("train", model="9B") != recipes().key("train", model="9B")
 
 

@@ -97,7 +97,7 @@ def test_loss_is_zero_not_nan_where_no_token_counts(models):
     ours.zero_grad()
 
 
-def test_training_it_moves_trunk_embedding_and_head_not_by_a_bit(models):
+def test_training_the_mtp_layer_leaves_trunk_embedding_and_head_unchanged(models):
     _, ours = models
     ids, positions, packed, responses = batch()
 

@@ -58,7 +58,7 @@ def test_top_k_and_top_p_hold_together():
     assert (drawn(top_k=1, top_p=0.99) > 0).tolist() == [False, True, False, False, False]
 
 
-def test_temperature_zero_takes_the_most_likely_and_its_plain_log_prob():
+def test_temperature_zero_takes_the_most_likely_token_and_its_plain_log_prob():
     tokens, log_probs = sample(PROBS.log()[None], torch.tensor([0.99]).double(), SamplingParams(1, temperature=0))
     assert tokens.tolist() == [1]
     assert log_probs.tolist() == pytest.approx([np.log(0.4)])

@@ -229,7 +229,7 @@ def test_servers_that_hang_are_restarted(start, monkeypatch, servers, seconds):
     assert engine.repeated >= (servers if seconds else 0) and not engine.heeds_seeds
 
 
-def test_a_server_whose_restart_fails_is_tried_again_while_the_others_answer(start, monkeypatch):
+def test_a_failed_restart_is_retried_while_the_other_servers_answer(start, monkeypatch):
     engine = start(2)
     begin, failures = engine._start, [UserError("no memory")]
 
@@ -291,7 +291,7 @@ def test_only_a_restarted_server_s_weights_are_checked_while_the_others_answer(s
     assert set(asked) == {1}
 
 
-def test_a_restart_that_all_answers_are_quicker_than_is_waited_for_the_next_time(start):
+def test_a_restart_slower_than_all_responses_is_awaited_in_the_next_batch(start):
     engine = start(2)
     engine.servers[1].kill()
     engine.generate(requests(2), PARAMS)
@@ -307,13 +307,13 @@ def test_a_server_that_fails_at_the_start_says_why_in_one_line(start):
     assert "\n" not in str(caught.value)
 
 
-def test_an_answer_that_sglang_cut_shorter_than_asked_for_is_no_answer(start):
+def test_a_response_that_sglang_truncates_below_the_limit_is_an_error(start):
     """SGLang truncates what its memory can't hold; the response would count as wrong."""
     with pytest.raises(UserError, match="its memory holds a response of 4 tokens, not of 9: raise mem_fraction_static"):
         start(1).generate(requests(1), SamplingParams(max_new_tokens=9))
 
 
-def test_what_a_server_said_is_kept_until_another_two_have_spoken(start, tmp_path):
+def test_a_server_s_log_is_kept_until_the_second_next_start(start, tmp_path):
     log, previous = tmp_path / "logs/sglang-0.log", tmp_path / "logs/sglang-0.previous.log"
     with pytest.raises(UserError):
         start(1, random_seed=13)
@@ -324,7 +324,7 @@ def test_what_a_server_said_is_kept_until_another_two_have_spoken(start, tmp_pat
     assert "as it were" in said and previous.read_text() == said and "as it were" not in log.read_text()
 
 
-def test_an_argument_that_this_sglang_has_not_is_named(start):
+def test_an_unknown_sglang_argument_is_named(start):
     with pytest.raises(UserError, match=r"engine\.server_arguments: this version of SGLang has no frobnicate"):
         start(1, frobnicate=1)
 
@@ -345,7 +345,7 @@ def test_asleep_or_without_weights_nothing_is_generated(start):
         engine.generate(requests(1), PARAMS)
 
 
-def test_a_restarted_server_is_given_the_weights_that_it_should_have(start):
+def test_a_restarted_server_gets_the_current_weights(start):
     engine = start(1)
     engine._folder_is_current = False  # as after load_weights, which needs a GPU
     os.kill(pid(engine.servers[0]), signal.SIGKILL)

@@ -129,7 +129,7 @@ def test_other_code_and_versions_are_named(workflow):
     )
 
 
-def test_a_download_made_again_with_the_same_files_makes_nothing_else_stale(workflow):
+def test_a_repeated_download_of_the_same_files_makes_nothing_else_stale(workflow):
     workflow.code = "c2"
     assert "download made again" in workflow.stale()["convert"]  # as long as nobody knows what it will give
     workflow.make("download", model="tiny")
@@ -171,7 +171,7 @@ def test_a_data_set_is_also_how_prompts_are_made_of_it(workflow):
         (lambda files: (files / "file").write_text("longer"), "file has another size"),
     ],
 )
-def test_files_that_are_gone_or_cut_short_make_just_their_result_stale(workflow, damage, said):
+def test_missing_or_truncated_files_make_only_their_result_stale(workflow, damage, said):
     before = workflow.keys()
     damage(workflow.folder / "tiny/hf/grpo-files")
     stale = workflow.stale()
@@ -235,7 +235,7 @@ def why(workflow):
     return workflow.today().why("train", model="tiny")
 
 
-def test_a_training_says_whether_it_goes_on_and_how_to_get_the_other(workflow):
+def test_a_training_says_whether_it_continues_and_how_to_do_otherwise(workflow):
     assert why(workflow) == ""
     workflow.settings = {"per_model": {"tiny": {"training": {"rollouts": 70}}}}
     assert why(workflow) == "training.rollouts: 60 -> 70; the run goes on after 60 rollouts"
@@ -306,7 +306,7 @@ def test_of_two_runs_that_could_go_on_the_furthest_does(workflow):
 # ---- results that are there already ---------------------------------------------------------------------------------
 
 
-def test_a_folder_serves_again_only_where_all_that_made_it_is_the_same(tmp_path):
+def test_a_folder_is_reused_only_if_nothing_it_depends_on_changed(tmp_path):
     from milepost.checkpoints.manifest import keep_manifest
 
     folder = tmp_path / "folder"

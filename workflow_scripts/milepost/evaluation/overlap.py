@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from milepost.checkpoints.manifest import Manifest
 from milepost.common.problems import Problem, read_problems
 
-FEWEST_CHARACTERS = 30  # of a question without its set's common text; shorter ones are not compared
-LINES = 5  # that the sentence lists
+FEWEST_CHARACTERS = 30  # shorter questions are not compared without their set's common text
+LINES = 5  # the most lines to list
 
 
 def overlap(training: Manifest, scored: Manifest) -> str | None:
     """A sentence on how many prompts of ``scored`` are also in ``training``, and in which lines; None for none.
 
-    Prompts are compared by the user's last message, ignoring spacing, case and compatibility characters, and without
-    text that all prompts of a set start or end with, such as an instruction.
+    Prompts are compared by the user's last message, ignoring spacing, case and compatibility characters, both whole and
+    without the text that all prompts of a set start or end with, such as an instruction.
     """
     lines = {key: problem.line for problem, keys in reversed(_keys(training)) for key in keys}
     problems = _keys(scored)
@@ -31,7 +31,7 @@ def overlap(training: Manifest, scored: Manifest) -> str | None:
 
 
 def _keys(data: Manifest) -> list[tuple[Problem, set[str]]]:
-    """The problems of a data set, and the normalised question by which each is compared."""
+    """The problems of a data set, each with the normalised questions by which it is compared."""
     problems, _ = read_problems(data.root / data.facts["file"], data.facts["prompt_key"], data.facts["label_key"])
     questions = [_words(problem.messages[-1]["content"]) for problem in problems]
     bare = _without_template(questions) if len(problems) > 1 else questions
@@ -47,12 +47,12 @@ def _words(text: str) -> list[str]:
 
 def _without_template(questions: Sequence[list[str]]) -> list[list[str]]:
     """Strip the words that all texts start and end with."""
-    begin = _alike(questions)
-    end = _alike([words[begin:][::-1] for words in questions])
+    begin = _shared_words(questions)
+    end = _shared_words([words[begin:][::-1] for words in questions])
     return [words[begin : len(words) - end] for words in questions]
 
 
-def _alike(questions: Sequence[list[str]]) -> int:
+def _shared_words(questions: Sequence[list[str]]) -> int:
     """How many leading words all texts share."""
     places = zip(*questions, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda words: len(set(words)) == 1, places))
