@@ -107,11 +107,11 @@ def run(command_line: list[str], hook=None) -> None:
     try:
         train.run(train.main)
     finally:
-        gc.collect()  # model and groups refer to each other: each training left 72 sockets and pipes open otherwise
+        gc.collect()  # break cycles of model and groups, which keep 72 sockets and pipes open per training
 
 
 if __name__ == "__main__":
-    # KILL_AT: the grading before which this process is killed as nothing can prevent; FAIL_AT: the one that fails.
+    # KILL_AT: the grading before which this process gets SIGKILL; FAIL_AT: the grading that fails.
     kill_at, fail_at = (int(os.environ.get(name, -1)) for name in ("KILL_AT", "FAIL_AT"))
 
     def end(gradings):

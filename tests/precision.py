@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Values = Tensor | Mapping[str, Tensor]
 
-# In 1500 comparisons under three instruction sets ours was at most 2.8 times as far off as the reference, by luck; a
+# In 1500 comparisons under three instruction sets, ours was by chance at most 2.8 times as far off as the reference; a
 # wrong formula is thousands of times as far off.
 MARGIN = 8
-WRONG = 0.01  # no rounding to fp32 takes a result so far
+WRONG = 0.01  # fp32 rounding never changes a result this much
 
 
 class _Float64(TorchDispatchMode):
@@ -87,7 +87,7 @@ def allowed_errors(
     errors, scales = norms(differences(reference, exact)), norms(exact)
     wrong = {kind: error for kind, error in errors.items() if not error <= WRONG * scales[kind]}
     assert not wrong, f"the fp32 reference computes something else than the exact one: {wrong}"
-    # An error of less than a rounding of the result is luck.
+    # An error below one rounding of the result is chance.
     return {kind: MARGIN * ours * max(error / theirs, scales[kind]) for kind, error in errors.items()}
 
 

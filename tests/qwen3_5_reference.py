@@ -55,7 +55,7 @@ def reference(kind: str, *, router_spread: float = 0.5, **changes) -> tuple[Arch
             spread = router_spread if "mlp.gate.weight" in name else 0.05
             parameter.add_(torch.randn_like(parameter) * spread)
     if not dense:
-        model.set_experts_implementation("eager")  # the faster ones know no float64
+        model.set_experts_implementation("eager")  # the faster ones don't support float64
     model_type = "qwen3_5_text" if dense else "qwen3_5_moe_text"
     architecture = Architecture.from_config(
         {"text_config": text | {"model_type": model_type, "mtp_num_hidden_layers": 1}}

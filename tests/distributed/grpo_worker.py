@@ -25,7 +25,7 @@ EVEN_SHAPES = [(12, 8), (2, 70), (30, 22)]  # which no layout pads
 LAYOUTS = {
     "dense": [Parallel(), Parallel(tensor=2), Parallel(tensor=2, sequence=False), Parallel(context=2)],
     "moe": [Parallel(), Parallel(expert=2), Parallel(tensor=2), Parallel(tensor=2, expert=2)],
-    # With the auxiliary loss, which is a pack's: all sequences are in one.
+    # The auxiliary loss is computed per pack, so all sequences are in one.
     "balanced moe": [Parallel(tensor=2), Parallel(context=2)],
 }
 

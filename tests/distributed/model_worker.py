@@ -21,7 +21,7 @@ from milepost.qwen3_5.mtp import mtp_loss
 from milepost.qwen3_5.packed import context_shard, pack
 from precision import allowed_errors, computing_in, in_float64, kind_of
 
-# Four processes in every layout; what the dense dimensions leave of them is data parallel.
+# Four processes in every layout; those that the dense dimensions don't use are data parallel.
 LAYOUTS = {
     "dense": [
         (Parallel(), Experts()),
@@ -48,7 +48,7 @@ LAYOUTS = {
     ],
 }
 VOCABULARY = 128
-# Small, with heads enough to be cut in four; two key heads serve four ranks under context parallelism.
+# Small, with enough heads to split four ways; under context parallelism two key heads serve four ranks.
 SMALL = {"hidden_size": 64, "vocab_size": VOCABULARY, "num_attention_heads": 8, "num_key_value_heads": 4} | {
     "head_dim": 16,
     "linear_num_key_heads": 4,
@@ -60,7 +60,7 @@ CHANGES = {
     "dense": SMALL | {"intermediate_size": 96},
     "moe": SMALL | {"num_key_value_heads": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
 }
-LENGTHS = [(70, 33, 1, 66), (128, 3), (40, 41, 42), (5, 90)]  # four packs, none as long as another
+LENGTHS = [(70, 33, 1, 66), (128, 3), (40, 41, 42), (5, 90)]  # four packs of different lengths
 
 
 class Batch(NamedTuple):
@@ -158,7 +158,7 @@ def assert_near(found: Tensor, expected: Tensor, allowed: float, what: str) -> N
 
 def check(architecture, parallel: Parallel, experts: Experts, expected: dict) -> None:
     """Logits and every gradient of this rank against its share of the single process's."""
-    # A tied embedding on two stages is one copy too many for the MTP layer, which would bring a third.
+    # With a tied embedding on two stages, the MTP layer would add a third copy, which is not supported.
     with_mtp = parallel.pipeline == 1 or not architecture.tie_embeddings
     allowed, packs = expected["allowed"], [batch(number, parallel) for number in range(len(LENGTHS))]
     with in_float64():
@@ -199,7 +199,7 @@ def single_process(kind: str, file: Path) -> None:
         *({"logits": torch.cat(logits)} | gradients for logits, gradients in (rounded, exact)), torch.float64
     )
     logits, gradients = exact
-    # Where stages each need the embedding or the output weight, copies have names of their own.
+    # If several stages need the embedding or the output weight, its copies have different names.
     for tree in (weights, gradients, allowed):
         tree.setdefault("output_layer.weight", tree["embedding.word_embeddings.weight"])
     torch.save({"weights": weights, "logits": logits, "gradients": gradients, "allowed": allowed}, file)

@@ -69,7 +69,7 @@ class Run:
                 stderr=subprocess.STDOUT,
                 env=os.environ | SECRETS,
                 start_new_session=True,
-                # Whoever runs the tests in the background may have them ignore Ctrl-C.
+                # Tests that run in the background may inherit an ignored Ctrl-C.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
@@ -152,7 +152,7 @@ def test_a_storm_of_kills_changes_nothing(root, tmp_path):
             assert storm.outcome() == expected, done
             number += 1
             storm = Run(root, tmp_path / f"storm-{number}")
-        elif code is None:  # the last kills were of jobs: it may go on
+        elif code is None:  # the last kills hit jobs, so it may still be running
             snakemake.wait(timeout=300)
     storm.finish()
     assert storm.outcome() == expected, done

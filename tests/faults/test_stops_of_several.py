@@ -9,7 +9,7 @@ import stages
 from milepost.checkpoints.manifest import read_manifest
 from stages import torchrun_until
 
-# The pipeline's torchrun, where torch itself would be patient for 1 second instead of 30.
+# The pipeline's torchrun, with torch's own timeout of 30 seconds reduced to 1.
 HASTY = """
 import sys
 

@@ -63,7 +63,7 @@ def test_a_second_snakemake_names_the_first_and_a_killed_one_leaves_no_lock(root
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     first.stdout.readline()
-    assert not left.exists()  # nobody else was there: it can only have been left behind
+    assert not left.exists()  # no other run was there, so the lock was left behind
     left.touch()
     dry_run = ["-n", "--directory", str(tmp_path), "report"]
     assert f"note: process {first.pid} on" in snakemake(*dry_run, snakefile=root / "Snakefile", check=True).stderr

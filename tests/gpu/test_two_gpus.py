@@ -12,7 +12,7 @@ from stages import kill_the_second_rank, torchrun, torchrun_until
 
 pytestmark = [pytest.mark.gpu(2), pytest.mark.slow, pytest.mark.timeout(1800)]
 LAYOUTS = {
-    "dense": {"parallel": {"tensor": 2}},  # two engines, each of which gets its weights from both ranks
+    "dense": {"parallel": {"tensor": 2}},  # two engines, each with weights from both ranks
     "moe": {"parallel": {"expert": 2}, "engine": {"gpus_per_engine": 2, "expert_parallel": 2}},
 }
 ENGINE = {

@@ -45,7 +45,7 @@ def downloaded(tmp_path):
     for number, path in enumerate([*paths, "results/data/dapo-math-17k.json", "results/data/aime-2024.json"]):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
-        os.utime(tmp_path / path, (number + 1, number + 1))  # what follows from something is younger
+        os.utime(tmp_path / path, (number + 1, number + 1))  # outputs are newer than their inputs
     return tmp_path
 
 

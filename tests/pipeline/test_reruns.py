@@ -12,7 +12,7 @@ import pytest
 MODELS = "models=[tiny, 9B]"
 PARTS = ("Snakefile", "rules", "config", "profiles", "workflow_scripts", "envs")
 
-# The jobs by the messages that their rules announce them with.
+# The jobs, by their rules' messages.
 DOWNLOAD = "{}: fetch the starting weights"
 DATASET = "{}: fetch the problem set"
 CONVERT = "{}: convert to Megatron torch_dist"

@@ -43,7 +43,7 @@ def v1(*names: str, root: str = "/") -> list[str]:
         ("0::/", v2(), {}, None, None),
         ("0::/", v2(), {"memory.max": "max", "cpu.max": "max 100000"}, None, None),
         ("0::/", v2(), {"memory.max": str(8 * GIB), "cpu.max": "150000 100000"}, 8, 1.5),
-        # The narrowest of nested groups, wherever it is.
+        # The strictest limit of nested groups, at any level.
         (
             "0::/a/b",
             v2(),

@@ -73,7 +73,7 @@ def test_the_converted_model_computes_what_transformers_computes(tmp_path, reque
     ids = torch.randint(0, 280, (70,), generator=torch.Generator().manual_seed(0))
 
     def transformers_logits(dtype):
-        options = {"dtype": dtype, "experts_implementation": "eager"}  # the faster ones know no float64
+        options = {"dtype": dtype, "experts_implementation": "eager"}  # the faster ones don't support float64
         with computing_in(dtype):
             model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hub", **options).eval()
             return model(input_ids=ids[None]).logits[0]
@@ -96,7 +96,7 @@ def test_trained_weights_are_exported_in_the_hubs_types(monkeypatch, tmp_path):
     hub, work = HubCheckpoint(tmp_path / "hub"), tmp_path / "grpo" / "fingerprint"
     architecture = Architecture.from_folder(tmp_path / "hub")
     initialize()
-    model = build_model(architecture, dtype=torch.float32)  # without the MTP layer, which thus passes through
+    model = build_model(architecture, dtype=torch.float32)  # without the MTP layer, which is copied unchanged
     torch_dist.load(model, read_manifest(weights).root)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -120,7 +120,7 @@ def test_trained_weights_are_exported_in_the_hubs_types(monkeypatch, tmp_path):
 def test_a_checkpoint_in_other_types_comes_back_exactly(monkeypatch, tmp_path):
     hub = tmp_path / "hub"
     tensors = make_tiny_hub(hub, DENSE)
-    # Norms kept in FP32 beside bf16 matrices, and values that bf16 could not hold.
+    # fp32 norms next to bf16 matrices, and values that bf16 can't represent.
     tensors = {
         name: value.float() * 1.0001 if "norm" in name and "visual" not in name else value
         for name, value in tensors.items()
@@ -252,7 +252,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it(tmp_path, model_in_o
     assert {path: path.read_bytes() for path in (tmp_path / "weights").iterdir()} == before
 
 
-# The kernel's own high-water mark of resident memory; getrusage's is handed down by the process that starts this one.
+# The kernel's peak resident memory of this process; getrusage's is inherited from the parent.
 MEASURE = """
 import re, sys
 import convert

@@ -125,7 +125,7 @@ def test_a_flipped_bit_is_found_and_the_damaged_file_removed(hub, download, name
     request = f"GET /content/{digest}" if name in LFS else f"GET /Qwen/tiny/resolve/[^/]*/{name}"
     hub.faults.append(Fault(request, content=b"?" + MODEL[name][1:]))
     download.fails(download.model(), name, "removed from the cache")
-    download.succeeds(download.model())  # what is damaged, and only that, is fetched again
+    download.succeeds(download.model())  # only the damaged file is fetched again
 
 
 def test_a_file_damaged_in_the_cache_is_found_offline_too(hub, download):
@@ -275,7 +275,7 @@ def test_a_local_folder_is_linked_and_named_by_its_digests(tmp_path):
     assert set(first.files) == WANTED
     assert (first.root / "config.json").samefile(folder / "config.json")
     assert download.succeeds(download(config)).root == first.root
-    (folder / "config.json").unlink()  # not written into: that would change the first snapshot, which shares the file
+    (folder / "config.json").unlink()  # replaced, not overwritten: the first snapshot shares the file
     (folder / "config.json").write_bytes(b"{}")
     assert download.succeeds(download(config)).root != first.root
     download.manifest.unlink()

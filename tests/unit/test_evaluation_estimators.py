@@ -109,7 +109,7 @@ def test_bootstrap_is_bca_at_a_confidence_raised_for_few_problems():
     """With many problems it is hardly raised; with 30 it is 0.9625."""
     generator = np.random.default_rng(2)
     for problems, confidence, near in ((2000, 0.95, 2e-3), (30, 0.9625, 1e-4)):
-        values = generator.exponential(size=problems)  # skewed, so BCa is not what percentiles are
+        values = generator.exponential(size=problems)  # skewed, so that BCa differs from percentiles
         expected = stats.bootstrap(
             (values,), np.mean, n_resamples=4000, confidence_level=confidence, method="BCa", batch=1000, rng=7
         ).confidence_interval
@@ -126,7 +126,7 @@ def test_bootstrap_repeats_with_its_seed():
 def test_p_value_equals_the_two_sided_paired_t_test_s():
     base, trained = np.random.default_rng(3).binomial(8, [[0.4], [0.5]], size=(2, 30)) / 8
     expected = stats.ttest_rel(trained, base).pvalue
-    assert expected < 0.5  # where one and two sides differ
+    assert expected < 0.5  # where one-sided and two-sided tests differ
     assert paired_difference(base, trained, 10, 0).p_value == pytest.approx(expected)
     assert paired_difference(trained, base, 10, 0).p_value == pytest.approx(expected)
 

@@ -93,10 +93,10 @@ def test_a_training_that_goes_on_needs_no_disk_for_the_checkpoints_it_has(root, 
     work = "the-run"
     monkeypatch.setattr(provenance, "run", lambda model: tmp_path / model / "grpo/grpo" / work)
     hold(work, "checkpoint-000020", 0.3)
-    hold(work, ".checkpoint-000040.partial", 0.3)  # removed when the training goes on
+    hold(work, ".checkpoint-000040.partial", 0.3)  # removed when the training continues
     check_jobs(jobs, configuration, provenance)
     hold(work, "checkpoint-000060", 5)
-    with pytest.raises(UserError, match="the results need about"):  # what is over makes no room for another's
+    with pytest.raises(UserError, match="the results need about"):  # one run's surplus makes no room for another run
         check_jobs([*jobs, ("train", {"model": "9B"})], configuration, provenance)
 
 

@@ -65,7 +65,7 @@ def digest(tmp_path):
     numbers = count()
 
     def of(imports, edited=None, addition="EDITED = 1\n", script="main.py"):
-        root = tmp_path / str(next(numbers))  # digests are kept for as long as a process runs
+        root = tmp_path / str(next(numbers))  # digests are cached for the life of a process
         files = dict.fromkeys(("package/__init__.py", "package/inner/__init__.py", "package/inner/deep.py"), "X = 1\n")
         files |= dict.fromkeys(
             ("package/module.py", "package/unused.py", "other.py", "milepost/configuration/schema.py"), "X = 1\n"
@@ -251,7 +251,7 @@ def test_a_training_s_record_holds_every_section_that_the_script_reads(recipes):
         (
             "milepost/rollout/sglang_engine.py",
             {"train", "evaluate"},
-        ),  # which the scripts import by its name in the settings
+        ),  # which scripts import by the engine's name in the settings
         ("milepost/rollout/cpu_engine.py", set()),
         ("milepost/grpo/losses.py", {"train"}),
         ("evaluate_model.py", {"evaluate"}),

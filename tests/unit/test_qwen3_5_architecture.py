@@ -125,7 +125,7 @@ def test_layer_types_alone_say_which_layers_have_full_attention(interval):
     kinds = ["linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(32)]
     text = {key: value for key, value in DENSE_9B.items() if key != "full_attention_interval"}
     assert read(text | {"layer_types": kinds}).layer_kinds == tuple(kinds)
-    assert read(text).full_attention_interval == 4  # as in Transformers, where there is neither
+    assert read(text).full_attention_interval == 4  # as in Transformers, if there is neither
 
 
 @pytest.mark.parametrize("kinds", [["full_attention", "linear_attention"], ["linear_attention", "full_attention"] * 15])

@@ -14,7 +14,7 @@ from precision import assert_sum_as_precise, computing_in, in_float64
 pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_process")]
 
 ROWS = [[11, 12, 13, 14, 15], [21, 22], [31, 32, 33, 34]]
-RESPONSES = [[0, 0, 1, 1, 1], [0, 1], [0, 1, 1, 0]]  # the last response was cut, say
+RESPONSES = [[0, 0, 1, 1, 1], [0, 1], [0, 1, 1, 0]]  # as if the last response was truncated
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
@@ -113,7 +113,7 @@ def test_training_the_mtp_layer_leaves_trunk_embedding_and_head_unchanged(models
     without, together = gradients(False), gradients(True)
     for name, gradient in together.items():
         if name.startswith("mtp."):
-            # A router's expert may go without a token, but no parameter as a whole.
+            # An expert may get no token, but no whole parameter stays without a gradient.
             assert without[name] is None and gradient.any(), name
         else:
             assert torch.equal(gradient, without[name]), name

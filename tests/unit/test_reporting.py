@@ -183,7 +183,9 @@ def test_prompts_that_were_trained_on_and_are_scored_are_told(reported):
     sets = {"dapo": ["one?", "two?", "three?"], "aime": ["three?", "four?"], "sums": ["five?"]}
     page, printed = reported(**sets)
     sentence = "1 of the 2 prompts of aime are in the training set dapo as well (line 1 is line 3)"
-    assert page.count(sentence) == printed.count(f"warning: {sentence}") == 1  # once, though two models share the sets
+    assert (
+        page.count(sentence) == printed.count(f"warning: {sentence}") == 1
+    )  # only once, though two models share the sets
     assert "prompts of sums" not in page
     page, _ = reported(**sets | {"aime": ["four?"], "sums": ["two?"]})
     assert "prompts of aime" not in page and "1 of the 1 prompts of sums are in the training set dapo" in page

@@ -24,7 +24,7 @@ def test_uniform_numbers_are_uniform_over_seeds_and_positions():
     assert 0 <= grid.min() < grid.max() < 1
     counts = np.histogram(grid, bins=100, range=(0, 1))[0]
     assert abs(((counts - 900) ** 2 / 900).sum() - 99) < 4 * (2 * 99) ** 0.5
-    # Neither the next position nor the next seed says anything about a number: 90,000 pairs in 10 x 10 cells each.
+    # Numbers of neighbouring positions and seeds are independent: 90,000 pairs in 10 x 10 cells each.
     for left, right in [(grid[:, :-1], grid[:, 1:]), (grid[:-1], grid[1:])]:
         cells = np.histogram2d(left.ravel(), right.ravel(), bins=10, range=[(0, 1)] * 2)[0]
         expected = left.size / 100
@@ -32,7 +32,7 @@ def test_uniform_numbers_are_uniform_over_seeds_and_positions():
 
 
 def test_uniform_numbers_never_change():
-    # A change of these would break the resumption of runs that are under way.
+    # A change of these numbers would break the resumption of existing runs.
     expected = [0.6524484863740322, 0.9435642308648544, 0.510562089893682, 0.778038700176834]
     found = uniforms(seed_words([0, 1, -1, 2**70 + 5]), np.array([0, 1, 2, 3]))
     assert found.tolist() == expected

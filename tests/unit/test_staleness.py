@@ -131,7 +131,7 @@ def test_other_code_and_versions_are_named(workflow):
 
 def test_a_repeated_download_of_the_same_files_makes_nothing_else_stale(workflow):
     workflow.code = "c2"
-    assert "download made again" in workflow.stale()["convert"]  # as long as nobody knows what it will give
+    assert "download made again" in workflow.stale()["convert"]  # as long as its content is unknown
     workflow.make("download", model="tiny")
     workflow.code = "c1"
     assert set(workflow.stale()) == {"download"} | {"convert", "train", "evaluate base"} | AFTER_TRAINING
@@ -243,7 +243,7 @@ def test_a_training_says_whether_it_continues_and_how_to_do_otherwise(workflow):
     begins = "; a new run begins, and the old one stays"
     assert why(workflow) == f"optimizer.learning_rate: 0.0001 -> 0.001{begins}"
     workflow.settings, workflow.code = {}, "c2"
-    for stage in ("dataset", "download", "convert"):  # of which the contents stay
+    for stage in ("dataset", "download", "convert"):  # whose contents stay
         for which in STAGES[stage]:
             workflow.make(stage, **which)
     assert why(workflow) == f"its code{begins}; training.on_code_change: continue would go on"
@@ -303,7 +303,7 @@ def test_of_two_runs_that_could_go_on_the_furthest_does(workflow):
     assert workflow.today().run("tiny") == second
 
 
-# ---- results that are there already ---------------------------------------------------------------------------------
+# ---- existing results ---------------------------------------------------------------------------------
 
 
 def test_a_folder_is_reused_only_if_nothing_it_depends_on_changed(tmp_path):

@@ -29,7 +29,7 @@ def driver(tmp_path, monkeypatch):
         (None, dict(zip("012", UUIDS, strict=True))),
         ("2,0", {"2": UUIDS[2], "0": UUIDS[0]}),
         ("GPU-b", {"GPU-b": UUIDS[1]}),
-        ("1,7,0", {"1": UUIDS[1]}),  # CUDA stops at an entry that names none
+        ("1,7,0", {"1": UUIDS[1]}),  # CUDA stops at an invalid entry
         ("", {}),
         ("MIG-1234", {"MIG-1234": "MIG-1234"}),
     ],
