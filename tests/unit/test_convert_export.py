@@ -160,7 +160,7 @@ def test_a_download_with_a_flipped_bit_is_not_converted(monkeypatch, tmp_path):
 def test_a_download_is_not_taken_for_weights(monkeypatch, tmp_path):
     make_tiny_hub(tmp_path / "hub")
     download = vouch(tmp_path / "hub", tmp_path / "download.json")
-    with pytest.raises(UserError, match="'download': give the manifest of a conversion or a training"):
+    with pytest.raises(UserError, match="'download': give one of a conversion or a training"):
         call(monkeypatch, export.main, export_arguments(download, download, tmp_path / "hf"))
 
 

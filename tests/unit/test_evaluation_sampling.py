@@ -288,10 +288,10 @@ def test_a_stopped_batch_counts_only_where_seeds_are_heeded(draw, tmp_path, caps
     assert engine.batches == [3, 2]
 
 
-def test_a_batch_in_which_the_engine_failed_is_drawn_anew(draw):
+def test_a_batch_in_which_the_engine_failed_is_drawn_again(draw):
     engine = Unseeded(failures=[1])
     assert draw(engine) == draw(Unseeded()) and engine.batches == [6, 6]
-    with pytest.raises(UserError, match="failed in each of 3 tries"):
+    with pytest.raises(UserError, match="failed in each of 3 attempts"):
         draw(Unseeded(failures=[1, 1, 1]), seed=7)
 
 

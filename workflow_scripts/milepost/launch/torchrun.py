@@ -30,7 +30,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher import api
 
-from milepost.common.errors import LAUNCH, ERROR_FILE, end
+from milepost.common.errors import ERROR_FILE, LAUNCH, end
 from milepost.common.interrupts import ECHO_SECONDS
 
 PATIENCE = 24 * 60 * 60  # seconds
