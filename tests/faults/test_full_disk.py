@@ -66,7 +66,7 @@ def test_download(on_a_disk):
         files = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": weights}
         hub.host("Qwen/tiny", files, {"model.safetensors"})
         line, kept = on_a_disk(1024, command, HF_ENDPOINT=hub.address, HF_HOME=str(on_a_disk.disk / "home"))
-    assert "2.0 MiB to download and 1.0 MiB free" in line and "make room, or set HF_HOME" in line
+    assert "2.0 MiB to download, but only 1.0 MiB free" in line and "make room, or set HF_HOME" in line
     read_manifest(kept / "download.json").require(digests=True)
 
 
