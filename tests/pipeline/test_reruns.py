@@ -152,7 +152,7 @@ def test_a_setting_reruns_what_reads_it_and_nothing_else(snakemake, finished, wh
             {"write the tables", "write the report"},
         ),
         ("workflow_scripts/milepost/configuration/schema.py", '"""', '"""Said otherwise. ', set()),
-        ("workflow_scripts/make_tiny.py", 'help="what the model is called here"', 'help="its name"', set()),
+        ("workflow_scripts/make_tiny.py", 'help="name of the model"', 'help="its name"', set()),
         ("workflow_scripts/milepost/hub/client.py", "holds a file named", "has a file called", set()),
         ("workflow_scripts/convert.py", "nothing to convert", "all is there", set()),
         ("workflow_scripts/open_run.py", "a new run, since", "another run, since", set()),
