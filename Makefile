@@ -23,14 +23,14 @@ lint: setup
 	@.venv/bin/ruff format --check .
 	@.venv/bin/snakefmt --check .
 
-# After a change of envs/*.in.
+# Run after a change of envs/*.in.
 lock:
 	@envs/lock.sh
 
-# After a change of workflow_scripts/milepost/configuration/schema.py: the JSON schemas by which editors check the YAML.
+# Run after a change of workflow_scripts/milepost/configuration/schema.py: the JSON schemas that editors check YAML with.
 schema: setup
 	@PYTHONPATH=workflow_scripts .venv/bin/python -P -m milepost.configuration.json_schema
 
-# After a new line in benchmarks/results: the tables of README.md and benchmarks/README.md.
+# Run after a new line in benchmarks/results: the tables of README.md and benchmarks/README.md.
 benchmark-tables: setup
 	@.venv/bin/python benchmarks/tables.py

@@ -4,7 +4,7 @@ from snakemake.utils import min_version
 min_version("9.27")
 
 
-# First, since it says better than Snakemake what is wrong with the configuration.
+# First, because its messages about a wrong configuration are better than Snakemake's.
 include: "rules/common.smk"
 
 
@@ -19,7 +19,7 @@ include: "rules/report.smk"
 include: "rules/targets.smk"
 
 
-# Here, because Snakemake forgets the default target of a file that is included.
+# Here, because Snakemake ignores the default target of an included file.
 rule all:
     """Everything, ending with the report (the default target)."""
     default_target: True
@@ -28,11 +28,11 @@ rule all:
         [f"{RESULTS}/{model}/hf/{settings.run}.json" for model in settings.listed],
 
 
-# Only the run that a user starts comes here, not those that an executor starts for single jobs on other nodes.
+# Runs once, in the process that the user starts, not in an executor's processes for single jobs.
 onstart:
     if not workflow.touch:
         check_before_the_first_job()
-        # Is there what the jobs need, here or where they are sent?
+        # Check that what the jobs need is there, on this machine or on the nodes.
         sent = (
             None if workflow.local_exec else partitions(workflow.dag.needrun_jobs())
         )

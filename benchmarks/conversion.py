@@ -1,7 +1,7 @@
-"""Time HF -> torch_dist and back at a model's true size against a plain copy of the same files, on the same disk.
+"""Time Hub format -> torch_dist and back at full size, against a plain copy of the same files on the same disk.
 
-Each goes from files that are not in the page cache to files that are durable, and is timed with its process' start;
-conversion and export also check the digests of what they read and write down those of what they wrote.
+Each is timed from process start, with cold page cache, until the files are durable; conversion and export also check
+the digests of their input and record those of their output.
 
     PYTHONPATH=workflow_scripts python benchmarks/conversion.py 4B results/random/4B results/random/conversion
 """
@@ -56,14 +56,14 @@ def main() -> None:
 
 
 def timed(command: list[str], source: Path) -> tuple[float, float]:
-    """Seconds of a command until what it wrote is durable, and the peak memory in GiB of its largest process."""
+    """Seconds until a command's output is durable, and the peak memory in GiB of its largest process."""
     os.sync()
     for path in source.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     began = time.perf_counter()
-    process = subprocess.Popen(command, env=os.environ | {"THP_MEM_ALLOC_ENABLE": "1"})  # as the rules start it
+    process = subprocess.Popen(command, env=os.environ | {"THP_MEM_ALLOC_ENABLE": "1"})  # as in the rules
     _, status, usage = os.wait4(process.pid, 0)
     os.sync()
     seconds = time.perf_counter() - began

@@ -1,10 +1,10 @@
-"""Run the whole DAG of a tiny model in a folder of its own, and record how long it takes and what it learns.
+"""Run the whole DAG of a tiny model in a separate folder, and record its time and what the model learns.
 
     PYTHONPATH=workflow_scripts python benchmarks/demo.py tiny
     PYTHONPATH=workflow_scripts python benchmarks/demo.py tiny_moe
     PYTHONPATH=workflow_scripts python benchmarks/demo.py tiny_gpu --gpus 1 --kill-after 33
 
-Compiled kernels are kept from run to run (`results/caches`); ``--cold`` begins without any.
+Compiled kernels are cached between runs (`results/caches`); ``--cold`` starts without them.
 """
 
 import argparse
@@ -35,11 +35,11 @@ CACHES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a model that the pipeline makes itself, such as tiny")
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs that the model's settings take")
+    parser.add_argument("model", help="a model that the pipeline generates, such as tiny")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs to train on")
     parser.add_argument("--configfile", type=Path, help="settings on top of the model's own")
-    parser.add_argument("--kill-after", type=int, metavar="N", help="kill everything after N rollouts, and go on")
-    parser.add_argument("--cold", action="store_true", help="begin without compiled kernels")
+    parser.add_argument("--kill-after", type=int, metavar="N", help="kill everything after N rollouts, then resume")
+    parser.add_argument("--cold", action="store_true", help="start without compiled kernels")
     parser.add_argument("--folder", type=Path, help="keep the results here")
     arguments = parser.parse_args()
     with contextlib.ExitStack() as stack:
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> float:
-    """Run Snakemake until everything is made, and return the seconds that it took."""
+    """Run Snakemake to the end, and return the seconds that it took."""
     given = ["--configfile", arguments.configfile.resolve()] if arguments.configfile else []
     command = [
         *(sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--cores", "all"),
@@ -75,14 +75,14 @@ def run(arguments: argparse.Namespace, folder: Path) -> float:
 
 
 def steps(results: Path, model: str) -> list[dict[str, float]]:
-    """The metrics of the rollouts so far."""
+    """The metrics of the finished rollouts."""
     files = (results / model / "grpo").glob("*/*/metrics.jsonl")
     lines = [line for file in files for line in file.read_text().splitlines() if line.endswith("}")]
     return [row for row in map(json.loads, lines) if "seconds_step" in row]
 
 
 def record_run(arguments: argparse.Namespace, results: Path, seconds: float) -> None:
-    """Time, scores with their intervals, and what the training's metrics say."""
+    """Record the time, the scores with their intervals, and figures from the training's metrics."""
     rows = pd.DataFrame(steps(results, arguments.model))
     note: dict[str, Any] = {"rollouts": len(rows)}
     if arguments.configfile:

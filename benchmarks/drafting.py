@@ -1,4 +1,4 @@
-"""Does training the MTP layer keep its drafts worth having? Two runs of tiny_moe, their acceptance recorded and drawn.
+"""Does training the MTP layer keep its drafts useful? Record and plot the acceptance of two runs of tiny_moe.
 
     snakemake --cores all --configfile benchmarks/drafting.yaml -- train_tiny_moe
     snakemake --cores all --configfile benchmarks/drafting.yaml \\
@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from record import record
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "drafting.png"
-LAST = 5  # rollouts whose mean is the figure
+LAST = 5  # rollouts to average
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def metrics(file: Path) -> pd.DataFrame:
-    """A run's metrics by rollout, validations left out."""
+    """A run's metrics by rollout, without validations."""
     rows = [row for row in map(json.loads, file.read_text().splitlines()) if "seconds_step" in row]
     return pd.DataFrame(rows).set_index("rollout")
 

@@ -1,14 +1,13 @@
-"""Take GRPO steps at a recipe's true size with random weights, by the pipeline's own rules, and record every phase.
+"""Run GRPO steps of a recipe at full size with random weights, through the pipeline's rules, and time every phase.
 
-For each model: a checkpoint of the true shape, `snakemake train_X` until enough rollouts are done, and with
-``--evaluate`` the base model's scores. A random model's answers earn nothing, so a small entropy bonus gives the
-gradient; they hardly ever end by themselves, so every response has the length that is asked for. The run is killed
-after its last rollout instead of saved, which would take 14 bytes of disk a parameter. What is done already is not
-done again: give the same command once more where a machine's time ran out.
+For each model: make a checkpoint of its shape, run `snakemake train_X` for the given number of rollouts, and with
+``--evaluate`` score the base model. A random model earns no reward, so a small entropy bonus provides the gradient; its
+responses hardly ever stop, so all have the given length. The run is killed after its last rollout instead of saving,
+which would take 14 bytes of disk per parameter. Finished parts are not repeated: rerun the command if it was cut off.
 
     PYTHONPATH=workflow_scripts python benchmarks/gpu_recipes.py --models 4B 9B 27B 35B_A3B --response 2048
 
-On fewer GPUs than the recipe's say how it shrinks: ``--gpus 1 --change '{"parallel": {"tensor": 1}}'``.
+On fewer GPUs than the recipe's, change its layout: ``--gpus 1 --change '{"parallel": {"tensor": 1}}'``.
 """
 
 import argparse
@@ -37,7 +36,7 @@ from milepost.configuration.schema import Model
 from milepost.configuration.shape import architecture_of
 
 ROOT = Path(__file__).resolve().parents[1]
-PHASES = ("rollout", "train", "optimizer", "sync", "sleep_wake")  # the optimizer's is a part of train's
+PHASES = ("rollout", "train", "optimizer", "sync", "sleep_wake")  # "optimizer" is part of "train"
 
 
 def main() -> None:
@@ -45,14 +44,16 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["4B", "9B", "27B", "35B_A3B"])
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
     parser.add_argument("--response", type=int, default=2048, help="tokens of every response")
-    parser.add_argument("--rollouts", type=int, default=4, help="the first one warms up and is not counted")
+    parser.add_argument("--rollouts", type=int, default=4, help="the first is a warm-up and not counted")
     parser.add_argument("--evaluate", action="store_true", help="score the base weights: 30 problems x 16 samples")
-    parser.add_argument("--change", type=json.loads, default={}, help="JSON: settings of every model")
-    parser.add_argument("--prepare", action="store_true", help="checkpoints and conversions only, which take no GPU")
-    parser.add_argument("--folder", type=Path, default=Path("results/random"), help="for checkpoints and results")
-    parser.add_argument("--keep-weights", action="store_true", help="else each model's go when its figures are there")
+    parser.add_argument("--change", type=json.loads, default={}, help="JSON: settings for every model")
+    parser.add_argument(
+        "--prepare", action="store_true", help="only make checkpoints and conversions, which need no GPU"
+    )
+    parser.add_argument("--folder", type=Path, default=Path("results/random"), help="folder of checkpoints and results")
+    parser.add_argument("--keep-weights", action="store_true", help="don't remove each model's weights after its run")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: asked to end"))  # and end what was started
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: asked to end"))  # exit through the cleanup
     for name in arguments.models:
         overrides = settings(name, arguments)
         model = load(ROOT / "config" / "config.yaml", ROOT / "config" / "models", overrides).models[name]
@@ -62,7 +63,7 @@ def main() -> None:
             run.convert()
             continue
         if not run.recorded("step_seconds"):
-            if len(run.steps()) < arguments.rollouts:  # else an earlier command ended before it could record them
+            if len(run.steps()) < arguments.rollouts:  # else only the recording is missing
                 make_checkpoint(name, arguments.folder)
                 run.train()
             run.record_steps(model)
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 def settings(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the pipeline is given on top of the recipe."""
+    """The settings on top of the recipe's."""
     changes = {
         "source": {"folder": str((arguments.folder / name).absolute())},
         "hardware": {"gpus": arguments.gpus, "cores": len(os.sched_getaffinity(0))},
@@ -100,7 +101,7 @@ def settings(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_checkpoint(name: str, folder: Path) -> None:
-    """A checkpoint of the model's true shape, unless it is there."""
+    """Make a checkpoint of the model's shape, unless it exists."""
     if not (folder / name / "model.safetensors.index.json").exists():
         subprocess.run(
             [sys.executable, Path(__file__).with_name("random_checkpoint.py"), name, folder / name], check=True
@@ -108,7 +109,7 @@ def make_checkpoint(name: str, folder: Path) -> None:
 
 
 class Run:
-    """One model's run and its figures."""
+    """One model's run and its measurements."""
 
     def __init__(self, name: str, arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         self.name, self.arguments = name, arguments
@@ -117,7 +118,7 @@ class Run:
         self.configuration = self.results / f"{name}-{overrides['run']}.yaml"
         self.configuration.write_text(yaml.safe_dump(overrides))
         self.grpo = self.results / name / "grpo" / overrides["run"]
-        self.figures = self.results / f"{name}-{overrides['run']}.json"  # which figures were recorded
+        self.figures = self.results / f"{name}-{overrides['run']}.json"  # the recorded figures
 
     def recorded(self, figure: str) -> bool:
         return self.figures.exists() and figure in json.loads(self.figures.read_text())
@@ -128,7 +129,7 @@ class Run:
 
     @contextlib.contextmanager
     def snakemake(self, target: str | Path) -> Iterator[subprocess.Popen]:
-        """It runs; what still does in the end is killed with all that it started."""
+        """Run Snakemake in the background; at the end, kill it and all its children."""
         options = ["--cores", "all", "--configfile", self.configuration]
         command = [sys.executable, "-m", "snakemake", *options, "--", target]
         process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
@@ -140,13 +141,13 @@ class Run:
             process.wait()
 
     def convert(self) -> None:
-        """To Megatron's torch_dist."""
+        """Convert the checkpoint to torch_dist."""
         with self.snakemake(self.results / self.name / "convert.json") as process:
             if status := process.wait():
                 sys.exit(f"error: {self.name}: the conversion failed, status {status}")
 
     def train(self) -> None:
-        """Until enough rollouts are done, then end everything at once."""
+        """Train until enough rollouts are done, then kill everything."""
         shutil.rmtree(self.grpo, ignore_errors=True)
         with self.snakemake(f"train_{self.name}") as process:
             while len(self.steps()) < self.arguments.rollouts:
@@ -155,7 +156,7 @@ class Run:
                 time.sleep(1)
 
     def steps(self) -> list[dict[str, float]]:
-        """The metrics of the rollouts so far."""
+        """The metrics of the finished rollouts."""
         return [
             row
             for file in self.grpo.glob("*/metrics.jsonl")
@@ -164,7 +165,7 @@ class Run:
         ]
 
     def record_steps(self, model: Model) -> None:
-        """Figures of the median step, the first one left out."""
+        """Record figures of the median step, without the first one."""
         steps, gpus = self.steps()[1:], self.arguments.gpus
         shape = architecture_of(model)
         needed = estimate(shape, model, torch.cuda.get_device_properties(0).total_memory / GIB)
@@ -210,13 +211,13 @@ class Run:
         self.note_recorded("step_seconds")
 
     def remove_weights(self) -> None:
-        """The checkpoint, its links and its conversion: two models' may be more than a disk holds."""
+        """Remove the checkpoint, its links and its conversion: the disk may not hold two models."""
         for folder in (self.arguments.folder / self.name, *(self.results / "hub").glob(f"{self.name}@*")):
             shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(self.results / self.name, ignore_errors=True)
 
     def evaluate(self) -> None:
-        """The time of the base weights' evaluation, with its servers' start."""
+        """Record the time of the base weights' evaluation, including the servers' start."""
         scores = self.results / self.name / "eval" / "thirty-sums" / "base.json"
         began = time.perf_counter()
         with self.snakemake(scores) as process:

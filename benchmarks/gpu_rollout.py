@@ -1,6 +1,6 @@
-"""The engine's throughput against SGLang's own offline engine, or with drafts against without them.
+"""Compare the engine's throughput with SGLang's offline engine, or drafting with no drafting.
 
-The same arguments, requests and GPU, one after the other in one run.
+Both sides use the same arguments, requests and GPU, one after the other in one run.
 
     PYTHONPATH=workflow_scripts python benchmarks/gpu_rollout.py --model 4B --folder results/random/4B
     PYTHONPATH=workflow_scripts python benchmarks/gpu_rollout.py --model 35B_A3B --folder ... --drafting
@@ -51,7 +51,9 @@ def main() -> None:
     parser.add_argument("--response", type=int, default=1024)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--mem-fraction", type=float, default=0.7)
-    parser.add_argument("--drafting", action="store_true", help="EAGLE on the MTP head against none, not SGLang's own")
+    parser.add_argument(
+        "--drafting", action="store_true", help="compare EAGLE on the MTP head with no drafting, instead of with SGLang"
+    )
     parser.add_argument("--server-arguments", type=json.loads, default={}, help="JSON")
     arguments = parser.parse_args()
     recipes = load(CONFIG / "config.yaml", CONFIG / "models", {}).models
@@ -84,7 +86,7 @@ def main() -> None:
 
 
 def engine_rate(arguments: argparse.Namespace, settings: Engine, prompts: list[list[int]]) -> tuple[float, int]:
-    """Tokens a second of our engine on one GPU (its best turn), and how many requests it runs at once."""
+    """Tokens per second of our engine on one GPU (its best run), and how many requests it runs at once."""
     engine = start(arguments.folder, settings, arguments.folder / "logs")
     params = SamplingParams(max_new_tokens=arguments.response)
     requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
@@ -103,7 +105,7 @@ def engine_rate(arguments: argparse.Namespace, settings: Engine, prompts: list[l
 
 
 def offline_rate(arguments: argparse.Namespace, settings: Engine, prompts: list[list[int]]) -> float:
-    """Tokens a second of SGLang's offline engine with the same arguments, in a process of its own."""
+    """Tokens per second of SGLang's offline engine with the same arguments, in a separate process."""
     given = server_arguments(arguments.folder, settings, 0)
     work = {
         "arguments": {name: value for name, value in given.items() if name not in ("host", "log_level_http")},

@@ -1,7 +1,7 @@
-"""Time training steps of a model of true shape with random weights, and compare its memory with preflight's.
+"""Time training steps of a full-size model with random weights, and compare its memory with preflight's estimate.
 
-A step is everything between a rollout's sequences and new weights: forward and backward over packs with GRPO's loss,
-and the optimizer. Model FLOPs utilisation is 6 N D over the time and 989 TFLOP/s, recompute not counted.
+A step is everything from a rollout's sequences to new weights: forward and backward passes over packs with GRPO's loss,
+and the optimizer. Model FLOPs utilisation is 6 N D / (time x 989 TFLOP/s), without recomputation.
 
     PYTHONPATH=workflow_scripts python benchmarks/gpu_training.py --model 4B --budgets 8192 16384 32768
     PYTHONPATH=workflow_scripts python -P -m milepost.launch.torchrun --standalone --nproc-per-node 4 \\
@@ -40,17 +40,19 @@ PROMPT = 200  # tokens
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="4B")
-    parser.add_argument("--layers", type=int, help="fewer layers, for a first look")
+    parser.add_argument("--layers", type=int, help="use fewer layers")
     parser.add_argument("--budgets", type=int, nargs="+", default=[8192, 16384, 32768])
     parser.add_argument("--recompute", nargs="+", default=["full", "selective", "none"])
     parser.add_argument("--response", type=int, default=1024, help=f"tokens of a response; its prompt has {PROMPT}")
-    parser.add_argument("--packs", type=int, default=4, help="packs a step of each data-parallel rank")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps, after two that are not")
+    parser.add_argument("--packs", type=int, default=4, help="packs per step and data-parallel rank")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps, after two warm-up steps")
     parser.add_argument("--cpu-offload", action="store_true")
-    parser.add_argument("--no-adam", action="store_true", help="no step, where the host cannot hold Adam's states")
+    parser.add_argument(
+        "--no-adam", action="store_true", help="skip the optimizer's step, if the host can't hold Adam's states"
+    )
     parser.add_argument("--tensor", type=int, default=1, help="GPUs that share every matrix")
     parser.add_argument("--expert", type=int, default=1, help="GPUs that share the experts")
-    parser.add_argument("--profile", type=Path, help="write a step's trace there, and say what its kernels take")
+    parser.add_argument("--profile", type=Path, help="write a step's trace to this file, and print its kernels' times")
     arguments = parser.parse_args()
     if arguments.no_adam:
         gpu_optimizer.OffloadedAdam = NoAdam
@@ -67,7 +69,7 @@ def main() -> None:
 
 
 class NoAdam:
-    """Takes no step, in the place of `OffloadedAdam`: gradients are reduced and measured as ever, weights stay."""
+    """Replaces `OffloadedAdam` but takes no step: gradients are reduced and their norm is computed as usual."""
 
     def __init__(self, param_groups: list[dict[str, Any]], _: Optimizer) -> None:
         self.param_groups = param_groups
@@ -77,7 +79,7 @@ class NoAdam:
 
 
 def settings(arguments: argparse.Namespace, recompute: str, budget: int) -> Model:
-    """The model's own recipe on these GPUs, with this budget."""
+    """The model's recipe on these GPUs, with this token budget."""
     changes = {
         "hardware": {"gpus": int(os.environ.get("WORLD_SIZE", 1))},
         "parallel": {"tensor": arguments.tensor, "expert": arguments.expert, "sequence": arguments.tensor > 1},
@@ -109,7 +111,7 @@ def measure(arguments: argparse.Namespace, model: Model) -> None:
     budget = arguments.packs * training.max_tokens_per_gpu * gpus
     sequences = made_up(architecture.vocab_size, arguments.response, budget)
     tokens = sum(len(sequence.ids) for sequence in sequences)
-    torch.cuda.reset_peak_memory_stats()  # to move its weights into one buffer the optimizer had them twice
+    torch.cuda.reset_peak_memory_stats()  # the optimizer briefly held the weights twice, to move them into one buffer
     progress, seconds = Progress(), []
     for _ in range(2 + arguments.steps):
         torch.cuda.synchronize()
@@ -152,7 +154,7 @@ def measure(arguments: argparse.Namespace, model: Model) -> None:
 
 
 def profile(step: Callable[[], Any], trace: Path) -> None:
-    """Print which kernels a step's time goes to, and how much of it they fill; write the first rank's trace."""
+    """Print the time of a step by kernel and how much of it kernels fill; write rank 0's trace."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         began = time.perf_counter()
@@ -169,7 +171,7 @@ def profile(step: Callable[[], Any], trace: Path) -> None:
 
 
 def made_up(vocabulary: int, response: int, tokens: int) -> list[TrainingSequence]:
-    """Random answers to random prompts, ``tokens`` in all, as an engine with these weights might have given them."""
+    """Random responses to random prompts, ``tokens`` in total, in the form that an engine returns."""
     generator = torch.Generator().manual_seed(0)
     return [
         TrainingSequence(

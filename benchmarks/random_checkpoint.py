@@ -1,7 +1,7 @@
-"""Write a checkpoint of a model's true shape with random weights, where the true ones can't be had.
+"""Write a checkpoint of a model's full size with random weights, for machines without the real ones.
 
-It has every file of a Qwen3.5 repository on the Hub: configuration, a (small) tokenizer, vision tower, MTP layer.
-Give it to the pipeline with ``source: {folder: ...}``.
+It has all parts of a Qwen3.5 repository on the Hub: configuration, a (small) tokenizer, vision tower, MTP layer.
+Use it in the pipeline with ``source: {folder: ...}``.
 
     PYTHONPATH=workflow_scripts python benchmarks/random_checkpoint.py 4B results/random/4B [--shard-gib 4]
 """
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def write_checkpoint(folder: Path, shape: Architecture, shard_bytes: int, seed: int) -> None:
-    """A whole repository of a model of this shape."""
+    """Write a complete repository of a model of this shape."""
     tokenizer = train_tokenizer()
     config = true_config(shape, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def write_checkpoint(folder: Path, shape: Architecture, shard_bytes: int, seed: 
 
 
 def true_config(shape: Architecture, tokenizer: Any) -> dict[str, Any]:
-    """``config.json`` of a model of this shape; what the shape does not say is as in tiny models."""
+    """``config.json`` of a model of this shape; keys that the shape does not determine are as in tiny models."""
     config = model_config(TinyModel(kind="moe" if shape.experts else "dense", head_dim=shape.head_dim), tokenizer)
     text = text_config(shape)
     kinds = [
@@ -69,7 +69,7 @@ def true_config(shape: Architecture, tokenizer: Any) -> dict[str, Any]:
 
 
 def tensor_shapes(config: dict[str, Any]) -> dict[str, torch.Size]:
-    """Every tensor of the Hub's checkpoint and its shape: transformers' model, and the MTP layer, which it lacks."""
+    """Name -> shape of every tensor of the Hub's checkpoint: transformers' model, and the MTP layer that it lacks."""
     moe = config["model_type"] == "qwen3_5_moe"
     config_class, model_class = (
         (Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration)
@@ -77,7 +77,7 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, torch.Size]:
         else (Qwen3_5Config, Qwen3_5ForConditionalGeneration)
     )
     with torch.device("meta"):
-        model = model_class(config_class(**copy.deepcopy(config)))  # transformers moves keys about in what it is given
+        model = model_class(config_class(**copy.deepcopy(config)))  # transformers modifies its argument
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if config["tie_word_embeddings"]:
         del shapes["lm_head.weight"]
@@ -92,7 +92,7 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, torch.Size]:
 
 
 def _one_by_one(name: str, shape: torch.Size) -> dict[str, torch.Size]:
-    """The Hub stores the MTP layer's experts as one tensor each."""
+    """Split packed experts, which the Hub stores one by one in the MTP layer."""
     prefix, _, last = name.rpartition(".")
     if not prefix.endswith(".mlp.experts"):
         return {name: shape}
@@ -102,7 +102,7 @@ def _one_by_one(name: str, shape: torch.Size) -> dict[str, torch.Size]:
 
 
 def write_weights(folder: Path, config: dict[str, Any], shard_bytes: int, seed: int) -> None:
-    """Draw the tensors one after the other, each straight into its shard."""
+    """Draw the tensors one by one, each straight into its shard."""
     shapes = tensor_shapes(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
@@ -150,12 +150,12 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _draw(name: str, shape: torch.Size, config: dict[str, Any], generator: torch.Generator) -> Tensor:
-    """Values as a training would begin with: states that last, norms of one, matrices that keep the size of a row.
+    """Draw values like a trained model's start: long-lived states, norms of one, matrices that preserve row norms.
 
-    What adds to the residual stream is smaller by the root of twice the layers (Radford et al. 2019, GPT-2), and the
-    stream begins at 1: each layer adds a little to it. Else the rounding of bf16 sends tokens to other experts, each
-    layer the more of them, until no two programs agree on what the model says. Where the embedding also makes the
-    logits, the last layer adds a lot, or every token would be followed by itself.
+    Projections into the residual stream are scaled down by sqrt(2 x layers) (Radford et al. 2019, GPT-2), and
+    embeddings have size 1, so that each layer adds a little. Otherwise bf16 rounding would route tokens to other
+    experts, more in every layer, until no two programs agree on the logits. With tied embeddings the last layer adds a
+    lot, or every token would predict itself.
     """
     device, text, tied = generator.device, config["text_config"], config["tie_word_embeddings"]
     if name.endswith("A_log"):
@@ -165,7 +165,7 @@ def _draw(name: str, shape: torch.Size, config: dict[str, Any], generator: torch
         values = step + torch.log(-torch.expm1(-step))
     elif name.endswith("linear_attn.norm.weight") or ("visual" in name and "norm" in name and name.endswith("weight")):
         values = torch.ones(shape, device=device)
-    elif name == FINAL_NORM and tied:  # it multiplies by 1 more than this, so logits spread by 1
+    elif name == FINAL_NORM and tied:  # the norm scales by 1 + weight, so logits have a spread of 1
         values = torch.full(shape, shape[0] ** -0.5 - 1, device=device)
     elif len(shape) == 1:
         values = torch.zeros(shape, device=device)

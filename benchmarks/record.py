@@ -1,4 +1,4 @@
-"""One line of JSON a figure: what was measured, on what, by which command, with which versions."""
+"""Record each figure as a line of JSON: the measurement, hardware, command and package versions."""
 
 import json
 import os
@@ -14,11 +14,11 @@ import torch
 from milepost.checkpoints.manifest import versions
 
 RESULTS = Path(__file__).parent / "results"
-COMMAND = shlex.join(["python", *sys.argv])  # now: a script that is run in this process sets its own
+COMMAND = shlex.join(["python", *sys.argv])  # read at import: a script that runs in this process changes sys.argv
 
 
 def processor() -> str:
-    """The processor's own name, how many of its cores there are, and the widest vectors that torch uses on it."""
+    """The processor's name, number of cores, and the widest vectors that torch uses on it."""
     names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
     name = names[0] if names else platform.machine()
     cores = len(os.sched_getaffinity(0))
@@ -26,7 +26,7 @@ def processor() -> str:
 
 
 def record(name: str, model: str, value: float, unit: str, *, gpus: int = 0, file: str | None = None, **note) -> None:
-    """Append a figure to ``results/<file or name>.jsonl`` and print it; ``note`` says under which circumstances."""
+    """Append a figure to ``results/<file or name>.jsonl`` and print it; ``note`` describes the conditions."""
     line = {
         "name": name,
         "model": model,

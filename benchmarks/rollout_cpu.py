@@ -1,4 +1,4 @@
-"""Time the CPU rollout engine against transformers' generate, turn by turn in one run, and print the ratio.
+"""Time the CPU rollout engine against transformers' generate, alternating in one run, and print the ratio.
 
 256 samples (32 prompts of 40 tokens, 8 samples each) of 24 new tokens from a random model of 8 layers, hidden 256.
 

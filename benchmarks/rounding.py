@@ -1,7 +1,7 @@
-"""How far bf16's rounding takes a random model's log-probs from what fp32 gives: what no two programs can better.
+"""Measure how much bf16 rounding changes a random model's log-probs from fp32: a bound for any two programs.
 
-A model of the recipe's depth, 512 wide, with weights as random_checkpoint.py draws them, runs in both on the CPU. With
-``--stream 0.02`` its embeddings are made so small that the layers overwrite them, as most random models are made.
+A model of the recipe's depth, 512 wide, with random_checkpoint.py's weights, runs in both dtypes on the CPU. With
+``--stream 0.02`` its embeddings are so small that the layers overwrite them, as in most random initializations.
 
     PYTHONPATH=workflow_scripts python benchmarks/rounding.py 4B 27B 35B_A3B
     PYTHONPATH=workflow_scripts python benchmarks/rounding.py 35B_A3B --stream 0.02
@@ -55,7 +55,7 @@ def main() -> None:
 
 @torch.no_grad()
 def log_probs(folder: Path, dtype: torch.dtype, stream: float) -> Tensor:
-    """Of every next token, (tokens, vocabulary), in fp32 from the final hidden states on."""
+    """Log-probs of every next token (tokens, vocabulary), in fp32 from the final hidden states on."""
     architecture = Architecture.from_folder(folder)
     model = build_model(architecture, dtype=dtype)
     mapping.from_hub(model, architecture, HubCheckpoint(folder))

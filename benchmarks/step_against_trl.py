@@ -1,9 +1,9 @@
-"""Seconds of a GRPO step on the CPU: Milepost and TRL's GRPOTrainer on one checkpoint, prompts, samples and lengths.
+"""Time a GRPO step on the CPU: Milepost against TRL's GRPOTrainer, same checkpoint, prompts, samples and lengths.
 
     envs/setup.sh peers && PYTHONPATH=workflow_scripts:tests .venv-peers/bin/python benchmarks/step_against_trl.py
 
-Both train a random 8-layer model on the same 32 prompts x 8 samples of up to 24 tokens, rewarded by the same fixed
-function of the text, so that every group has spread and no sample is left out. The first step of each is not counted.
+Both train a random 8-layer model on the same 32 prompts x 8 samples of up to 24 tokens. The reward is a fixed function
+of the text, so that rewards differ within every group and no sample is dropped. The first step of each is not counted.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PROMPTS, SAMPLES, NEW_TOKENS, LEARNING_RATE = 32, 8, 24, 1e-4
 
 
 def milepost(folder: Path, steps: int) -> list[float]:
-    """Seconds of each step, all in: rollout, reward, training, weight sync."""
+    """Seconds of each whole step: rollout, reward, training, weight sync."""
     grpo_run.convert_model(folder)
     changes = {
         "training": {

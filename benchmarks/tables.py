@@ -1,4 +1,4 @@
-"""Write the tables of README.md and benchmarks/README.md from the recorded lines, so that no figure is copied by hand.
+"""Fill the tables of README.md and benchmarks/README.md from the recorded lines, so that no figure is copied by hand.
 
     python benchmarks/tables.py
 
@@ -22,13 +22,13 @@ Line = dict[str, Any]
 
 
 def lines(file: str) -> list[Line]:
-    """What a file of benchmarks/results records, in the order in which it was measured."""
+    """The records of a file in benchmarks/results, in order of measurement."""
     text = (ROOT / "benchmarks" / "results" / f"{file}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
 def runs(file: str) -> Iterator[dict[str, Line]]:
-    """The lines that one command recorded for one model, by their names; a repeated command counts once each time."""
+    """The records of each command and model, by name; repeated runs of a command stay separate."""
     for _, group in groupby(lines(file), key=lambda line: (line["command"], line["model"], line["date"])):
         run: dict[str, Line] = {}
         for line in group:
@@ -40,7 +40,7 @@ def runs(file: str) -> Iterator[dict[str, Line]]:
 
 
 def demo_scores() -> list[Line]:
-    """The last run of the demo, as the README shows it."""
+    """The demo's last run, for the README."""
     run = [run for run in runs("demo") if run["demo_seconds"]["model"] == "tiny"][-1]
     rows = []
     for weights in ("base", "trained"):
@@ -66,7 +66,7 @@ def demo_scores() -> list[Line]:
 
 
 def demos() -> list[Line]:
-    """Every run of a tiny model's whole DAG."""
+    """All runs of a tiny model's whole DAG."""
     return [
         {
             "model": run["demo_seconds"]["model"],
@@ -83,7 +83,7 @@ def demos() -> list[Line]:
 
 
 def against_trl() -> list[Line]:
-    """Runs of a GRPO step on a CPU, ours and TRL's."""
+    """A GRPO step on a CPU, ours and TRL's."""
     recorded = lines("step_against_trl")
     return [
         {
@@ -120,7 +120,7 @@ def training() -> list[Line]:
 
 
 def steps() -> list[Line]:
-    """Whole GRPO steps at true size."""
+    """Whole GRPO steps at full size."""
     rows = []
     for run in (run for run in runs("gpu_recipes") if "step_seconds" in run):
         line = run["step_seconds"]
@@ -149,7 +149,7 @@ def steps() -> list[Line]:
 
 
 def conversion() -> list[Line]:
-    """The way to torch_dist and back against a copy of the same files."""
+    """Conversion to torch_dist and back, against a copy of the same files."""
     recorded = lines("conversion")
     return [
         {
@@ -186,7 +186,7 @@ def rollouts() -> list[Line]:
 
 
 def drafts() -> list[Line]:
-    """How often drafts are accepted when the MTP layer is trained and when it is not."""
+    """How often drafts are accepted, with the MTP layer trained and frozen."""
     return [
         {
             "MTP layer": run["acceptance_rate"]["note"]["mtp"],
@@ -202,7 +202,7 @@ def drafts() -> list[Line]:
 
 
 def rounding() -> list[Line]:
-    """How far bf16 takes a random model from itself in fp32."""
+    """How far bf16 takes a random model from fp32."""
     return [
         {
             "model": line["model"],
@@ -222,7 +222,7 @@ TABLES: dict[str, Callable[[], list[Line]]] = {
 
 
 def filled(text: str) -> str:
-    """A page with each of its tables made again."""
+    """A page with each of its tables regenerated."""
 
     def table(found: re.Match) -> str:
         rows = pd.DataFrame(TABLES[found[1]]()).fillna("")
@@ -232,7 +232,7 @@ def filled(text: str) -> str:
 
 
 def _shared(line: Line) -> str:
-    """How many GPUs, and how they share the model."""
+    """The number of GPUs and the parallel layout."""
     parallel = line["note"].get("parallel") or {}
     ways = [f"{way} {parallel[way]}" for way in ("tensor", "expert") if parallel.get(way, 1) > 1]
     return ", ".join([str(line["gpus"]), *ways])

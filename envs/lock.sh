@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Turns envs/*.in into envs/*.lock: exact versions with hashes. The GPU environment is solved first and binds the
-# others, so that tests run what production runs.
+# Compile envs/*.in to envs/*.lock: exact versions with hashes. The GPU environment is solved first and constrains the
+# others, so that tests run the versions that production runs.
 set -euo pipefail
 cd "$(dirname "$0")"
 uv=${UV:-../.venv/bin/uv}

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Installs a locked environment into .venv of this folder; does nothing where it is there already.
+# Install a locked environment into this folder's .venv, unless it is there already.
 #
-#   envs/setup.sh [cpu|gpu|peers]     without a name: gpu where an NVIDIA GPU answers, cpu elsewhere, where gpu's, which
-#                                     holds all of cpu's, may stay: a cluster's nodes share this folder
+#   envs/setup.sh [cpu|gpu|peers]     default: gpu if an NVIDIA GPU is found, else cpu. An installed gpu environment,
+#                                     which includes cpu's, is kept: nodes of a cluster may share this folder
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,10 +22,10 @@ ready=$(cat "$venv/.ready" 2>/dev/null)
 [ "$ready" = "$wanted" ] && exit 0
 [ $# = 0 ] && [ "$ready" = "$(digest envs/gpu.lock)" ] && exit 0
 
-# Python 3.12: on PATH, from pyenv, or for uv to fetch.
+# Python 3.12: on PATH, from pyenv, or fetched by uv.
 python=3.12
 for candidate in python3.12 "$HOME"/.pyenv/versions/3.12*/bin/python3.12; do
-    # By its path, and not that of a virtual environment that happens to be active.
+    # The base interpreter's path, not that of an active virtual environment.
     found=$("$candidate" -c 'import sys; print(sys._base_executable if sys.version_info[:2] == (3, 12) else "")' 2>/dev/null)
     if [ -n "$found" ]; then
         python=$found
@@ -40,7 +40,7 @@ need=$([ "$name" = gpu ] && echo 20 || echo 9)
 [ "$room" -ge "$need" ] || fail "needs about $need GiB of disk here and $room GiB are free"
 
 log=setup.log
-run() { # what to say when it fails, then the command
+run() { # MESSAGE COMMAND...: run the command; fail with the message
     local message=$1
     shift
     "$@" >"$log" 2>&1 && return

@@ -1,4 +1,4 @@
-# The checked configuration, where results lie, and the functions that the rules call.
+# The validated configuration, and the functions that the rules use.
 import atexit
 import functools
 import os
@@ -28,17 +28,17 @@ from milepost.configuration.provenance import Provenance
 
 
 def complain(function, *arguments):
-    """Call a function; a mistake of the user's ends Snakemake with one line."""
+    """Call a function; a `UserError` ends Snakemake with one line."""
     try:
         return function(*arguments)
     except UserError as error:
         sys.exit(f"error: {error}")
 
 
-# Snakemake 9.27 lists under `--list-changes params` every result that it knows params of, changed or not.
+# Snakemake 9.27's `--list-changes params` lists every result with recorded params, changed or not.
 ParamsChange.__iter__ = lambda change: iter(change.files if change else ())
 
-# Jobs that an executor sends elsewhere belong to the run that sends them.
+# Not in jobs that an executor sends elsewhere: they belong to the run that sends them.
 if workflow.is_main_process:
     claimed = claim(Path(".snakemake"))
     failed_jobs = FailedJobs(workflow)
@@ -60,23 +60,23 @@ settings = complain(
 provenance = Provenance(settings, SCRIPTS)
 RESULTS = settings.results
 
-# Jobs run with the interpreter that runs Snakemake, and the processes that they start find this project's package.
+# Jobs use the interpreter that runs Snakemake, and the processes they start can import this project's package.
 if ":" in f"{SCRIPTS}{sys.executable}":
     sys.exit(
-        f"error: {BASE}: a colon ends a folder's name in PATH and PYTHONPATH: move the clone"
+        f"error: {BASE}: PATH and PYTHONPATH can't hold a folder with a colon in its name: move the clone"
     )
 prefix = (
     "set -euo pipefail; "
     f"source {quote(str(BASE / 'rules/job.sh'))}; "
     f"export SCRIPTS={quote(str(SCRIPTS))} PATH={quote(str(Path(sys.executable).parent))}:$PATH; "
     "export PYTHONPATH=$SCRIPTS PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false "
-    "THP_MEM_ALLOC_ENABLE=1; "  # torch takes memory in large pages: Adam's states are there twice as fast
+    "THP_MEM_ALLOC_ENABLE=1; "  # torch uses huge pages: Adam's states are allocated twice as fast
 )
 shell.prefix(prefix.replace("{", "{{").replace("}", "}}"))  # Snakemake formats it
 
-# What jobs share, whatever profile or --resources a run is started with. A problem set takes all of data_first and a
-# training a little, so that none starts while one is fetched that the run might fail for. On this machine jobs with GPUs
-# share those and the memory, and with_gpus.py decides which each takes; elsewhere an executor sees to it.
+# Resources that jobs share under any profile. A problem set takes all of data_first and a training a little, so that no
+# training starts before all problem sets are known to be good. On this machine jobs share its GPUs and their host
+# memory, and with_gpus.py chooses each job's GPUs; elsewhere the executor does.
 ALL_DATA_FIRST = 1000
 if workflow.is_main_process and not workflow.output_settings.dryrun:
     capacity = {"data_first": ALL_DATA_FIRST}
@@ -87,7 +87,7 @@ if workflow.is_main_process and not workflow.output_settings.dryrun:
         if resource not in workflow.global_resources:
             workflow.register_resource(resource, available)
 
-# Compiled kernels are kept from run to run, beside the results unless the user says where.
+# Compiled kernels are cached between runs, with the results unless the user sets another place.
 for variable in (
     "TRITON_CACHE_DIR",
     "TILELANG_CACHE_DIR",
@@ -108,34 +108,34 @@ wildcard_constraints:
 
 
 def of_model(wildcards):
-    """The settings of a job's model; a model whose own file is wrong says so here, when it is asked for."""
+    """The settings of a job's model; an invalid model file is reported here, when that model is requested."""
     if wildcards.model in settings.faults:
         sys.exit(f"error: {settings.faults[wildcards.model]}")
     return settings.models[wildcards.model]
 
 
-# ---- what a result depends on (configuration/provenance.py) ------------------------------------------------------
+# ---- what a result depends on (milepost/configuration/provenance.py) ------------------------------------------------------
 
 
 def which(wildcards):
-    """The result that a job makes, for `Provenance`; a model whose own file is wrong says so here."""
+    """The wildcards that identify a job's result for `Provenance`; an invalid model file is reported here."""
     if "model" in wildcards.keys():
         of_model(wildcards)
     return dict(wildcards)
 
 
 def key(stage):
-    """The one param whose change runs a job again."""
+    """The only param whose change reruns a job."""
     return lambda wildcards: provenance.key(stage, **which(wildcards))
 
 
 def untracked(function):
-    """A param whose change runs nothing again: Snakemake ignores the params that depend on the output."""
+    """A param whose change reruns nothing: Snakemake ignores params that depend on the output."""
     return lambda wildcards, output: function(wildcards)
 
 
 def job_file(wildcards, output):
-    """Where a job's settings lie: below jobs/, under the name of its first output."""
+    """The file of a job's settings: below jobs/, named after its first output."""
     return (
         Path(RESULTS, "jobs", Path(output[0]).relative_to(RESULTS))
         .with_suffix(".json")
@@ -144,7 +144,7 @@ def job_file(wildcards, output):
 
 
 def stages_due():
-    """(job, stage, what tells its result apart) of every job that is about to make a result."""
+    """(job, stage, the result's wildcards) of every job that is about to make a result."""
     for job in workflow.dag.needrun_jobs():
         if "job" in job.params.keys():
             stage = {"page": "report"}.get(job.rule.name, job.rule.name)
@@ -152,13 +152,13 @@ def stages_due():
 
 
 def write_job_files():
-    """Leave for each job what `key` is the digest of: it takes its settings from it, and its manifest keeps it."""
+    """Write each job's settings file, of which `key` is the digest; its manifest keeps a copy."""
     for job, stage, result in stages_due():
         write_json(job.params.job, provenance.job(stage, **result))
 
 
 def changes(stage):
-    """What has changed since the result was made, in brackets, for a job's message."""
+    """For a job's message: what has changed since the result was made, in brackets."""
 
     def of(wildcards, output):
         found = provenance.why(stage, **which(wildcards))
@@ -181,7 +181,7 @@ def check_before_the_first_job():
 
 
 def tell_what_touch_hides():
-    """Say of each stale result why it is, before `--touch` lets it pass for fresh."""
+    """Say why each stale result is stale, before `--touch` marks it as fresh."""
     for _, stage, result in stages_due():
         if why := provenance.why(stage, **result):
             print(
@@ -191,11 +191,11 @@ def tell_what_touch_hides():
 
 
 def watch(record):
-    """A filter of what Snakemake logs, for two moments that it has no handler for."""
+    """A filter of Snakemake's log, to act on two events that have no handler."""
     event = getattr(record, "event", None)
     if (
         event == LogEvent.RUN_INFO and workflow.dryrun
-    ):  # which jobs would run is known; onstart is for real runs
+    ):  # a dry run knows its jobs now; onstart runs only in real runs
         check_before_the_first_job()
     if event == LogEvent.ERROR and record.exception == "MissingRuleException":
         rules = [rule.name for rule in workflow.rules]
@@ -208,7 +208,7 @@ if workflow.is_main_process:
     logger.addFilter(watch)
 
 
-# ---- what a job takes --------------------------------------------------------------------------------------------
+# ---- a job's resources --------------------------------------------------------------------------------------------
 
 
 def gpus(wildcards):
@@ -222,7 +222,7 @@ def gpu_host_gib(wildcards):
 
 
 def cores(wildcards):
-    """As configured, and here no more than a container leaves of the machine's time, of which Snakemake knows nothing."""
+    """The configured cores; for local jobs no more than the container's CPU limit, which Snakemake does not know."""
     wanted = of_model(wildcards).hardware.cores
     return min(wanted, usable_cores()) if workflow.local_exec else wanted
 
@@ -232,12 +232,12 @@ def host_memory_mb(wildcards):
 
 
 def partitions(jobs):
-    """Rule -> the Slurm partition that its jobs are sent to."""
+    """Rule -> the Slurm partition of its jobs."""
     return {job.rule.name: job.resources.get("slurm_partition") for job in jobs}
 
 
 def launched(by, count):
-    """How a script is started: alone by ``python``, or by ``torchrun`` as so many processes of this machine."""
+    """The command that starts a script: ``python``, or the pipeline's torchrun with ``count`` processes."""
     if by == "python":
         return "python"
     return (
@@ -259,7 +259,7 @@ def conversion_launch(wildcards):
     return launched(conversion.launcher, conversion.processes)
 
 
-# ---- where things lie --------------------------------------------------------------------------------------------
+# ---- paths --------------------------------------------------------------------------------------------
 
 
 def training_data(wildcards):
@@ -272,7 +272,7 @@ def validation_data(wildcards):
 
 
 def evaluated_model(wildcards):
-    """The weights that an evaluation samples: the download, or the export of a run."""
+    """The weights to evaluate: the download, or the export of a run."""
     if wildcards.weights == "base":
         return f"{RESULTS}/{wildcards.model}/download.json"
     return f"{RESULTS}/{wildcards.model}/hf/{wildcards.weights}.json"
@@ -300,7 +300,7 @@ def sources(model):
 
 
 def results_of(stage, model):
-    """The manifests that stand for one stage of one model."""
+    """The manifests that make up one stage of one model."""
     if model in settings.faults:
         return lambda wildcards: sys.exit(f"error: {settings.faults[model]}")
     return {

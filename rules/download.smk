@@ -1,4 +1,4 @@
-# Starting weights and problem sets: from the Hub, from a local folder, or made here.
+# Starting weights and problem sets: fetched from the Hub, linked from a local folder, or generated.
 
 
 rule download:

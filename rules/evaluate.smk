@@ -1,4 +1,4 @@
-# Scores of the starting weights ("base") and of the trained ones, by the same protocol.
+# Scores of the starting weights ("base") and of the trained ones, under the same protocol.
 
 
 rule evaluate:

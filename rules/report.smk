@@ -1,4 +1,4 @@
-# What a person reads: tables, plots and one self-contained page, over the models that config.yaml lists.
+# Tables, plots and one self-contained page about the models that config.yaml lists.
 
 
 ALL_SCORES = [path for model in settings.listed for path in scores(model)]
@@ -62,7 +62,7 @@ rule plots:
 
 
 rule page:
-    """Write the page that `report` stands for."""
+    """Write the page of the target `report`."""
     input:
         scores=ALL_SCORES,
         trainings=ALL_TRAININGS,

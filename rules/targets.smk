@@ -1,4 +1,4 @@
-# The names that a user calls: one of each kind for every model, and one for all that config.yaml lists.
+# The targets that users call: for each stage, one per model and one for all models that config.yaml lists.
 
 STAGES = {
     "download": "fetch the starting weights and the problem sets",
@@ -16,7 +16,7 @@ rule report:
 
 
 rule preflight:
-    """Say what the listed models need and whether this machine has it; nothing is started."""
+    """Print what the listed models need and whether this machine has it, without starting anything."""
     log:
         f"{RESULTS}/logs/preflight.log",
     localrule: True

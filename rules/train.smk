@@ -1,5 +1,5 @@
-# GRPO. The folder that a run works in is no output, so a failed job never takes a half-trained run with it; which folder
-# it is depends on what the inputs hold (`open_run`), so the same training goes on and another one begins.
+# GRPO. A run's folder is not an output, so that a failed job does not delete a half-trained run. `open_run` chooses it by
+# settings and inputs: the same training continues its folder, another one starts a new folder.
 
 
 rule train:

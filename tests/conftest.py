@@ -1,4 +1,4 @@
-"""Fixtures that several suites share."""
+"""Fixtures shared by several suites."""
 
 import os
 import subprocess
@@ -12,19 +12,19 @@ from milepost.common.files import allow_open_files
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Tests run side by side, one a core: more threads would wait for each other, and must not spin while they do.
+# Tests run in parallel, one per core: more threads would wait for each other, and must not spin meanwhile.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Nothing is compiled on a CPU, and getting ready for it takes a third of what importing Megatron-Core takes.
+# Nothing is compiled on a CPU, and importing dynamo takes a third as long as importing Megatron-Core.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
-# One layout after another in one process: torch keeps the sockets of every group until the process ends.
+# Some processes go through many layouts, and torch keeps the sockets of every group until the process ends.
 allow_open_files()
 
 
 def pytest_collection_modifyitems(items):
-    """GPU tests are skipped, visibly, where there are too few GPUs: ``gpu`` wants one, ``gpu(n)`` n of them."""
+    """Skip GPU tests, visibly, if there are too few GPUs: ``gpu`` needs one, ``gpu(n)`` n of them."""
     marks = {item: mark for item in items if (mark := item.get_closest_marker("gpu"))}
     if not marks:
         return
@@ -72,7 +72,7 @@ def snakemake(snakefile):
 
 @pytest.fixture(scope="module")
 def one_process():
-    """Megatron-Core's groups over this process alone."""
+    """Megatron-Core's groups over only this process."""
     from milepost.qwen3_5.build import finalize, initialize
 
     initialize()

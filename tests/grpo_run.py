@@ -1,6 +1,6 @@
-"""A whole training on a random tiny model, here or in a process of its own, with rewards that random answers differ in.
+"""A whole training of a random tiny model, in this or another process, with rewards that vary between random responses.
 
-The true reward is 0 for whatever a random model says, so the grader is replaced by a fixed function of the text.
+The real reward of a random model is always 0, so a fixed function of the text replaces the grader.
 """
 
 import gc
@@ -94,11 +94,11 @@ def run(command_line: list[str], hook=None) -> None:
     try:
         train.run(train.main)
     finally:
-        gc.collect()  # model and groups refer to each other: each training left 72 sockets and pipes open otherwise
+        gc.collect()  # break cycles of model and groups, which keep 72 sockets and pipes open per training
 
 
 if __name__ == "__main__":
-    # KILL_AT: the grading before which this process is killed as nothing can prevent; FAIL_AT: the one that fails.
+    # KILL_AT: the grading before which this process gets SIGKILL; FAIL_AT: the grading that fails.
     kill_at, fail_at = (int(os.environ.get(name, -1)) for name in ("KILL_AT", "FAIL_AT"))
 
     def end(gradings):

@@ -1,4 +1,4 @@
-"""Runs of download.py against a Hub on this machine, and the model that it hosts."""
+"""Run download.py against a local Hub, and the model that this Hub hosts."""
 
 import ctypes
 import json
@@ -13,7 +13,7 @@ from milepost.checkpoints.manifest import read_manifest
 from stages import job_arguments
 
 SCRIPTS = Path(__file__).parents[1] / "workflow_scripts"
-# The script as it is, less patient between its tries.
+# The real script, with shorter waits between retries.
 IMPATIENT = """
 import download
 from milepost.common.errors import run
@@ -45,7 +45,7 @@ LFS = {name for name in MODEL if name.endswith(".safetensors")} | {"tokenizer.js
 
 
 class Run:
-    """Runs of download.py in one folder, with one Hub cache."""
+    """Runs download.py in one folder, with one Hub cache."""
 
     def __init__(self, folder: Path, hub: HubServer | None) -> None:
         self.folder, self.home = folder, folder / "home"
@@ -53,7 +53,7 @@ class Run:
         self.manifest = folder / "results" / "tiny" / "download.json"
 
     def __call__(self, config: dict, every_row: bool = False, **environment: str) -> subprocess.CompletedProcess:
-        """Run the script; whatever happens, its output must not hold a token."""
+        """Run the script; its output must never contain a token."""
         result = subprocess.run(
             [
                 sys.executable,
@@ -84,7 +84,7 @@ class Run:
         return read_manifest(self.manifest).require(digests=True)
 
     def fails(self, result: subprocess.CompletedProcess, *words: str) -> None:
-        """One line, at the end, that holds ``words``; and no manifest."""
+        """Assert that the run ended in one line that contains ``words``, without a manifest."""
         assert result.returncode == 65, result.stderr
         assert "Traceback" not in result.stderr
         last = result.stderr.strip().splitlines()[-1]
@@ -93,9 +93,9 @@ class Run:
 
     @staticmethod
     def as_a_user() -> None:
-        """Give up what lets root read and write whatever its mode (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH)."""
+        """Drop the capabilities that let root ignore file modes (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH)."""
         for capability in (1, 2):
-            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; counts from the next program on
+            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; takes effect at the next exec
 
     @property
     def cached(self) -> list[str]:

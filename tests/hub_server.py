@@ -1,4 +1,4 @@
-"""A Hub on this machine for the tests of downloads: the addresses, headers and errors that the client relies on.
+"""A local Hub server for the tests of downloads, with the addresses, headers and errors that the client relies on.
 
 Small files are served as git blobs; files in ``lfs`` are redirected to a second host name, as the Hub sends large
 files to its content network. Faults are queued per request, and every request is logged with its headers.
@@ -68,7 +68,7 @@ class HubServer:
         self.address = f"{scheme}://127.0.0.1:{port}"
         self.content_address = f"{scheme}://localhost:{port}"  # another host name: the client must send no token there
         self.repositories: dict[str, Hosted] = {}  # "models/owner/name" or "datasets/owner/name"
-        self.prefix = ""  # of every path, for a mirror that is not alone on its host
+        self.prefix = ""  # of every path, for a mirror below a path of its host
         self.token = "hf_goodtoken"
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
@@ -201,7 +201,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(404, b"")
 
     def body(self, content: bytes, fault: Fault | None, headers: dict[str, str]) -> None:
-        """Answer with ``content``, or the range of it that was asked for; a fault may cut or replace it."""
+        """Answer with ``content`` or the requested range of it; a fault may truncate or replace it."""
         content = fault.content if fault and fault.content is not None else content
         start, status = 0, 200
         if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):

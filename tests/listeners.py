@@ -1,4 +1,4 @@
-"""Which sockets the processes of a run listen on while it runs."""
+"""Observe which sockets the processes of a run listen on."""
 
 import threading
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ class Listeners:
         self.open: set[str] = set()
 
     def look(self, root: psutil.Process) -> None:
-        """Add what a process and all below it listen on right now; UDP sockets count, since they take from anyone."""
+        """Add the sockets that a process and its children listen on now; UDP counts, since it accepts from anyone."""
         for process in [root, *root.children(recursive=True)]:
             try:
                 for socket in process.net_connections("inet"):
@@ -34,7 +34,7 @@ class Listeners:
 
 @contextmanager
 def listeners(pid: int | None = None, interval: float = 0.1) -> Iterator[Listeners]:
-    """Watch the processes below ``pid`` (by default this one) in a thread for as long as the context lasts."""
+    """Watch the child processes of ``pid`` (by default this one) in a thread while the context lasts."""
     seen, over, root = Listeners(), threading.Event(), psutil.Process(pid)
 
     def watch() -> None:

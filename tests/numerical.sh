@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tests marked `numerical` under every instruction set that torch can use on this processor, each with one and with
-# two threads. torch chooses once, when it is loaded, so each is a process of its own.
+# Run the tests marked `numerical` under every instruction set that torch can use on this processor, with one and two
+# threads. torch chooses the instruction set when it is loaded, so each combination runs in its own process.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python

@@ -1,10 +1,10 @@
-"""Numerical bounds that hold on any processor: a small multiple of the error that an independent computation makes.
+"""Numerical bounds that hold on any processor: a small multiple of an independent computation's error.
 
-How much rounding costs depends on the processor, whose vector width orders the sums, and on how much a result cancels.
-So no bound is a constant. Three computations of the same thing are compared: ours, an independent reference in fp32,
-and the truth, which is the reference in float64. Ours may be `MARGIN` times as far from the truth as the reference is.
-Where ours runs in float64 as well, it may be that far in units of float64's precision, 2^29 times finer: the arithmetic
-is the same, and a formula that differs in the tenth digit is found.
+Rounding error depends on the processor, whose vector width determines the order of sums, and on cancellation, so no
+bound is a constant. Three computations are compared: ours, an independent reference in fp32, and the exact result, from
+the reference in float64. Ours may be `MARGIN` times as far from the exact result as the fp32 reference. If ours also
+runs in float64, the bound shrinks by 2^29, the ratio of the precisions, which reveals a formula that differs in the
+tenth digit.
 """
 
 import math
@@ -20,14 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Values = Tensor | Mapping[str, Tensor]
 
-# In 1500 comparisons under three instruction sets ours was at most 2.8 times as far off as the reference, by luck; a
+# In 1500 comparisons under three instruction sets, ours was by chance at most 2.8 times as far off as the reference; a
 # wrong formula is thousands of times as far off.
 MARGIN = 8
-WRONG = 0.01  # no rounding to fp32 takes a result so far
+WRONG = 0.01  # fp32 rounding never changes a result this much
 
 
 class _Float64(TorchDispatchMode):
-    """Give float64 wherever fp32 is asked for."""
+    """Use float64 wherever fp32 is requested."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -38,7 +38,7 @@ class _Float64(TorchDispatchMode):
 
 @contextmanager
 def in_float64() -> Iterator[None]:
-    """Make and run models in float64 throughout, also where they insist on fp32, forward and backward."""
+    """Build and run models entirely in float64, forward and backward, even where they request fp32."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -54,9 +54,9 @@ def computing_in(dtype: torch.dtype) -> AbstractContextManager[None]:
 
 
 def kind_of(name: str) -> str:
-    """A parameter's name without its layer's number: what layers have alike is compared together.
+    """A parameter's name without its layer's number, so that the same parameter of all layers is compared together.
 
-    The gates of Gated DeltaNet have one value a head, too few to say by themselves how far rounding takes them.
+    The gates of Gated DeltaNet have one value per head, too few to estimate a rounding error.
     """
     return re.sub(r"layers\.\d+\.", "", name)
 
@@ -77,7 +77,7 @@ def differences(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dic
 def allowed_errors(
     reference: Mapping[str, Tensor], exact: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, float]:
-    """How far from ``exact``, as a norm over all layers, each kind may be that is computed in ``dtype``.
+    """The allowed distance from ``exact``, as a norm over all layers, for each kind of parameter computed in ``dtype``.
 
     Args:
         reference: by name, an independent computation, in fp32.
@@ -87,15 +87,15 @@ def allowed_errors(
     errors, scales = norms(differences(reference, exact)), norms(exact)
     wrong = {kind: error for kind, error in errors.items() if not error <= WRONG * scales[kind]}
     assert not wrong, f"the fp32 reference computes something else than the exact one: {wrong}"
-    # An error of less than a rounding of the result is luck.
+    # An error below one rounding of the result is chance.
     return {kind: MARGIN * ours * max(error / theirs, scales[kind]) for kind, error in errors.items()}
 
 
 def assert_as_precise(found: Values, reference: Values, exact: Values) -> None:
-    """``found`` is as near to ``exact``, for the dtype that it has, as ``reference`` is in fp32.
+    """Assert that ``found``, for its dtype, is as close to ``exact`` as ``reference`` is in fp32.
 
-    Each is a tensor, or a mapping of the same names to tensors. A few numbers are too few, for the reference may meet
-    them by chance: see `assert_sum_as_precise`.
+    Each is a tensor, or a mapping of the same names to tensors. For only a few numbers use `assert_sum_as_precise`,
+    since the reference may match them by chance.
     """
     found, reference, exact = (x if isinstance(x, Mapping) else {"values": x} for x in (found, reference, exact))
     assert found.keys() == exact.keys() == reference.keys()
@@ -107,7 +107,7 @@ def assert_as_precise(found: Values, reference: Values, exact: Values) -> None:
 
 
 def assert_sum_as_precise(found: float | Tensor, dtype: torch.dtype, reference: Tensor, exact: Tensor) -> None:
-    """``found``, computed in ``dtype``, is as near to the sum of ``exact`` as all the terms of ``reference`` allow."""
+    """Assert that ``found``, computed in ``dtype``, is as close to the sum of ``exact`` as ``reference`` allows."""
     ours, theirs = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
     error, off = abs(float(found) - exact.sum().item()), (reference.detach().double() - exact).abs().sum().item()
     assert off <= WRONG * exact.abs().sum().item(), "the fp32 reference computes something else than the exact one"

@@ -1,4 +1,4 @@
-"""Tiny random Qwen3.5 models in transformers, for comparison, and their weights under our model's names."""
+"""Tiny random Qwen3.5 models in transformers as a reference, and their weights under our model's names."""
 
 import re
 from typing import NamedTuple
@@ -55,7 +55,7 @@ def reference(kind: str, *, router_spread: float = 0.5, **changes) -> tuple[Arch
             spread = router_spread if "mlp.gate.weight" in name else 0.05
             parameter.add_(torch.randn_like(parameter) * spread)
     if not dense:
-        model.set_experts_implementation("eager")  # the faster ones know no float64
+        model.set_experts_implementation("eager")  # the faster ones don't support float64
     model_type = "qwen3_5_text" if dense else "qwen3_5_moe_text"
     architecture = Architecture.from_config(
         {"text_config": text | {"model_type": model_type, "mtp_num_hidden_layers": 1}}
@@ -64,7 +64,7 @@ def reference(kind: str, *, router_spread: float = 0.5, **changes) -> tuple[Arch
 
 
 def widened(model: nn.Module) -> nn.Module:
-    """The same transformers model in float64, all that it computes and its rotary frequencies."""
+    """The same transformers model entirely in float64, including its rotary frequencies."""
     with in_float64():
         wide = type(model)(model.config)
     wide.load_state_dict(model.state_dict())
@@ -72,7 +72,7 @@ def widened(model: nn.Module) -> nn.Module:
 
 
 def megatron_names(architecture: Architecture, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights (or gradients) of the transformers model as the whole, unsharded parameters of ours."""
+    """Weights (or gradients) of the transformers model as unsharded parameters of ours."""
     result = {
         "embedding.word_embeddings.weight": weights["model.embed_tokens.weight"],
         "decoder.final_layernorm.weight": weights["model.norm.weight"],
@@ -149,7 +149,7 @@ def mtp_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Places(NamedTuple):
-    """Where a rank stands in its groups: (its number, their size)."""
+    """A rank's (number, group size) in each of its parallel groups."""
 
     tensor: tuple[int, int] = (0, 1)
     expert: tuple[int, int] = (0, 1)
@@ -157,7 +157,7 @@ class Places(NamedTuple):
 
 
 def shard(name: str, whole: Tensor, architecture: Architecture, places: Places) -> Tensor:
-    """What a rank holds of a whole parameter (or of its gradient)."""
+    """A rank's shard of a whole parameter (or its gradient)."""
     if ".experts." in name:
         mine = _cut(whole, 0, places.expert)
         parts, axis = (mine.chunk(2, 1), 1) if name.endswith("fc1.weight") else ((mine,), 2)
@@ -178,7 +178,7 @@ COLUMN_PARALLEL = ("word_embeddings.weight", "output_layer.weight", "linear_qkv.
 
 
 def _components(name: str, whole: Tensor, architecture: Architecture) -> tuple[Tensor, ...] | None:
-    """The parts of a parameter that tensor-parallel ranks share out each on its own; None for a replicated one."""
+    """The parts of a parameter that tensor-parallel ranks split separately; None for a replicated parameter."""
     key = architecture.linear_num_key_heads * architecture.linear_key_head_dim
     value = architecture.linear_num_value_heads * architecture.linear_value_head_dim
     heads = architecture.linear_num_value_heads
@@ -200,7 +200,7 @@ def load(
     places: Places | None = None,
     first_layer: int = 0,
 ) -> None:
-    """Set this rank's parameters; ``whole`` has the names of an unsharded model."""
+    """Set this rank's parameters from ``whole``, which has the names of an unsharded model."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = shard(name, whole[whole_name(name, first_layer)], architecture, places or Places())

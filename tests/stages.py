@@ -31,12 +31,12 @@ def vouch(hub: Path, manifest: Path) -> Path:
 
 @functools.cache
 def _jobs() -> tempfile.TemporaryDirectory:
-    """A folder that lasts as long as this process."""
+    """A temporary folder that is removed when this process ends."""
     return tempfile.TemporaryDirectory(prefix="jobs-")
 
 
 def job_arguments(config: dict, **more: Any) -> list[str]:
-    """The option that gives an entry script its settings."""
+    """The option that passes an entry script its settings."""
     content = json.dumps({"config": config, "code": "c", "upstream": {}, **more})
     path = Path(_jobs().name, f"{hashlib.sha256(content.encode()).hexdigest()}.json")
     path.write_text(content)
@@ -65,7 +65,7 @@ def call(monkeypatch, main, arguments: list[str]) -> None:
 
 
 def launcher(processes: int) -> list[str]:
-    """The command that starts so many processes on this machine."""
+    """The command that starts several processes on this machine."""
     return [sys.executable, "-P", "-m", "milepost.launch.torchrun", "--standalone", f"--nproc-per-node={processes}"]
 
 
@@ -79,7 +79,7 @@ def torchrun(processes: int, *arguments: str, **options) -> subprocess.Completed
 def torchrun_until(
     due: Callable[[], bool], then: Callable[[psutil.Popen], object], *arguments: str, **options
 ) -> tuple[int, str]:
-    """Run in two processes and do something to them as soon as it is due; their status in the end, and their output."""
+    """Run in two processes, disturb them once a condition holds, and return their exit status and output."""
     with tempfile.TemporaryFile("w+") as log:
         run = psutil.Popen([*launcher(2), *arguments], stdout=log, stderr=log, **options)
         while not due():
@@ -100,7 +100,7 @@ def kill_the_second_rank(run: psutil.Popen) -> None:
 
 
 def flip_a_bit(file: Path) -> bytes:
-    """Damage a file in its middle; what it held before."""
+    """Damage a file in its middle; return its previous content."""
     whole = file.read_bytes()
     content = bytearray(whole)
     content[len(content) // 2] ^= 1
@@ -109,7 +109,7 @@ def flip_a_bit(file: Path) -> bytes:
 
 
 def assert_same_files(one: Path, other: Path) -> None:
-    """Both folders hold the same files, byte for byte."""
+    """Assert that both folders hold the same files, byte for byte."""
     names = {path.relative_to(one) for path in one.rglob("*") if path.is_file()}
     assert names == {path.relative_to(other) for path in other.rglob("*") if path.is_file()}
     for name in names:
@@ -117,7 +117,7 @@ def assert_same_files(one: Path, other: Path) -> None:
 
 
 def unmeasured(log: Path) -> list[dict]:
-    """The lines of a log without what is measured, time and memory, which no two runs share."""
+    """The lines of a log without measured times and memory, which differ between runs."""
     kinds = ("second", "idle_share", "_memory_")
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     return [{key: value for key, value in row.items() if not any(kind in key for kind in kinds)} for row in rows]

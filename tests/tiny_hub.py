@@ -69,7 +69,7 @@ def make_tiny_hub(
     seed: int = 0,
     **config,
 ) -> dict[str, torch.Tensor]:
-    """Write a checkpoint to ``folder``; gives back its tensors."""
+    """Write a checkpoint to ``folder``; return its tensors."""
     from transformers.models.qwen3_5 import Qwen3_5ForConditionalGeneration
     from transformers.models.qwen3_5_moe import Qwen3_5MoeForConditionalGeneration
 
@@ -124,7 +124,7 @@ def write_weights(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 
 
 
 def _one_tensor_an_expert(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """``experts.gate_up_proj`` (E, 2F, H) or ``experts.down_proj`` (E, H, F) as one tensor an expert and projection."""
+    """Split ``experts.gate_up_proj`` (E, 2F, H) or ``experts.down_proj`` (E, H, F) by expert and projection."""
     prefix, projection = name.rsplit(".", 1)
     parts = {}
     for expert, value in enumerate(values):

@@ -1,4 +1,4 @@
-"""Turn a model in the Hub's format into Megatron-Core's torch_dist: in one process, or in several under torchrun."""
+"""Convert a model from the Hub's format to Megatron-Core's torch_dist, in one process or several under torchrun."""
 
 import argparse
 import os
@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from milepost.checkpoints import mapping, torch_dist
 from milepost.checkpoints.manifest import keep_manifest, read_manifest, same_result, vouch_again, write_manifest
+from milepost.checkpoints.name_table import TEXT
 from milepost.checkpoints.safetensors_io import HubCheckpoint
 from milepost.common.errors import UserError, run
 from milepost.common.files import hold
@@ -43,7 +44,7 @@ def convert(arguments: argparse.Namespace) -> None:
     architecture, hub = Architecture.from_folder(source.root), HubCheckpoint(source.root)
     parallel = layout(architecture, processes=int(os.environ.get("WORLD_SIZE", 1)))
     initialize(parallel)
-    # On the CPU whatever the machine: memory is only taken as tensors are filled.
+    # Always on the CPU, where memory is only used as tensors are filled.
     model = build_model(architecture, parallel, mtp_num_layers=arguments.mtp_num_layers, materialize=False)
     model.to_empty(device="cpu")
     mapping.take_dtypes(model, architecture, hub)
@@ -63,7 +64,7 @@ def convert(arguments: argparse.Namespace) -> None:
             arguments.job,
             {
                 "mtp_num_layers": arguments.mtp_num_layers,
-                "dtype": str(hub.entries[mapping.TEXT + "embed_tokens.weight"].dtype).removeprefix("torch."),
+                "dtype": str(hub.entries[TEXT + "embed_tokens.weight"].dtype).removeprefix("torch."),
                 "processes": dist.get_world_size(),
                 "parallel": parallel.model_dump(mode="json"),
             },
@@ -73,14 +74,14 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def layout(architecture: Architecture, processes: int) -> Parallel:
-    """How the processes share the model: experts, or for a dense model every matrix."""
+    """The parallel layout: processes split the experts or, in a dense model, every matrix."""
     if fault := conversion_fault(architecture, processes):
         raise UserError(f"conversion.processes: {fault}")
     return Parallel(expert=processes) if architecture.is_moe else Parallel(tensor=processes)
 
 
 def progress(what: str, share: int) -> tqdm:
-    """A bar over the bytes that this process holds, shown by the first."""
+    """A progress bar over the bytes of this process's shards, shown only on rank 0."""
     shown = dist.get_rank() == 0
     return tqdm(desc=what, total=share, unit="B", unit_scale=True, mininterval=1, disable=not shown)
 

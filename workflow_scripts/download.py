@@ -1,4 +1,4 @@
-"""Bring a model or a data set here: from the Hub at one commit, or from a local folder; checked and recorded."""
+"""Fetch a model or a data set, from the Hub at one commit or from a local folder, and check and record its files."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ from milepost.hub import environment
 
 
 class ModelSettings(Section):
-    """What a model's download reads of the configuration."""
+    """The settings that a model's download depends on."""
 
     source: ModelSource
     architecture: Architecture | None = None
@@ -25,9 +25,9 @@ class ModelSettings(Section):
 
 def main() -> None:
     parser = job_parser(__doc__)
-    parser.add_argument("--name", required=True, help="what a local folder's files are called here")
-    parser.add_argument("--folder", type=Path, required=True, help="where to put the files, in a folder of their own")
-    parser.add_argument("--manifest", type=Path, required=True, help="what to write")
+    parser.add_argument("--name", required=True, help="name for the files of a local folder")
+    parser.add_argument("--folder", type=Path, required=True, help="where to create the folder of the files")
+    parser.add_argument("--manifest", type=Path, required=True, help="the manifest to write, last")
     arguments = parser.parse_args()
     with hold(arguments.manifest):
         download(arguments)
@@ -43,7 +43,7 @@ def download(arguments: argparse.Namespace) -> None:
         dataset = Dataset.model_validate(settings["dataset"])
         if dataset.folder:
             snapshot = dataset_from_folder(Path(dataset.folder), dataset.file, arguments.name, arguments.folder)
-            path = Path(dataset.folder).expanduser() / dataset.file  # the user's own, not the copy, where a row is bad
+            path = Path(dataset.folder).expanduser() / dataset.file  # name the user's own file in errors, not the copy
         else:
             snapshot = dataset_from_hub(dataset.repo, dataset.revision, dataset.file, arguments.folder)
             path = snapshot.root / dataset.file

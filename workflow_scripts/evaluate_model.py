@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on one problem set: sample, grade, score. Saved samples of the same weights are not redone."""
+"""Evaluate a checkpoint on one problem set: sample, grade, score. Saved samples of the same weights are reused."""
 
 import argparse
 from pathlib import Path
@@ -20,7 +20,7 @@ def main() -> None:
     parser = job_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="manifest of a download or an export")
     parser.add_argument("--data", type=Path, required=True, help="manifest of the problem set")
-    parser.add_argument("--samples", type=Path, required=True, help="samples.jsonl to write, or to go on with")
+    parser.add_argument("--samples", type=Path, required=True, help="samples.jsonl to write or continue")
     parser.add_argument("--manifest", type=Path, required=True, help="scores.json to write")
     arguments = parser.parse_args()
     with hold(arguments.manifest):

@@ -1,4 +1,4 @@
-"""Turn torch_dist weights, converted or trained, back into the Hub's format: the files that were downloaded, anew."""
+"""Export torch_dist weights, converted or trained, to the Hub's format, with the files of the download."""
 
 import argparse
 import sys
@@ -17,6 +17,7 @@ from milepost.checkpoints.manifest import (
     write_manifest,
 )
 from milepost.checkpoints.safetensors_io import HubCheckpoint, HubWriter
+from milepost.checkpoints.shards import untouched
 from milepost.common.errors import UserError, run
 from milepost.common.files import hold, require_room
 from milepost.common.jobs import job_parser
@@ -54,7 +55,7 @@ def export(arguments: argparse.Namespace) -> None:
     start_folder(partial)
     require_room(partial, sum(file["bytes"] for file in source.files.values()))
     with HubWriter(hub, partial) as writer, tqdm(total=len(hub.entries), unit=" tensors", mininterval=1) as bar:
-        for name in mapping.untouched(hub, mtp_num_layers):
+        for name in untouched(hub, mtp_num_layers):
             writer.copy(name)
             bar.update()
         for name, tensor in mapping.to_hub(model, architecture, hub):
@@ -75,12 +76,12 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def weights_folder(manifest: Manifest) -> Path:
-    """Where the torch_dist weights lie that ``manifest`` vouches for."""
+    """The folder of the torch_dist weights in ``manifest``."""
     if manifest.kind == "convert":
         return manifest.root
     if manifest.kind == "train":
         return manifest.root / manifest.facts["weights"]
-    raise UserError(f"{manifest.path}: of the stage {manifest.kind!r}: give the manifest of a conversion or a training")
+    raise UserError(f"{manifest.path}: a manifest of {manifest.kind!r}: give one of a conversion or a training")
 
 
 if __name__ == "__main__":

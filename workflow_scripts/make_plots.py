@@ -1,4 +1,4 @@
-"""Draw the plots: PNG for papers and slides, SVG in a light and a dark drawing for the report."""
+"""Draw the plots: PNG for papers and slides, light and dark SVG for the report."""
 
 from pathlib import Path
 
@@ -17,8 +17,10 @@ def main() -> None:
     parser = job_parser(__doc__)
     parser.add_argument("--scores", type=Path, nargs="*", default=[], help="manifests of evaluations")
     parser.add_argument("--trainings", type=Path, nargs="*", default=[], help="manifests of trainings")
-    parser.add_argument("--folder", type=Path, required=True, help="where to draw")
-    parser.add_argument("--manifest", type=Path, required=True, help="what to write: the drawings with their captions")
+    parser.add_argument("--folder", type=Path, required=True, help="folder of the drawings")
+    parser.add_argument(
+        "--manifest", type=Path, required=True, help="manifest to write: the drawings with their captions"
+    )
     arguments = parser.parse_args()
     settings = Plots.model_validate(arguments.job["config"]["plots"])
     plots = all_plots(read_trainings(arguments.trainings), pairs(read_scores(arguments.scores)))

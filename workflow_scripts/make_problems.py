@@ -1,4 +1,4 @@
-"""Make a problem set of sums in the place of a download: a JSON-lines file and its manifest."""
+"""Generate a problem set of sums instead of downloading one: a JSON-lines file and its manifest."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,9 @@ from milepost.tiny.problems import draw
 
 def main() -> None:
     parser = job_parser(__doc__)
-    parser.add_argument("--name", required=True, help="what the problem set is called here")
-    parser.add_argument("--folder", type=Path, required=True, help="where to write the file, in a folder of its own")
-    parser.add_argument("--manifest", type=Path, required=True, help="what to write, last")
+    parser.add_argument("--name", required=True, help="name of the problem set")
+    parser.add_argument("--folder", type=Path, required=True, help="where to create the folder of the file")
+    parser.add_argument("--manifest", type=Path, required=True, help="the manifest to write, last")
     arguments = parser.parse_args()
     dataset = Dataset.model_validate(arguments.job["config"]["dataset"])
     folder = arguments.folder / arguments.name

@@ -1,4 +1,4 @@
-"""Write the report: one HTML page that holds scores, differences, plots, samples, settings and origins."""
+"""Write the report: one HTML page with scores, differences, plots, samples, settings and sources."""
 
 import sys
 from collections.abc import Sequence
@@ -19,7 +19,9 @@ def main() -> None:
     parser.add_argument("--scores", type=Path, nargs="+", required=True, help="manifests of evaluations")
     parser.add_argument("--trainings", type=Path, nargs="*", default=[], help="manifests of trainings")
     parser.add_argument("--plots", type=Path, required=True, help="the manifest of the plots")
-    parser.add_argument("--sources", type=Path, nargs="*", default=[], help="manifests to name the origins from")
+    parser.add_argument(
+        "--sources", type=Path, nargs="*", default=[], help="manifests of downloads and data sets, to list the sources"
+    )
     parser.add_argument("--html", type=Path, required=True, help="the page to write")
     arguments = parser.parse_args()
     scores, plots = read_scores(arguments.scores), read_manifest(arguments.plots).require()
@@ -40,7 +42,7 @@ def main() -> None:
 
 
 def overlaps_of(scores: Sequence[Score], trainings: Sequence[Training], sources: Sequence[Manifest]) -> list[str]:
-    """What each training set shares with the sets that its model is scored on, in a sentence each (`overlap`)."""
+    """A sentence (`overlap`) for each training set that shares prompts with a set its model is scored on."""
     sets = {source.path.stem: source for source in sources if "prompt_key" in source.facts}
     wanted = {}
     for training in trainings:

@@ -1,4 +1,4 @@
-"""Make a tiny Qwen3.5, warmed up on sums, in the place of a download: a folder in the Hub's format and its manifest."""
+"""Make a tiny Qwen3.5, warmed up on sums, instead of downloading a model: a Hub-format folder and its manifest."""
 
 import argparse
 import hashlib
@@ -21,9 +21,9 @@ from milepost.tiny.warm_up import warm_up
 
 def main() -> None:
     parser = job_parser(__doc__)
-    parser.add_argument("--name", required=True, help="what the model is called here")
-    parser.add_argument("--folder", type=Path, required=True, help="where to write the files, in a folder of their own")
-    parser.add_argument("--manifest", type=Path, required=True, help="what to write, last")
+    parser.add_argument("--name", required=True, help="name of the model")
+    parser.add_argument("--folder", type=Path, required=True, help="where to create the folder of the files")
+    parser.add_argument("--manifest", type=Path, required=True, help="the manifest to write, last")
     arguments = parser.parse_args()
     with hold(arguments.manifest):
         make(arguments)
@@ -33,7 +33,9 @@ def make(arguments: argparse.Namespace) -> None:
     tiny = ModelSource.model_validate(arguments.job["config"]["source"]).tiny
     transformers.logging.set_verbosity_error()  # it recommends GPU kernels
 
-    torch.set_num_threads(1)  # its products are too small to share, and so the weights are the same on any machine
+    torch.set_num_threads(
+        1
+    )  # its products are too small for threads; with one, the weights don't depend on the core count
 
     tokenizer = train_tokenizer()
     config = model_config(tiny, tokenizer)

@@ -1,6 +1,6 @@
-"""Choose the folder that a training works in, and print it: of the run that goes on, or of one that begins.
+"""Choose the folder that a training works in, that of a run to continue or of a new one, and print it.
 
-A run that is finished already is vouched for at once; whoever called then finds the manifest and has nothing to do.
+If the run is finished already, write its manifest, so that the caller has nothing left to do.
 """
 
 import sys
@@ -27,11 +27,11 @@ def main() -> None:
     if others and folder.name not in others:
         print(
             f"{folder}: a new run, since its settings, code or data differ from those of {', '.join(others)};"
-            " what lies there stays",
+            " those stay",
             file=sys.stderr,
         )
     if len(made_by) > 1:
-        print(f"{folder}: made by {told(made_by)}", file=sys.stderr)
+        print(f"{folder}: made by {makers(made_by)}", file=sys.stderr)
     by = () if job["on_code_change"] == "continue" else ("code", "versions")
     if same := same_result(folder, job, ("config", "inputs", *by)):
         print(f"{folder}: all {same.facts['rollouts']} rollouts are done: nothing to train", file=sys.stderr)
@@ -39,8 +39,8 @@ def main() -> None:
     print(folder)
 
 
-def told(made_by: list[dict[str, Any]]) -> str:
-    """Who made which rollouts of a run."""
+def makers(made_by: list[dict[str, Any]]) -> str:
+    """Which commits (or code digests) made which rollouts of a run."""
     return ", ".join(f"{maker['commit'] or maker['code']} from rollout {maker['from_rollout']}" for maker in made_by)
 
 

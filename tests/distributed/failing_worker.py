@@ -1,4 +1,4 @@
-"""One of several processes that train, as tests/grpo_run.py; some of them have no room for the first checkpoint."""
+"""One of several training processes (see tests/grpo_run.py), some without room for the first checkpoint."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""One of several processes: GRPO's gradient under one parallel layout after the other, as checkpoints of gradients."""
+"""One of several processes: compute GRPO's gradient under several parallel layouts, saved as checkpoints."""
 
 import json
 import sys
@@ -26,13 +26,13 @@ EVEN_SHAPES = [(12, 8), (2, 70), (30, 22)]  # which no layout pads
 LAYOUTS = {
     "dense": [Parallel(), Parallel(tensor=2), Parallel(tensor=2, sequence=False), Parallel(context=2)],
     "moe": [Parallel(), Parallel(expert=2), Parallel(tensor=2), Parallel(tensor=2, expert=2)],
-    # With the auxiliary loss, which is a pack's: all sequences are in one.
+    # The auxiliary loss is computed per pack, so all sequences are in one.
     "balanced moe": [Parallel(tensor=2), Parallel(context=2)],
 }
 
 
 def sequences(architecture: Architecture, shapes: list[tuple[int, int]]) -> list[TrainingSequence]:
-    """Random responses to prompts, equal prompts where of equal length, and random experts to visit."""
+    """Random responses to prompts, which are equal if of equal length, and random experts to visit."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(280, (30,), generator=generator)
     return [
@@ -58,7 +58,7 @@ def shapes_of(kind: str) -> list[tuple[int, int]]:
 def save_gradients(
     hub_folder: Path, kind: str, parallel: Parallel, folder: Path, dtype: torch.dtype = torch.float64
 ) -> None:
-    """Learn from the sequences, and write the gradients in the place of the weights, and the metrics beside them."""
+    """Learn from the sequences; save the gradients in place of the weights, and the metrics."""
     initialize(parallel)
     balanced, shapes = kind == "balanced moe", shapes_of(kind)
     experts = section("experts", dispatcher="alltoall", aux_loss_coefficient=0.1 if balanced else 0.0)

@@ -1,4 +1,4 @@
-"""One of four processes: the weights of each checkpoint through one parallel layout after the other."""
+"""One of four processes: pass each checkpoint's weights through several parallel layouts."""
 
 import sys
 from pathlib import Path
@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 
 from milepost.checkpoints import mapping, torch_dist
 from milepost.checkpoints.safetensors_io import HubCheckpoint
+from milepost.checkpoints.shards import untouched
 from milepost.configuration.schema import Parallel
 from milepost.qwen3_5.architecture import Architecture
 from milepost.qwen3_5.build import build_model, initialize
@@ -29,11 +30,11 @@ def check(model: torch.nn.Module, architecture: Architecture, hub: HubCheckpoint
         expected = hub.read(name)
         assert value.dtype == expected.dtype and value.equal(expected), f"{when}: {name}"
         returned.add(name)
-    assert returned == set(hub) - set(mapping.untouched(hub, mapping.mtp_num_layers_of(model))), when
+    assert returned == set(hub) - set(untouched(hub, mapping.mtp_num_layers_of(model))), when
 
 
 def through_every_layout(folder: Path) -> None:
-    """Save by each layout, load by the next, and read each time from the Hub's format, too."""
+    """Save under each layout and load under the next; also load from the Hub's format under each."""
     architecture, hub = Architecture.from_folder(folder), HubCheckpoint(folder)
     saved = None
     for number, parallel in enumerate(MOE if architecture.is_moe else DENSE):

@@ -1,6 +1,6 @@
-"""One of several processes: the model in one parallel layout after the other, against what one process found.
+"""One of several processes: compare the model under several parallel layouts with a single process's results.
 
-Both compute in float64, and may differ by what rounding to fp32 costs one process, in units of float64's precision.
+Both compute in float64, and may differ by a single process's fp32 rounding error, scaled to float64's precision.
 """
 
 import sys
@@ -22,7 +22,7 @@ from milepost.qwen3_5.packed import context_shard, pack
 from precision import allowed_errors, computing_in, in_float64, kind_of
 from settings import section
 
-# Four processes in every layout; what the dense dimensions leave of them is data parallel.
+# Four processes in every layout; those that the dense dimensions don't use are data parallel.
 LAYOUTS = {
     "dense": [
         (Parallel(), section("experts")),
@@ -49,7 +49,7 @@ LAYOUTS = {
     ],
 }
 VOCABULARY = 128
-# Small, with heads enough to be cut in four; two key heads serve four ranks under context parallelism.
+# Small, with enough heads to split four ways; under context parallelism two key heads serve four ranks.
 SMALL = {"hidden_size": 64, "vocab_size": VOCABULARY, "num_attention_heads": 8, "num_key_value_heads": 4} | {
     "head_dim": 16,
     "linear_num_key_heads": 4,
@@ -61,11 +61,11 @@ CHANGES = {
     "dense": SMALL | {"intermediate_size": 96},
     "moe": SMALL | {"num_key_value_heads": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
 }
-LENGTHS = [(70, 33, 1, 66), (128, 3), (40, 41, 42), (5, 90)]  # four packs, none as long as another
+LENGTHS = [(70, 33, 1, 66), (128, 3), (40, 41, 42), (5, 90)]  # four packs of different lengths
 
 
 class Batch(NamedTuple):
-    """A pack, and a direction for its logits: the loss is their product, so that every logit has a say."""
+    """A pack, and a direction for its logits: the loss is their product, so that every logit contributes."""
 
     ids: Tensor
     positions: Tensor
@@ -159,7 +159,7 @@ def assert_near(found: Tensor, expected: Tensor, allowed: float, what: str) -> N
 
 def check(architecture, parallel: Parallel, experts: Experts, expected: dict) -> None:
     """Logits and every gradient of this rank against its share of the single process's."""
-    # A tied embedding on two stages is one copy too many for the MTP layer, which would bring a third.
+    # With a tied embedding on two stages, the MTP layer would add a third copy, which is not supported.
     with_mtp = parallel.pipeline == 1 or not architecture.tie_embeddings
     allowed, packs = expected["allowed"], [batch(number, parallel) for number in range(len(LENGTHS))]
     with in_float64():
@@ -182,7 +182,7 @@ def check(architecture, parallel: Parallel, experts: Experts, expected: dict) ->
 
 
 def single_process(kind: str, file: Path) -> None:
-    """Weights, logits and gradients of the whole model on all packs, for the others to compare with."""
+    """Weights, logits and gradients of the whole model on all packs, as the reference."""
     architecture, theirs = reference.reference(kind, **CHANGES[kind])
     weights = reference.megatron_names(architecture, dict(theirs.named_parameters()))
     weights |= reference.mtp_names(weights)
@@ -200,7 +200,7 @@ def single_process(kind: str, file: Path) -> None:
         *({"logits": torch.cat(logits)} | gradients for logits, gradients in (rounded, exact)), torch.float64
     )
     logits, gradients = exact
-    # Where stages each need the embedding or the output weight, copies have names of their own.
+    # If several stages need the embedding or the output weight, its copies have different names.
     for tree in (weights, gradients, allowed):
         tree.setdefault("output_layer.weight", tree["embedding.word_embeddings.weight"])
     torch.save({"weights": weights, "logits": logits, "gradients": gradients, "allowed": allowed}, file)

@@ -1,6 +1,6 @@
-"""One of several processes that train, as tests/grpo_run.py; none may wake its optimizer before the engine runs.
+"""One of several training processes (see tests/grpo_run.py); none may wake its optimizer before the engine runs.
 
-An engine takes a share of what is free on all its GPUs when it starts, and SGLang refuses to where they differ by much.
+A starting engine takes a share of the free memory of all its GPUs, and SGLang refuses if these differ much.
 """
 
 import sys

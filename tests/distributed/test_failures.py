@@ -1,4 +1,4 @@
-"""A mistake of the user's is said in one line, whichever of several processes find it, and none waits for another."""
+"""A user's mistake ends in one line, whichever processes find it, and no process waits for another."""
 
 import subprocess
 
@@ -21,6 +21,6 @@ def test_a_fault_is_one_line_whichever_process_has_it(root, tmp_path, environmen
         assert ended.returncode == 65
         said = [line for line in ended.stderr.splitlines() if "error: " in line]
         assert said in [[f"error: rank {rank}: no room"] for rank in failing.split(",")], ended.stderr[-4000:]
-        # Neither the other's broken connection nor the launcher buries the line under a traceback.
+        # No traceback of the other's broken connection or of the launcher follows the line.
         assert "Traceback" not in ended.stderr
         assert ended.stderr.rstrip().splitlines()[-1] == said[0]

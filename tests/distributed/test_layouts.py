@@ -1,4 +1,4 @@
-"""Four processes, gloo: every parallel layout computes what one process computes."""
+"""Four processes over gloo: every parallel layout computes the same as one process."""
 
 import pytest
 

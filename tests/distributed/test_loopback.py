@@ -11,7 +11,7 @@ from stages import convert_arguments, script, torchrun
 
 
 def test_two_processes_that_convert_and_train_listen_on_loopback_only(root, tmp_path, environment):
-    # A cluster's settings name its network, where gloo would listen.
+    # As on a cluster, whose settings name its network interface for gloo.
     network = next((name for name in psutil.net_if_addrs() if name != "lo"), "lo")
     environment = environment | {"GLOO_SOCKET_IFNAME": network}
     grpo_run.prepare(tmp_path)
@@ -22,7 +22,7 @@ def test_two_processes_that_convert_and_train_listen_on_loopback_only(root, tmp_
     ):
         with listeners() as seen:
             torchrun(2, *command_line, env=environment)
-        assert seen.loopback  # gloo's: whatever listens elsewhere would have been seen as well
+        assert seen.loopback  # gloo's; sockets on other interfaces would have been seen too
         assert not seen.open, seen.open
 
 

@@ -1,4 +1,4 @@
-"""Weights over several processes: any layout can read what any other wrote, and gather it whole."""
+"""Weights over several processes: any layout can load and gather what any other saved."""
 
 import pytest
 

@@ -1,6 +1,6 @@
-"""Every stage on a disk that is full: one line, the last good state stays, and with more room it goes on.
+"""Every stage on a full disk: a one-line error, the last good state is kept, and with more room it resumes.
 
-The disk is a small one in memory, mounted where only the test's own processes see it.
+The disk is a small tmpfs, mounted where only the test's processes see it.
 """
 
 import os
@@ -30,7 +30,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def on_a_disk(environment, tmp_path):
-    """Run a command on a disk of ``small`` KiB, and again on 100 MiB: what it said first, and what is there last."""
+    """Run a command on a disk of ``small`` KiB, then on 100 MiB; return the first run's output and the final files."""
     disk = tmp_path / "disk"
     disk.mkdir()
 
@@ -67,7 +67,7 @@ def test_download(on_a_disk):
         files = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": weights}
         hub.host("Qwen/tiny", files, {"model.safetensors"})
         line, kept = on_a_disk(1024, command, HF_ENDPOINT=hub.address, HF_HOME=str(on_a_disk.disk / "home"))
-    assert "2.0 MiB to download and 1.0 MiB free" in line and "make room, or set HF_HOME" in line
+    assert "2.0 MiB to download, but only 1.0 MiB free" in line and "make room, or set HF_HOME" in line
     read_manifest(kept / "download.json").require(digests=True)
 
 

@@ -1,4 +1,4 @@
-"""Whatever a file holds, its reader takes it or says in one line what is wrong with it."""
+"""For any file content, a reader accepts it or says in one line what is wrong with it."""
 
 import json
 import string

@@ -1,7 +1,7 @@
-"""The whole DAG under a storm of kills, at random moments and of every kind: it ends where a calm run ends, bit by bit.
+"""The whole DAG under random kills of every kind: its results equal those of an undisturbed run, bit for bit.
 
-A storm starts the same command again and again. Sometimes it is stopped as a user or a scheduler would (SIGINT to all,
-SIGTERM), sometimes as a crash would (SIGKILL of Snakemake, of a job's process, of everything at once).
+The same command is started again and again. Some runs are stopped as a user or a scheduler would (SIGINT to all,
+SIGTERM), others as in a crash (SIGKILL of Snakemake, of a job's process, of everything at once).
 """
 
 import json
@@ -38,7 +38,7 @@ SETTINGS = {
                 "rollouts": 6,
                 "save_interval": 1,
             },
-            # No answer is right after so short a warm-up; entropy gives every response a gradient all the same.
+            # After so short a warm-up no response is right; the entropy bonus still gives every response a gradient.
             "algorithm": {"entropy_coefficient": 0.01},
             "validation": {"interval": 3, "samples_per_problem": 1, "max_response_tokens": 8},
             "sampling": {"max_response_tokens": 8},
@@ -49,7 +49,7 @@ SETTINGS = {
 
 
 class Run:
-    """The pipeline in a folder of its own."""
+    """The pipeline in a separate folder."""
 
     def __init__(self, snakefile: Path, folder: Path, targets: tuple[str, ...] = ("report", "export_tiny")) -> None:
         self.folder, self.log = folder, folder / "log"
@@ -69,7 +69,7 @@ class Run:
                 stderr=subprocess.STDOUT,
                 env=os.environ | SECRETS,
                 start_new_session=True,
-                # Whoever runs the tests in the background may have them ignore Ctrl-C.
+                # Tests that run in the background may inherit an ignored Ctrl-C.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
@@ -77,7 +77,7 @@ class Run:
         assert self.start().wait(timeout=400) == 0, self.log.read_text()[-5000:]
 
     def outcome(self) -> dict[str, object]:
-        """Everything that must not depend on what happened on the way: weights, metrics, samples, tables."""
+        """Everything that interruptions must not change: weights, metrics, samples, tables."""
         results = self.folder / "results"
         tiny = results / "tiny"
         (work,) = (path for path in tiny.glob("grpo/grpo/*") if path.is_dir())
@@ -93,13 +93,13 @@ class Run:
         }
 
     def tells(self) -> list[Path]:
-        """The files, logs and reports among them, that hold a secret of the environment."""
+        """The files, including logs and reports, that contain a secret of the environment."""
         files = [path for path in self.folder.rglob("*") if path.is_file()]
         return [path for path in files if any(secret.encode() in path.read_bytes() for secret in SECRETS.values())]
 
 
 def jobs(session: int) -> list[psutil.Process]:
-    """The processes of rules that a Snakemake started."""
+    """The rule processes of a Snakemake run."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
@@ -112,7 +112,7 @@ def jobs(session: int) -> list[psutil.Process]:
 
 
 def strike(snakemake: psutil.Popen, draw: random.Random) -> str:
-    """Kill something of a run in one of the ways in which runs end."""
+    """Kill part of a run in one of these ways."""
     running = jobs(snakemake.pid)
     way = draw.choice(["Ctrl-C", "SIGTERM", "snakemake", "everything", *(["job", "job asked"] if running else [])])
     if way.startswith("job"):
@@ -146,7 +146,7 @@ def test_a_storm_of_kills_changes_nothing(snakefile, tmp_path):
                 code = snakemake.wait(timeout=draw.choice([draw.uniform(0.2, 3), draw.uniform(3, 14)]))
             except psutil.TimeoutExpired:
                 done.append(strike(snakemake, draw))
-                if ": job" not in done[-1]:  # Snakemake itself was asked to end, or is gone
+                if ": job" not in done[-1]:  # Snakemake itself was interrupted or killed
                     code = snakemake.wait(timeout=120)
         if code == 0:
             assert storm.outcome() == expected, done

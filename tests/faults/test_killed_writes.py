@@ -1,4 +1,4 @@
-"""A process killed in the middle of its writes: what it wrote is there whole, or not at all."""
+"""A process killed while it writes: a file is complete or absent."""
 
 import os
 import random
@@ -15,7 +15,7 @@ KILLS = 15
 
 
 def killed_at_random_moments(write: Callable[[str], None], check: Callable[[], None]) -> None:
-    """Let a process write one version after the other, kill it, and check what lies there; again and again."""
+    """Repeatedly let a process write one version after the other, kill it, and check the result."""
     draw = random.Random(3)
     for round_number in range(KILLS):
         child = os.fork()

@@ -1,4 +1,4 @@
-"""Several processes that torchrun started are asked to end: each ends in its own time."""
+"""Several processes under torchrun are interrupted: each may take its time to end."""
 
 import json
 import signal
@@ -9,7 +9,7 @@ import stages
 from milepost.checkpoints.manifest import read_manifest
 from stages import torchrun_until
 
-# The pipeline's torchrun, where torch itself would be patient for 1 second instead of 30.
+# The pipeline's torchrun, with torch's own timeout of 30 seconds reduced to 1.
 HASTY = """
 import sys
 
@@ -71,7 +71,7 @@ def test_a_training_of_two_processes_of_which_the_first_fails_saves_itself(root,
     read_manifest(tmp_path / "run" / "checkpoint-000003" / "manifest.json").require(digests=True)
 
 
-def test_a_training_of_two_processes_that_is_asked_to_end_saves_itself(root, tmp_path, environment):
+def test_an_interrupted_training_of_two_processes_saves_itself(root, tmp_path, environment):
     grpo_run.prepare(tmp_path)
     grpo_run.convert_model(tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""Two runs of the same thing at once: the second says who is at it, and a dead holder never blocks anybody."""
+"""Two simultaneous runs of the same result: the second names the first, and a dead holder never blocks."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ with hold(sys.argv[1]):
 
 @pytest.fixture
 def holder(environment, tmp_path):
-    """Start another process that holds a result for some seconds."""
+    """Start another process that locks a result for some seconds."""
     started = []
 
     def start(seconds: float) -> subprocess.Popen:
@@ -38,7 +38,7 @@ def test_the_second_says_who_is_at_work_and_waits(holder, tmp_path, capfd):
     other, began = holder(1.0), time.monotonic()
     with hold(tmp_path / "result"):
         assert time.monotonic() - began > 0.5
-    assert f"result: process {other.pid} on {os.uname().nodename} is at work on it: waiting" in capfd.readouterr().err
+    assert f"result: process {other.pid} on {os.uname().nodename} is working on it: waiting" in capfd.readouterr().err
 
 
 def test_a_killed_holder_leaves_nothing_behind(holder, tmp_path, capfd):
@@ -65,7 +65,7 @@ def test_a_second_snakemake_names_the_first_and_a_killed_one_leaves_no_lock(
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     first.stdout.readline()
-    assert not left.exists()  # nobody else was there: it can only have been left behind
+    assert not left.exists()  # no other run was there, so the lock was left behind
     left.touch()
     dry_run = ["-n", "--directory", str(tmp_path), "report"]
     assert f"note: process {first.pid} on" in snakemake(*dry_run, snakefile=snakefile, check=True).stderr

@@ -1,4 +1,4 @@
-"""One of two processes, each with a server on its GPU, of which the second is restarted: what that keeps of memory."""
+"""One of two processes, each with a server on its GPU; the second is restarted, and its memory is measured."""
 
 import sys
 from pathlib import Path
@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
         engine.weights_wanted = wanted
         for _ in range(RESTARTS):
             engine.servers[1].kill()
-            for _ in range(2):  # the other server is done before it is there again, which is waited for once
+            for _ in range(2):  # the other server finishes before the restart does, so the next batch waits for it
                 answers = engine.generate([Request([1, 2, 3], seed) for seed in range(8)], PARAMS)
             assert all(len(answer.token_ids) == 8 for answer in answers)
         from_rank_0("enough")

@@ -1,3 +1,3 @@
-"""What the tests' SGLang servers are told besides: to capture few graphs, and so fast."""
+"""Extra arguments of the tests' SGLang servers: capture few graphs, to start fast."""
 
 ARGUMENTS = {"cuda_graph_max_bs_decode": 16}

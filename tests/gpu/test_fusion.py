@@ -1,4 +1,4 @@
-"""What is fused on GPUs against the same arithmetic in fp64 on the CPU: values, gradients, any number of rows."""
+"""Fused GPU kernels against float64 on the CPU: values, gradients, any number of rows."""
 
 import pytest
 import torch

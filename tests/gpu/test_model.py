@@ -1,7 +1,7 @@
-"""The model as GPUs compute it (bf16, flash attention, Triton kernels) against transformers in fp32 on the CPU.
+"""The model on a GPU (bf16, flash attention, Triton kernels) against transformers in fp32 on the CPU.
 
-How far bf16 takes a model from fp32 depends on its weights. So what ours may be off is measured by what transformers'
-own model in bf16 is, of layers together for a parameter that each has.
+The error of bf16 depends on the weights, so ours is bounded by the error of transformers' model in bf16, with the same
+parameter of all layers taken together.
 """
 
 import copy
@@ -19,18 +19,18 @@ from qwen3_5_reference import load, megatron_names, reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_process")]
 LENGTHS = (70, 128, 33, 1, 300)
-OUTPUTS_OFF = 1.3  # times what transformers in bf16 is off
+OUTPUTS_OFF = 1.3  # times the error of transformers in bf16
 GRADIENTS_OFF = 2.0
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
 def models(request, one_process):
     """(architecture, transformers' model in fp32 and in bf16 on the CPU, ours in bf16 on the GPU) of equal weights."""
-    # Every token goes to every expert, with much the same weight: sharp routers treble a rounding in every layer.
+    # Every token goes to every expert, with similar weights: sharp routers would triple rounding errors in every layer.
     gentle = {"num_experts_per_tok": 8, "router_spread": 0.05} if request.param == "moe" else {}
     architecture, theirs = reference(request.param, **gentle)
     for parameter in theirs.parameters():
-        parameter.data = parameter.data.bfloat16().float()  # the rounding of weights is not what is compared
+        parameter.data = parameter.data.bfloat16().float()  # the comparison is not about the rounding of weights
     ours = build_model(architecture)
     load(ours, megatron_names(architecture, dict(theirs.named_parameters())), architecture)
     return architecture, theirs, copy.deepcopy(theirs).bfloat16(), ours
@@ -86,10 +86,10 @@ def gradients_of(model, direction: Tensor) -> dict[str, Tensor]:
 
 
 def assert_near(gradients: dict[str, Tensor], others: dict[str, Tensor], expected) -> None:
-    """Each kind of gradient is little further from the other's than transformers' in bf16 is from those in fp32."""
+    """Assert that each kind of gradient is hardly further off than transformers' in bf16 is from fp32."""
     exact, bf16 = expected
     off, may_be = norms(differences(gradients, others)), norms(differences(bf16.gradients, exact.gradients))
-    # Those of the gates are a few sums of what nearly cancels, and transformers makes them in fp32.
+    # The gates' gradients are a few sums with cancellation, and transformers computes them in fp32.
     times = {kind: MARGIN if kind.endswith(("A_log", "dt_bias")) else GRADIENTS_OFF for kind in off}
     assert {kind: (off[kind], may_be[kind]) for kind in off if off[kind] > times[kind] * may_be[kind]} == {}
 
@@ -108,7 +108,7 @@ def test_every_layer_s_output_is_transformers(models):
         hook.remove()
 
     def layers(model) -> list[Tensor]:
-        # hidden_states[0] are the embeddings; the last one has been through the final norm.
+        # hidden_states[0] are the embeddings; the last one is after the final norm.
         of_rows = [model(input_ids=row[None], output_hidden_states=True).hidden_states[1:-1] for row in rows]
         return [torch.cat([of_row[number][0] for of_row in of_rows]) for number in range(len(of_rows[0]))]
 

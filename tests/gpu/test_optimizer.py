@@ -1,4 +1,4 @@
-"""The GPU's optimizer against the CPU's, step for step; its state through a save, and its memory through a sleep."""
+"""The GPU optimizer against the CPU's, step by step; its state after saving, and its memory while asleep."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_process")]
 
 @pytest.fixture(autouse=True)
 def many_pieces(monkeypatch):
-    """Let small weights, too, pass through the host in pieces."""
+    """Make even small weights pass through the host in pieces."""
     monkeypatch.setattr(offloaded_adam, "PIECE", 1000)
 
 
@@ -95,7 +95,7 @@ def test_a_saved_state_goes_on_bit_for_bit(cpu_offload):
 
 
 @pytest.mark.parametrize("cpu_offload", [False, True])
-def test_a_sleep_beside_which_all_else_stays_frees_the_gradients(cpu_offload):
+def test_a_sleep_that_keeps_weights_and_states_frees_the_gradients(cpu_offload):
     gpu, cpu = models()
     optimizer = build_optimizer(gpu, section("optimizer", learning_rate=1e-3, cpu_offload=cpu_offload), stay=True)
     step(gpu, cpu, optimizer, CpuAdam(cpu, section("optimizer", learning_rate=1e-3)), 0)

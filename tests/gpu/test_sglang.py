@@ -1,4 +1,4 @@
-"""SGLang itself behind the engine's interface: what it answers, what it holds, and how it survives."""
+"""The engine with SGLang itself: its responses, its weights, and its recovery from failures."""
 
 import math
 import os
@@ -23,7 +23,7 @@ from milepost.qwen3_5.architecture import Architecture
 from milepost.qwen3_5.build import build_model
 from milepost.qwen3_5.model import hidden_states, output_weight
 from milepost.qwen3_5.packed import pack
-from milepost.rollout import sglang_engine
+from milepost.rollout import sglang_dispatch
 from milepost.rollout.engine import Request, SamplingParams, start_engine
 from milepost.rollout.prompts import encode_prompt, load_tokenizer, stop_token_ids
 from milepost.tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
@@ -43,7 +43,7 @@ def settings(**changes) -> Engine:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two checkpoints of one shape with different weights, a mixture of experts, and two as deep as the recipes'."""
+    """Two checkpoints of one shape, a mixture of experts, and two checkpoints as deep as the recipes'."""
     tokenizer, root = train_tokenizer(), tmp_path_factory.mktemp("hub")
     for name, tiny in {
         "one": TinyModel(kind="dense", hidden=256, head_dim=64),
@@ -59,7 +59,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def watched(folders):
-    """An engine, and what its processes listened on while it started and answered."""
+    """An engine, and the sockets that its processes listened on while it started and answered."""
     with listeners() as seen:
         running = start_engine(folders / "one", settings(), folders / "logs")
         running.generate(requests(5, 64), SamplingParams(max_new_tokens=8))
@@ -82,7 +82,7 @@ def requests(*lengths):
 
 
 def tensors(folder, text_only=True):
-    """The weights of a checkpoint as a trainer sends them: on the GPU, without what never trains."""
+    """The weights of a checkpoint as a trainer sends them: on the GPU, without those that never train."""
     hub = HubCheckpoint(folder)
     for name in hub:
         if not (text_only and name.startswith(("model.visual.", "mtp."))):
@@ -91,7 +91,7 @@ def tensors(folder, text_only=True):
 
 @torch.no_grad()
 def transformers_log_probs(folder, rows, dtype=torch.bfloat16, temperature=1.0):
-    """(length - 1, vocabulary) of each row, by transformers."""
+    """Transformers' log-probs of each row: (length - 1, vocabulary)."""
     transformers_logging.disable_progress_bar()
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).cuda().eval()
     for row in rows:
@@ -100,12 +100,12 @@ def transformers_log_probs(folder, rows, dtype=torch.bfloat16, temperature=1.0):
 
 
 def whole(asked, completions):
-    """Prompts with what was answered."""
+    """Prompts followed by their responses."""
     return [request.prompt_ids + completion.token_ids for request, completion in zip(asked, completions, strict=True)]
 
 
 def of_sampled(asked, completions, log_probs):
-    """The log-probs of the sampled tokens alone, one after the other."""
+    """The log-probs of only the sampled tokens, concatenated."""
     found = []
     for request, completion, of_row in zip(asked, completions, log_probs, strict=True):
         first = len(request.prompt_ids) - 1
@@ -133,7 +133,7 @@ def check(folder, engine, **params):
 
 def test_nothing_listens_beyond_loopback(watched):
     _, seen = watched
-    assert seen.loopback  # its HTTP server: whatever listens elsewhere would have been seen as well
+    assert seen.loopback  # its HTTP server; sockets on other interfaces would have been seen too
     assert not seen.open, seen.open
 
 
@@ -145,7 +145,7 @@ def test_log_probs_are_transformers(folders, engine, params):
 
 @torch.no_grad()
 def trainer_log_probs(folder, asked, completions):
-    """Of the sampled tokens under the model that trains, in bf16."""
+    """The log-probs of the sampled tokens under the training model, in bf16."""
     architecture, hub = Architecture.from_folder(folder), HubCheckpoint(folder)
     model = build_model(architecture, dtype=torch.bfloat16).cuda()
     mapping.from_hub(model, architecture, hub)
@@ -161,7 +161,7 @@ def trainer_log_probs(folder, asked, completions):
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("kind", ["deep dense", "deep moe"])
 def test_engine_and_trainer_differ_by_bf16_s_rounding_alone(folders, kind):
-    """Over many random layers rounding grows, for the one as for the other; no more than that may part them."""
+    """Over many random layers rounding errors grow in both; they may differ by no more than that."""
     engine = start_engine(folders / kind, settings(), folders / "logs")
     asked = requests(5, 64, 130, 40)
     completions = engine.generate(asked, SamplingParams(max_new_tokens=64))
@@ -187,7 +187,7 @@ def test_a_stop_token_ends_an_answer_and_is_in_it(engine):
     assert stopped[0].finish == "stop" and len(stopped[0].log_probs) == first + 1
 
 
-def test_a_sleep_frees_memory_and_new_weights_are_the_ones_that_answer(folders, engine):
+def test_a_sleep_frees_memory_and_new_weights_take_effect(folders, engine):
     before = torch.cuda.mem_get_info()[0]
     engine.sleep()
     assert torch.cuda.mem_get_info()[0] - before > 0.1 * torch.cuda.mem_get_info()[1]
@@ -227,9 +227,9 @@ def test_a_killed_server_is_restarted_with_the_current_weights(folders, engine, 
 
 
 def test_a_hanging_scheduler_is_restarted(folders, engine, monkeypatch):
-    monkeypatch.setattr(sglang_engine, "PATIENCE", 20.0)
-    monkeypatch.setattr(sglang_engine, "FIRST_PATIENCE", 20.0)
-    monkeypatch.setattr(sglang_engine, "CHECK_INTERVAL", 2.0)
+    monkeypatch.setattr(sglang_dispatch, "PATIENCE", 20.0)
+    monkeypatch.setattr(sglang_dispatch, "FIRST_PATIENCE", 20.0)
+    monkeypatch.setattr(sglang_dispatch, "CHECK_INTERVAL", 2.0)
     engine.weights_wanted = lambda: engine.load_weights(tensors(folders / "other"))
     starts = engine.servers[0].starts
     children = psutil.Process(engine.servers[0]._process.pid).children(recursive=True)
@@ -255,9 +255,9 @@ def test_a_seed_decides_an_answer_where_sglang_is_deterministic(folders):
 
 @pytest.fixture(scope="module")
 def warmed_up(root, tmp_path_factory):
-    """The demo's mixture of experts, which knows what it says: a random one is at every token close to saying another.
+    """The demo's warmed-up mixture of experts, whose greedy responses are stable under rounding.
 
-    Of a random one greedy answers part within 32 tokens where rounding alone is different.
+    In a random model the top tokens are nearly tied, so rounding changes a greedy response within 32 tokens.
     """
     folder, tokenizer = tmp_path_factory.mktemp("hub") / "warmed up", train_tokenizer()
     configuration = load(root / "config" / "config.yaml", root / "config" / "models", {"models": ["tiny_moe"]})
@@ -270,7 +270,7 @@ def warmed_up(root, tmp_path_factory):
 
 
 def test_drafting_with_the_mtp_head_changes_no_answer(warmed_up):
-    """The draft was not trained, and so is hardly ever right; the model says to a token what it says without one."""
+    """The untrained draft is hardly ever accepted; responses equal those without drafting, token by token."""
     tokenizer = load_tokenizer(warmed_up)
     questions = [[{"role": "user", "content": addition.question}] for addition in all_additions("evaluation")[::16]]
     asked = [Request(encode_prompt(tokenizer, question, True), seed) for seed, question in enumerate(questions)]

@@ -1,4 +1,4 @@
-"""Training that two GPUs share, on the SGLang engines of the same GPUs; what a killed rank and server cost."""
+"""Training on two GPUs with SGLang engines on the same GPUs, with a killed rank and a killed server."""
 
 import json
 
@@ -12,7 +12,7 @@ from stages import kill_the_second_rank, torchrun, torchrun_until
 
 pytestmark = [pytest.mark.gpu(2), pytest.mark.slow, pytest.mark.timeout(1800)]
 LAYOUTS = {
-    "dense": {"parallel": {"tensor": 2}},  # two engines, each of which gets its weights from both ranks
+    "dense": {"parallel": {"tensor": 2}},  # two engines, each with weights from both ranks
     "moe": {"parallel": {"expert": 2}, "engine": {"gpus_per_engine": 2, "expert_parallel": 2}},
 }
 ENGINE = {
@@ -57,6 +57,6 @@ def test_two_gpus_train_and_go_on_after_a_rank_was_killed(root, tmp_path, enviro
 
 
 def test_the_restart_of_one_server_keeps_no_memory_of_the_other_gpu(root, tmp_path, environment):
-    """A bucket that is sent to the restarted server alone must not wait to be read by the other."""
+    """A bucket that only the restarted server receives must not wait for the other."""
     grpo_run.prepare(tmp_path, "dense", hidden=256, head_dim=64)
     print(torchrun(2, str(root / "tests" / "gpu" / "restart_worker.py"), str(tmp_path / "hub"), env=environment).stdout)

@@ -1,4 +1,4 @@
-"""What a user who makes a mistake reads: one line, once, last on the screen, that names what they wrote."""
+"""A user's mistake ends in one line, printed once and last, that names what they wrote."""
 
 import re
 
@@ -30,7 +30,7 @@ def said(snakemake, snakefile, tmp_path):
     return run
 
 
-# What is on the command line, and the whole line that comes of it.
+# Name -> (command line, the whole error line).
 MISTAKES = {
     "an unknown key": (
         ["--config", "optimizer={lr: 1}"],
@@ -100,7 +100,7 @@ MISTAKES = {
         "rows.jsonl: 1 of 2 rows are unusable: not JSON: Expecting value (line 2): correct them at the source, or raise"
         " max_bad_share",
     ),
-    "a bad row in a set to evaluate on, whatever share a training would bear": (
+    "a bad row in a set to evaluate on, even if a training would tolerate it": (
         [
             "--config",
             "datasets={sums-evaluation: {folder: ., file: rows.jsonl, max_bad_share: 0.5}}",
@@ -142,7 +142,7 @@ def test_a_dry_run_ends_in_the_line_that_names_the_mistake(said, what):
     assert [shown for shown in lines if "error" in shown.lower()] == lines[-1:]
 
 
-def test_a_mistake_that_only_a_job_can_find_is_said_once_and_not_tried_again(said, tmp_path):
+def test_a_mistake_found_by_a_job_is_printed_once_and_not_retried(said, tmp_path):
     lines = said(
         *("--cores", "1", "--", "results/data/aime-2024.json"), HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home")
     )

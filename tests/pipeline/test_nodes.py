@@ -1,6 +1,6 @@
-"""Which jobs share a node: on this one each job with GPUs has its own; through Slurm each training has a node.
+"""Sharing nodes: on this machine each GPU job has its own GPUs; under Slurm each training has its own node.
 
-Commands that take Slurm's place write down what Snakemake asks of it.
+Stand-ins for Slurm's commands record their arguments.
 """
 
 import itertools
@@ -41,18 +41,18 @@ exec "$@"
 
 @pytest.fixture
 def downloaded(tmp_path):
-    """A working folder in which every model waits for its training alone."""
+    """A working folder in which only the trainings of all models are left to do."""
     paths = [f"results/{model}/{name}.json" for name in ("download", "convert") for model in MODELS]
     for number, path in enumerate([*paths, "results/data/dapo-math-17k.json", "results/data/aime-2024.json"]):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
-        os.utime(tmp_path / path, (number + 1, number + 1))  # what follows from something is younger
+        os.utime(tmp_path / path, (number + 1, number + 1))  # outputs are newer than their inputs
     return tmp_path
 
 
 @pytest.fixture
 def slurm(tmp_path):
-    """An environment with Slurm's commands; the second result is where sbatch's arguments land, a line a job."""
+    """An environment with Slurm's commands, and the file of sbatch's arguments, one line per job."""
     commands = tmp_path / "bin"
     commands.mkdir()
     for name in ("sbatch", "squeue", "sacct", "sinfo", "scontrol", "scancel"):
@@ -150,7 +150,7 @@ def spans(tmp_path):
 
 
 def overlaps(spans):
-    """Of each two jobs that ran at the same time, the GPUs of both."""
+    """The GPUs of each two jobs that ran at the same time."""
     return [
         (one["gpus"], other["gpus"])
         for one, other in itertools.combinations(spans, 2)
@@ -184,10 +184,10 @@ def test_every_training_is_sent_to_a_node_of_its_own(begin, root, slurm):
     jobs = submitted.read_text().splitlines()
     assert {model for model in MODELS for job in jobs if f"rule_train_wildcards_{model} " in job} == set(MODELS)
     for job in jobs:
-        # Whatever fails there is sent anew, not begun again in what may be the last of its time.
+        # A failed job is submitted again, not restarted in what may be the last of its time.
         assert "--retries 0" in job
         asked = job.split("--wrap")[0].split()
-        # One task with all of its node's cores: more tasks, one a GPU say, would ask for so many times the cores.
+        # One task with all of its node's cores: with more tasks, such as one per GPU, each would request these cores.
         assert {"--nodes=1", "--gpus=8", "--cpus-per-task=64", "--exclusive", "--signal=TERM@1800"} <= set(asked)
         assert not any(word.startswith("--ntasks") for word in asked)
 
@@ -235,7 +235,7 @@ def fetch_through_slurm(snakemake, snakefile, root, tmp_path, slurm):
     return call
 
 
-def test_a_mistake_that_a_slurm_job_finds_is_said_last_and_no_other_job_is_sent(fetch_through_slurm, tmp_path):
+def test_a_mistake_found_by_a_slurm_job_is_printed_last_and_not_retried(fetch_through_slurm, tmp_path):
     done, sent = fetch_through_slurm(SBATCH_THAT_RUNS)
     line = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and sent == 1, done.stderr
@@ -243,9 +243,7 @@ def test_a_mistake_that_a_slurm_job_finds_is_said_last_and_no_other_job_is_sent(
     assert line == (tmp_path / "results/logs/data/aime-2024.log").read_text().splitlines()[-1]
 
 
-def test_a_job_that_slurm_refuses_is_sent_again_whatever_mistake_an_earlier_run_ended_with(
-    fetch_through_slurm, tmp_path
-):
+def test_a_job_that_slurm_refuses_is_resubmitted_despite_an_earlier_run_s_mistake(fetch_through_slurm, tmp_path):
     mistake = tmp_path / "results/logs/data/aime-2024.error"
     mistake.parent.mkdir(parents=True)
     mistake.write_text("error: a mistake that has been mended\n")

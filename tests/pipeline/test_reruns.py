@@ -1,7 +1,7 @@
 """Only stale steps rerun: after one edit at a time, exactly the jobs that depend on it would run.
 
-The results are stood in for by empty files that Snakemake is told to take as made (``--touch`` records today's params
-for them), so the table shows what Snakemake itself decides, for a model on GPUs and one on CPU, without running either.
+Empty files stand in for the results (``--touch`` records the current params for them), so the table shows Snakemake's
+own decisions for a model on GPUs and one on CPU, without running either.
 """
 
 import re
@@ -13,7 +13,7 @@ from clones import clone
 
 MODELS = "models=[tiny, 9B]"
 
-# The jobs by the messages that their rules announce them with.
+# The jobs, by their rules' messages.
 DOWNLOAD = "{}: fetch the starting weights"
 DATASET = "{}: fetch the problem set"
 CONVERT = "{}: convert to Megatron torch_dist"
@@ -75,7 +75,7 @@ def test_a_second_run_starts_nothing(snakemake, finished):
 
 
 def test_nothing_is_listed_as_changed_where_nothing_is(snakemake, finished):
-    """So that ``-R $(snakemake --list-changes params)`` makes again what would be made again anyway."""
+    """So that ``-R $(snakemake --list-changes params)`` reruns only what would be rerun anyway."""
 
     def listed(*config):
         done = snakemake("--list-changes", "params", "--config", MODELS, *config, "--", "all", cwd=finished, check=True)
@@ -151,7 +151,7 @@ def test_a_setting_reruns_what_reads_it_and_nothing_else(snakemake, finished, wh
             {"write the report"},
         ),
         ("workflow_scripts/milepost/configuration/schema.py", '"""', '"""Said otherwise. ', set()),
-        ("workflow_scripts/make_tiny.py", 'help="what the model is called here"', 'help="its name"', set()),
+        ("workflow_scripts/make_tiny.py", 'help="name of the model"', 'help="its name"', set()),
         ("workflow_scripts/milepost/hub/client.py", "holds a file named", "has a file called", set()),
         ("workflow_scripts/convert.py", "nothing to convert", "all is there", set()),
         ("workflow_scripts/open_run.py", "a new run, since", "another run, since", set()),
@@ -162,7 +162,7 @@ def test_a_setting_reruns_what_reads_it_and_nothing_else(snakemake, finished, wh
 def test_an_edited_file_reruns_what_uses_it(snakemake, workflow, file, old, new, jobs):
     edit(workflow / file, old, new)
     found = would_run(snakemake, workflow)
-    if jobs is None:  # the estimators serve every evaluation and all that is made of it
+    if jobs is None:  # all evaluations and the results made from them use the estimators
         assert found >= EVALUATED and not any("fetch" in job or "convert" in job for job in found)
     else:
         assert found == jobs
@@ -184,7 +184,7 @@ def test_a_user_s_own_settings_rerun_what_reads_them_and_nothing_else(snakemake,
 
 
 def test_another_version_of_a_package_reruns_what_it_computes(snakemake, finished, tmp_path):
-    """Sympy decides rewards and scores; the version that Python finds first counts."""
+    """Rewards and scores depend on sympy; the version that Python finds first counts."""
     metadata = tmp_path / "sympy-0.1.dist-info/METADATA"
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: sympy\nVersion: 0.1\n")

@@ -1,4 +1,4 @@
-"""What a user calls, and what Snakemake answers, for the four recipes on a machine without GPUs."""
+"""The targets and messages of the four recipes, on a machine without GPUs."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The whole DAG for real, small: tiny Qwen3.5, warm-up, conversion, GRPO, export, evaluation, tables, report."""
+"""A real run of the whole DAG with a tiny Qwen3.5: warm-up, conversion, GRPO, export, evaluation, tables, report."""
 
 import json
 import re
@@ -27,7 +27,7 @@ SETTINGS = {
                 "rollouts": 2,
                 "save_interval": 1,
             },
-            # So short a warm-up earns no reward; the entropy gives every response a gradient all the same.
+            # After so short a warm-up no response is right; the entropy bonus still gives every response a gradient.
             "algorithm": {"entropy_coefficient": 0.01},
             "validation": {"interval": 1, "samples_per_problem": 1},
             "evaluation": {"samples_per_problem": 2, "pass_at": [1, 2]},
@@ -65,7 +65,7 @@ def work(tmp_path_factory, snakefile, snakemake):
             return done.stdout + done.stderr
 
         def samples(self, name):
-            """The sampled responses of an evaluation; the first line says where they come from."""
+            """The sampled responses of an evaluation; the first line is their origin."""
             return [json.loads(line) for line in (self.results / name).read_text().split("\n")[1:-1]]
 
         def manifest(self, name):
@@ -95,7 +95,7 @@ def test_everything_is_made(work):
 
 @pytest.mark.slow
 def test_nothing_listens_beyond_loopback_meanwhile(work):
-    assert work.listeners.loopback  # gloo's: whatever listens elsewhere would have been seen as well
+    assert work.listeners.loopback  # gloo's; sockets on other interfaces would have been seen too
     assert not work.listeners.open, work.listeners.open
 
 

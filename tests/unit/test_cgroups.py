@@ -1,4 +1,4 @@
-"""The limits of control groups, as the kernel's files show them in and outside of containers."""
+"""The limits of control groups, as the kernel's files show them inside and outside containers."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def v1(*names: str, root: str = "/") -> list[str]:
         ("0::/", v2(), {}, None, None),
         ("0::/", v2(), {"memory.max": "max", "cpu.max": "max 100000"}, None, None),
         ("0::/", v2(), {"memory.max": str(8 * GIB), "cpu.max": "150000 100000"}, 8, 1.5),
-        # The narrowest of nested groups, wherever it is.
+        # The strictest limit of nested groups, at any level.
         (
             "0::/a/b",
             v2(),
@@ -53,7 +53,7 @@ def v1(*names: str, root: str = "/") -> list[str]:
         ),
         ("0::/a/b", v2(), {"a/memory.max": "max", "a/b/memory.max": str(8 * GIB), "a/cpu.max": "400000 100000"}, 8, 4),
         ("0::/a/b", v2(), {"c/memory.max": str(GIB)}, None, None),
-        # In a container: the host's path, of which the mount shows the end alone, or one that is not below it.
+        # In a container: the host's path, of which the mount shows only the end, or a path outside the mount.
         ("0::/docker/1f", v2("/docker/1f"), {"memory.max": str(2 * GIB)}, 2, None),
         ("0::/docker/1f/job", v2("/docker/1f"), {"memory.max": str(2 * GIB), "job/memory.max": str(GIB)}, 1, None),
         ("0::/../other", v2(), {"memory.max": str(2 * GIB)}, 2, None),
@@ -72,7 +72,7 @@ def v1(*names: str, root: str = "/") -> list[str]:
             3,
             2.5,
         ),
-        # Version 1 beside an empty version 2.
+        # Version 1 with an empty version 2.
         ("5:memory:/\n0::/", [*v1("memory"), *v2()], {"memory/memory.limit_in_bytes": str(GIB)}, 1, None),
         ("5:memory:/", v1("memory"), {"memory/memory.limit_in_bytes": "9223372036854771712"}, None, None),
         ("5:memory:/", v1("memory", root="/docker/1f"), {"memory/memory.limit_in_bytes": str(GIB)}, 1, None),

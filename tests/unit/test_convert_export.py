@@ -1,4 +1,4 @@
-"""The Hub's format to torch_dist and back: every byte returns, little memory is taken, and mistakes end in one line."""
+"""Hub format -> torch_dist and back: byte for byte, with little memory, and mistakes end in one line."""
 
 import os
 import pickle
@@ -15,6 +15,7 @@ import export
 from milepost.checkpoints import mapping, torch_dist
 from milepost.checkpoints.manifest import read_manifest, write_manifest
 from milepost.checkpoints.safetensors_io import HubCheckpoint
+from milepost.checkpoints.shards import untouched
 from milepost.common.errors import UserError
 from milepost.qwen3_5.architecture import Architecture
 from milepost.qwen3_5.build import build_model, finalize, initialize
@@ -68,11 +69,11 @@ def test_a_round_trip_gives_back_every_file_byte_for_byte(monkeypatch, tmp_path,
 def test_the_converted_model_computes_what_transformers_computes(tmp_path, request, kind):
     with pytest.MonkeyPatch.context() as patch:
         _, weights = converted(patch, tmp_path, kind=kind)
-    model_in_one_process = request.getfixturevalue("model_in_one_process")  # a conversion makes groups of its own
+    model_in_one_process = request.getfixturevalue("model_in_one_process")  # a conversion creates its own groups
     ids = torch.randint(0, 280, (70,), generator=torch.Generator().manual_seed(0))
 
     def transformers_logits(dtype):
-        options = {"dtype": dtype, "experts_implementation": "eager"}  # the faster ones know no float64
+        options = {"dtype": dtype, "experts_implementation": "eager"}  # the faster ones don't support float64
         with computing_in(dtype):
             model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hub", **options).eval()
             return model(input_ids=ids[None]).logits[0]
@@ -95,7 +96,7 @@ def test_trained_weights_are_exported_in_the_hubs_types(monkeypatch, tmp_path):
     hub, work = HubCheckpoint(tmp_path / "hub"), tmp_path / "grpo" / "fingerprint"
     architecture = Architecture.from_folder(tmp_path / "hub")
     initialize()
-    model = build_model(architecture, dtype=torch.float32)  # without the MTP layer, which thus passes through
+    model = build_model(architecture, dtype=torch.float32)  # without the MTP layer, which is copied unchanged
     torch_dist.load(model, read_manifest(weights).root)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -108,18 +109,18 @@ def test_trained_weights_are_exported_in_the_hubs_types(monkeypatch, tmp_path):
 
     call(monkeypatch, export.main, export_arguments(download, tmp_path / "grpo" / "train.json", tmp_path / "hf"))
     exported = HubCheckpoint(tmp_path / "hf")
-    untouched = mapping.untouched(hub, 0)
+    passed = untouched(hub, 0)
     for name, entry in hub.entries.items():
         before, after = hub.read(name), exported.read(name)
         assert exported.entries[name] == entry
-        assert after.equal(before if name in untouched else (before.float() * 1.001).to(before.dtype)), name
+        assert after.equal(before if name in passed else (before.float() * 1.001).to(before.dtype)), name
     assert exported.read("model.language_model.layers.0.linear_attn.A_log").dtype == torch.float32
 
 
 def test_a_checkpoint_in_other_types_comes_back_exactly(monkeypatch, tmp_path):
     hub = tmp_path / "hub"
     tensors = make_tiny_hub(hub, DENSE)
-    # Norms kept in FP32 beside bf16 matrices, and values that bf16 could not hold.
+    # fp32 norms next to bf16 matrices, and values that bf16 can't represent.
     tensors = {
         name: value.float() * 1.0001 if "norm" in name and "visual" not in name else value
         for name, value in tensors.items()
@@ -159,7 +160,7 @@ def test_a_download_with_a_flipped_bit_is_not_converted(monkeypatch, tmp_path):
 def test_a_download_is_not_taken_for_weights(monkeypatch, tmp_path):
     make_tiny_hub(tmp_path / "hub")
     download = vouch(tmp_path / "hub", tmp_path / "download.json")
-    with pytest.raises(UserError, match="'download': give the manifest of a conversion or a training"):
+    with pytest.raises(UserError, match="'download': give one of a conversion or a training"):
         call(monkeypatch, export.main, export_arguments(download, download, tmp_path / "hf"))
 
 
@@ -184,7 +185,7 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path, model_in_one_process):
     torch_dist.save(small, tmp_path / "weights")
     with pytest.raises(UserError, match=r"weights: has no tensor decoder\.layers\.4\."):
         torch_dist.load(large, tmp_path / "weights")
-    with pytest.raises(UserError, match="no torch_dist checkpoint is there"):
+    with pytest.raises(UserError, match="not a torch_dist checkpoint"):
         torch_dist.load(small, tmp_path / "absent")
 
 
@@ -199,7 +200,7 @@ def test_a_cut_torch_dist_file_is_named(tmp_path, model_in_one_process):
 
 
 class Evil:
-    """What a pickle may do to who reads it."""
+    """An object whose pickle runs code when it is read."""
 
     def __reduce__(self):
         return os.mkdir, (self.folder,)
@@ -251,7 +252,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it(tmp_path, model_in_o
     assert {path: path.read_bytes() for path in (tmp_path / "weights").iterdir()} == before
 
 
-# The kernel's own high-water mark of resident memory; getrusage's is handed down by the process that starts this one.
+# The kernel's peak resident memory of this process; getrusage's is inherited from the parent.
 MEASURE = """
 import re, sys
 import convert

@@ -1,4 +1,4 @@
-"""download.py against a Hub on this machine, with the Hub's own client."""
+"""download.py against a local Hub, with the Hub's own client."""
 
 import hashlib
 import json
@@ -103,7 +103,7 @@ def test_a_server_that_asks_to_wait_is_not_asked_sooner(hub, download):
     hub.faults.append(Fault("GET /api/models", 429, {"Retry-After": "2"}))
     result = download.model()
     download.succeeds(result)
-    assert "model Qwen/tiny: revision main: the Hub answers 429: again in 2 s" in result.stderr
+    assert "model Qwen/tiny: revision main: the Hub answers 429: retrying in 2 s" in result.stderr
 
 
 def test_a_server_that_stays_broken_ends_the_run_in_one_line(hub, download):
@@ -125,7 +125,7 @@ def test_a_flipped_bit_is_found_and_the_damaged_file_removed(hub, download, name
     request = f"GET /content/{digest}" if name in LFS else f"GET /Qwen/tiny/resolve/[^/]*/{name}"
     hub.faults.append(Fault(request, content=b"?" + MODEL[name][1:]))
     download.fails(download.model(), name, "removed from the cache")
-    download.succeeds(download.model())  # what is damaged, and only that, is fetched again
+    download.succeeds(download.model())  # only the damaged file is fetched again
 
 
 def test_a_file_damaged_in_the_cache_is_found_offline_too(hub, download):
@@ -151,7 +151,7 @@ def test_offline_works_from_the_cache_and_says_what_it_lacks(hub, download):
     download.fails(download.model(HF_HUB_OFFLINE="1"), "does not hold all of it")
 
 
-def test_without_a_network_the_end_is_one_line_that_names_the_address(tmp_path):
+def test_without_a_network_one_line_names_the_address(tmp_path):
     download = Run(tmp_path, None)
     download.fails(download.model(), "no answer from http://127.0.0.1:9", "HF_HUB_OFFLINE=1")
 
@@ -172,7 +172,7 @@ def test_a_gated_repository_says_how_to_get_in_and_opens_with_the_token(hub, dow
 
 def test_a_token_that_no_header_can_hold_is_not_printed(hub, download):
     hub.host("Qwen/tiny", MODEL, LFS)
-    download.fails(download.model(HF_TOKEN=f"{TOKEN}é"), "HF_TOKEN holds a character")
+    download.fails(download.model(HF_TOKEN=f"{TOKEN}é"), "the token in HF_TOKEN contains an invalid character")
 
 
 def test_weights_that_are_pickles_only_are_refused_before_any_is_fetched(hub, download):
@@ -181,14 +181,14 @@ def test_weights_that_are_pickles_only_are_refused_before_any_is_fetched(hub, do
     assert not hub.asked("resolve")
 
 
-def test_weights_that_the_index_names_and_nobody_has_are_refused(hub, download):
+def test_weights_that_the_index_names_but_are_missing_are_refused(hub, download):
     hub.host("Qwen/tiny", {name: MODEL[name] for name in MODEL if name != "model-00002-of-00002.safetensors"}, LFS)
     download.fails(download.model(), "names model-00002-of-00002.safetensors", "incomplete")
     assert not hub.asked("resolve/.*model-00001")
 
 
 def test_only_the_weights_that_the_index_names_are_fetched(hub, download):
-    """Not those of a training's checkpoints or of another format, nor their index; files beside them are."""
+    """Not those of a training's checkpoints or of another format, nor their index; files next to them are."""
     others = {
         "checkpoint-100/model.safetensors": WEIGHTS[1:],
         "checkpoint-100/model.safetensors.index.json": json.dumps(
@@ -211,7 +211,7 @@ def test_without_an_index_the_weights_of_the_top_folder_are_fetched(hub, downloa
     assert set(manifest.files) == {"config.json", "model.safetensors"}
     hub.host("Qwen/tiny", {name: files[name] for name in files if name != "model.safetensors"})
     download.manifest.unlink()
-    download.fails(download.model(), "in subfolders alone (checkpoint-100/model.safetensors)", "beside config.json")
+    download.fails(download.model(), "only in subfolders (checkpoint-100/model.safetensors)", "next to config.json")
 
 
 def test_a_name_that_a_pattern_would_not_fit_is_fetched(hub, download):
@@ -235,7 +235,7 @@ def test_an_index_that_names_no_weights_is_refused_before_they_are_fetched(hub, 
 @pytest.mark.parametrize("name", ["../../outside.json", "/outside.json"])
 def test_a_name_that_leaves_the_folder_is_refused(hub, download, name):
     hub.host("Qwen/tiny", MODEL | {name: b"{}"})
-    download.fails(download.model(), repr(name), "not a name to write to")
+    download.fails(download.model(), repr(name), "not safe to write")
 
 
 def test_only_the_weights_that_are_missing_must_fit_the_disk(hub, download):
@@ -275,7 +275,7 @@ def test_a_local_folder_is_linked_and_named_by_its_digests(tmp_path):
     assert set(first.files) == WANTED
     assert (first.root / "config.json").samefile(folder / "config.json")
     assert download.succeeds(download(config)).root == first.root
-    (folder / "config.json").unlink()  # not written into: that would change the first snapshot, which shares the file
+    (folder / "config.json").unlink()  # replaced, not overwritten: the first snapshot shares the file
     (folder / "config.json").write_bytes(b"{}")
     assert download.succeeds(download(config)).root != first.root
     download.manifest.unlink()
@@ -283,7 +283,7 @@ def test_a_local_folder_is_linked_and_named_by_its_digests(tmp_path):
 
 
 def shaped(**changes) -> bytes:
-    """The config.json of a checkpoint of `SHAPE`, changed; context, rotation and norms are the checkpoint's own."""
+    """The config.json of a checkpoint of `SHAPE` with changes; context, rotation and norms are not in the shape."""
     text = text_config(Architecture.model_validate(SHAPE)) | {"rope_theta": 1e6, "max_position_embeddings": 4096}
     return json.dumps({"text_config": text | changes}).encode()
 
@@ -348,8 +348,8 @@ def asking(question: str, label: object) -> dict:
     return {"prompt": [{"role": "user", "content": question}], "label": label}
 
 
-def test_rows_that_can_earn_no_reward_are_told_at_once(tmp_path):
-    r"""Labels that no answer matches are set aside by kind or end the step, and so do prompts that ask for no box."""
+def test_rows_that_can_earn_no_reward_are_reported_at_once(tmp_path):
+    r"""Labels that no answer matches are skipped and reported by kind, or end the step; so do prompts without a box."""
     download, file = Run(tmp_path, None), tmp_path / "set.jsonl"
     rows = [asking("What is 1 + 2?", "1 + 2\n#### 3"), asking("2 + 2? Use \\boxed{}.", 4.0)]
     rows += [asking("3 + 2?", "We add them. That makes 5."), asking("4 + 2?", "\\boxed{6} or \\boxed{7}")]
@@ -367,7 +367,7 @@ def test_rows_that_can_earn_no_reward_are_told_at_once(tmp_path):
     done = download(few_are_borne)
     manifest = download.succeeds(done)
     assert manifest.facts["rows"] == 2
-    told = [line for line in done.stderr.splitlines() if "set.jsonl: set aside: " in line]
+    told = [line for line in done.stderr.splitlines() if "set.jsonl: skipped: " in line]
     assert len(told) == 2 and "(2 rows, the first in line 3)" in told[0] and "(line 4)" in told[1]
     assert "warning: tiny: 1 of 2 prompts ask for no \\boxed answer" in done.stderr
     assert "it has no instruction" in done.stderr

@@ -1,4 +1,4 @@
-"""Downloads where something around them is wrong: the environment's settings, the network in between, the cache."""
+"""Downloads with a faulty environment: wrong variables, network, proxies and caches."""
 
 import json
 import os
@@ -47,11 +47,11 @@ def kept(download, mode: str) -> None:
         ({"HTTP_PROXY": "ftp://127.0.0.1:9"}, "HTTP_PROXY is 'ftp://127.0.0.1:9': not the address of a proxy"),
         ({"NO_PROXY": "[::1"}, "NO_PROXY is '[::1'"),
         ({"SSL_CERT_FILE": "/nowhere"}, "SSL_CERT_FILE is '/nowhere', which can't be read as certificates"),
-        ({"HF_OIDC_RESOURCE": "x"}, "HF_OIDC_RESOURCE is set and gives no token"),
+        ({"HF_OIDC_RESOURCE": "x"}, "HF_OIDC_RESOURCE is set but yields no token"),
         ({"HF_HOME": "/etc/hostname/home"}, "/etc/hostname is not a folder: set HF_HOME to a folder"),
         (
             {"HF_HUB_CACHE": "/proc/nothing"},
-            "/proc/nothing can't be made (No such file or directory): set HF_HUB_CACHE",
+            "/proc/nothing can't be created (No such file or directory): set HF_HUB_CACHE",
         ),
     ],
     ids=str,
@@ -94,7 +94,7 @@ def test_the_variable_that_keeps_it_offline_is_named(download):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"hf_x", "(Permission denied): mend it, or set HF_TOKEN"),
+        (b"hf_x", "(Permission denied): correct it, or set HF_TOKEN"),
         (b"\xff\xfe", "(not text)"),
         (None, "(Is a directory)"),
     ],
@@ -108,7 +108,7 @@ def test_a_token_s_file_that_can_t_be_read_is_named(hub, download, content, word
     else:
         file.write_bytes(content)
         file.chmod(0 if content == b"hf_x" else 0o600)
-    download.fails(download.model(), f"the token's file {file} can't be read", words)
+    download.fails(download.model(), f"the token file {file} can't be read", words)
     assert not hub.requests
 
 
@@ -143,7 +143,7 @@ PAGE = b"<html>Accept our terms</html>"
     ids=["page", "coded", "pages for files", "list", "no commit", "no sizes"],
 )
 def test_an_answer_that_is_no_hub_s_is_called_so(hub, download, request_, headers, content):
-    """That of a network that wants its user to log in, or of another kind of server."""
+    """The answer of a network's login page, or of another kind of server."""
     hub.faults.append(Fault(request_, 200, headers, content=content, times=99))
     download.fails(download.model(), hub.address, "as a Hub does: check HF_ENDPOINT")
 
@@ -167,7 +167,7 @@ def test_a_server_without_tls_is_asked_once(hub, download):
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl, to make a certificate")
 def test_a_certificate_that_is_not_trusted_is_said_to_be_at_fault(tmp_path):
-    """That of a proxy which reads along, or any, by a clock that is wrong."""
+    """The certificate of an intercepting proxy, or any with a wrong clock."""
     certificate = tmp_path / "certificate.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
     command += ["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost", "-keyout", str(tmp_path / "key.pem")]
@@ -201,7 +201,7 @@ def test_a_read_only_cache_that_lacks_a_file_says_so(hub, download):
 def test_a_cache_that_can_t_be_made_is_named(download):
     (download.folder / "mine").mkdir(mode=0o555)
     home = download.folder / "mine/home"
-    download.fails(download.model(HF_HOME=str(home)), f"{home}/hub can't be made (Permission denied): set HF_HOME")
+    download.fails(download.model(HF_HOME=str(home)), f"{home}/hub can't be created (Permission denied): set HF_HOME")
     download.home.write_text("a file")
     download.fails(download.model(HF_HUB_OFFLINE="1"), f"{download.home} is not a folder")
 
@@ -223,7 +223,7 @@ def test_a_damaged_file_that_can_t_be_removed_is_not_said_to_be(download):
 
 @pytest.mark.parametrize("tree", [None, "not JSON"])
 def test_a_cache_without_its_listing_is_used_offline(download, tree):
-    """One that an older client made, or a damaged one."""
+    """A cache of an older client, or a damaged one."""
     kept(download, "u+w")
     (listing,) = download.home.rglob("trees/*.json")
     listing.unlink()

@@ -1,4 +1,4 @@
-"""Scores and their errors are what the definitions say: checked against enumeration, textbook values and simulation."""
+"""Scores and their errors match their definitions: enumeration, textbook values and simulation."""
 
 import itertools
 import math
@@ -87,10 +87,10 @@ def test_pairing_takes_the_difficulty_of_the_problems_out_of_the_error():
 
 @pytest.mark.parametrize("problems", [10, 30])
 def test_both_intervals_hold_the_true_difference_95_times_in_100(problems):
-    """Of 16 samples a problem, whose chances before and after training are drawn anew each time.
+    """With 16 samples per problem, whose success probabilities before and after training are redrawn each time.
 
-    Of 1000 intervals that hold the truth with a chance of 0.95 between 927 and 973 do, in all but 1 of 1000 cases. Of
-    those with a chance of 0.91, as a percentile or BCa bootstrap has of 10 problems by itself, fewer do.
+    Of 1000 intervals with a coverage of 0.95, between 927 and 973 contain the truth, in 999 of 1000 cases. With a
+    coverage of 0.91, as of an uncorrected percentile or BCa bootstrap of 10 problems, fewer do.
     """
     generator, repetitions, truth = np.random.default_rng(problems), 1000, 0.5 * 0.15
     held = {"t": 0, "bootstrap": 0}
@@ -105,11 +105,11 @@ def test_both_intervals_hold_the_true_difference_95_times_in_100(problems):
     assert all(low <= count <= high for count in held.values()), held
 
 
-def test_bootstrap_is_bca_at_a_confidence_that_the_number_of_problems_raises():
-    """With many problems it is raised by next to nothing; with 30 it is 0.9625."""
+def test_bootstrap_is_bca_at_a_confidence_raised_for_few_problems():
+    """With many problems it is hardly raised; with 30 it is 0.9625."""
     generator = np.random.default_rng(2)
     for problems, confidence, near in ((2000, 0.95, 2e-3), (30, 0.9625, 1e-4)):
-        values = generator.exponential(size=problems)  # skewed, so BCa is not what percentiles are
+        values = generator.exponential(size=problems)  # skewed, so that BCa differs from percentiles
         expected = stats.bootstrap(
             (values,), np.mean, n_resamples=4000, confidence_level=confidence, method="BCa", batch=1000, rng=7
         ).confidence_interval
@@ -123,10 +123,10 @@ def test_bootstrap_repeats_with_its_seed():
     assert first.interval == other.interval
 
 
-def test_p_value_is_that_of_the_two_sided_paired_t_test_whichever_model_is_better():
+def test_p_value_equals_the_two_sided_paired_t_test_s():
     base, trained = np.random.default_rng(3).binomial(8, [[0.4], [0.5]], size=(2, 30)) / 8
     expected = stats.ttest_rel(trained, base).pvalue
-    assert expected < 0.5  # where one and two sides differ
+    assert expected < 0.5  # where one-sided and two-sided tests differ
     assert paired_difference(base, trained, 10, 0).p_value == pytest.approx(expected)
     assert paired_difference(trained, base, 10, 0).p_value == pytest.approx(expected)
 

@@ -1,4 +1,4 @@
-"""Prompts that were trained on and are scored are found, however a data set wraps and spells them."""
+"""Prompts in both the training set and a scored set are found, however they are wrapped and spelled."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_a_shared_question_is_found_through_what_each_set_wraps_around_all(data,
     assert said.startswith("1 of the 2 prompts of test are in the training set train as well (line 2 is line 2): ")
 
 
-def test_spacing_case_and_compatibility_characters_make_no_other_question(data):
+def test_spacing_case_and_compatibility_characters_do_not_matter(data):
     respelled = QUESTIONS[2].upper().replace(" ", "\u00a0\n").replace("300", "\uff13\uff10\uff10")
     assert "line 1 is line 3" in overlap(data("train", QUESTIONS), data("test", [respelled]))
 

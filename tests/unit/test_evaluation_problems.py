@@ -1,4 +1,4 @@
-"""A problem set is read strictly: nothing unusable is scored or trained on, and the file's line is named."""
+"""Problem sets are read strictly: unusable rows are never scored or trained on, and the line is named."""
 
 import json
 
@@ -32,8 +32,8 @@ def row(**changes) -> str:
         (row(label=float("nan")), "not JSON: NaN"),
         (row(difficulty=float("-inf")), "not JSON: -Infinity"),
         ('{"prompt": [{"role": "user", "content": "?"}], "label": 1e999}', "'label' is not a finite number"),
-        (row()[:-1] + ', "label": "3"}', "a key stands twice"),
-        (row(prompt=[{"role": "user", "content": "?"}])[:-1] + ', "x": {"a": 1, "a": 1}}', "a key stands twice"),
+        (row()[:-1] + ', "label": "3"}', "a key is repeated"),
+        (row(prompt=[{"role": "user", "content": "?"}])[:-1] + ', "x": {"a": 1, "a": 1}}', "a key is repeated"),
         (row(label="\ud83d"), "'label' has half of a surrogate pair"),
         (row(prompt=[{"role": "user", "content": "What? \udc00"}]), "'prompt' has half of a surrogate pair"),
         (row(label="We add 1 and 1. So it makes 2."), "'label' is prose"),
@@ -87,7 +87,7 @@ def test_bytes_that_are_not_utf8_spoil_their_row_alone(tmp_path):
 
 @pytest.fixture
 def data(tmp_path):
-    """A data set's manifest over given lines and settings."""
+    """A data set's manifest with given lines and settings."""
 
     def make(lines, **settings):
         (tmp_path / "set.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -121,12 +121,12 @@ def test_an_instruction_is_given_where_a_prompt_asks_for_no_box(data):
     assert asked[1] == plain[1]
 
 
-def test_training_bears_its_share_of_bad_rows_but_never_an_empty_set(tmp_path):
+def test_training_tolerates_some_bad_rows_but_never_an_empty_set(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join([row()] * 99 + ["{"]))
     problems, bad = read_problems(file, "prompt", "label")
     require_problems(file, problems, bad, max_bad_share=0.01)
     with pytest.raises(UserError, match="unusable"):
         require_problems(file, problems, bad, max_bad_share=0.009)
-    with pytest.raises(UserError, match="not one usable row"):
+    with pytest.raises(UserError, match="no usable row"):
         require_problems(file, [], [])

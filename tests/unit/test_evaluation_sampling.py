@@ -1,4 +1,4 @@
-"""A tiny random Qwen3.5 evaluated from end to end: samples are kept, resumed, told from others', graded again."""
+"""Evaluate a tiny random Qwen3.5 end to end: samples are kept, resumed, separated by origin, and graded again."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture
 def run(inputs, tmp_path, monkeypatch):
-    """Run the entry script on these; returns its manifest. What it writes lies in tmp_path."""
+    """Run the entry script on these in tmp_path; return its manifest."""
 
     def call(model="download.json", reward=None, engine=None, code="c", versions=None, **settings):
         engine = section("engine", kind="cpu", **(engine or {}))
@@ -80,7 +80,7 @@ def forbidden(*_):
 
 
 def content(path):
-    """The file's lines without the timing, and without how many there are."""
+    """The file's lines without timing and number of samples."""
     unstable = ("seconds", "settled")
     return [{key: value for key, value in json.loads(line).items() if key not in unstable} for line in path.open()]
 
@@ -171,9 +171,7 @@ def test_less_memory_for_the_engine_keeps_the_samples(run, monkeypatch):
     ],
     ids=str,
 )
-def test_samples_serve_again_only_where_all_that_made_them_is_the_same(
-    run, inputs, tmp_path, monkeypatch, changes, kept
-):
+def test_samples_are_reused_only_if_nothing_they_depend_on_changed(run, inputs, tmp_path, monkeypatch, changes, kept):
     run()
     other = shutil.copytree(inputs / "hub", tmp_path / "other")
     (other / "config.json").write_text((other / "config.json").read_text() + "\n")
@@ -190,7 +188,7 @@ def test_samples_serve_again_only_where_all_that_made_them_is_the_same(
     assert bool(asked) != kept
 
 
-def test_samples_of_other_prompts_are_never_scored_and_those_of_other_labels_are(inputs):
+def test_samples_are_reused_for_new_labels_but_never_for_other_prompts(inputs):
     problems = load_problems(read_manifest(inputs / "sums.json"))
     relabelled = [replace(problem, label="0") for problem in problems]
     asked_otherwise = [replace(problem, messages=[{"role": "user", "content": "2?"}]) for problem in problems]
@@ -226,7 +224,7 @@ def test_samples_of_a_protocol_that_comes_back_are_there_again(run, tmp_path, mo
 
 
 class Unseeded:
-    """An engine whose every answer differs, as SGLang's do; a part of it may have failed after each batch."""
+    """An engine that ignores seeds, like SGLang; a worker may have failed in each batch."""
 
     is_reproducible = False
     weights_wanted = None
@@ -245,7 +243,7 @@ class Unseeded:
 
 @pytest.fixture
 def draw(inputs, tmp_path):
-    """Sample with an engine into a file; what is returned says in which batch each sample was drawn."""
+    """Sample with an engine into a file; return in which batch each sample was drawn."""
     tokenizer = load_tokenizer(inputs / "hub")
     problems = load_problems(read_manifest(inputs / "sums.json"))
 
@@ -274,7 +272,7 @@ def test_what_is_asked_for_is_what_the_protocol_says(draw, inputs, tmp_path, thi
 
 
 def test_a_stopped_batch_counts_only_where_seeds_are_heeded(draw, tmp_path, capsys):
-    """Those that were finished are the short ones: with the others drawn anew, the score would rise."""
+    """The finished samples are the short ones: if only the others were redrawn, the score would rise."""
     first = draw(Unseeded(), samples_per_problem=1, pass_at=[1])
     path = tmp_path / "samples.jsonl"
     settled = path.read_bytes()
@@ -291,10 +289,10 @@ def test_a_stopped_batch_counts_only_where_seeds_are_heeded(draw, tmp_path, caps
     assert engine.batches == [3, 2]
 
 
-def test_a_batch_in_which_the_engine_failed_is_drawn_anew(draw):
+def test_a_batch_in_which_the_engine_failed_is_drawn_again(draw):
     engine = Unseeded(failures=[1])
     assert draw(engine) == draw(Unseeded()) and engine.batches == [6, 6]
-    with pytest.raises(UserError, match="failed in each of 3 tries"):
+    with pytest.raises(UserError, match="failed in each of 3 attempts"):
         draw(Unseeded(failures=[1, 1, 1]), seed=7)
 
 

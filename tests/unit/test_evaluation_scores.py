@@ -1,4 +1,4 @@
-"""Scores say of known samples what a reader would count by hand."""
+"""Scores of known samples equal those counted by hand."""
 
 import json
 
@@ -58,7 +58,7 @@ def test_a_problem_that_lacks_samples_is_refused():
 
 
 def test_each_answer_is_graded_by_the_label_of_its_own_problem():
-    """Whatever order the samples come in."""
+    """The order of the samples does not matter."""
     responses = boxed("33", "33", "33", "34", "33", "33", "33", "34")
     result = scored(responses)
     assert [problem["correct"] for problem in result["per_problem"]] == [

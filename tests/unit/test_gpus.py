@@ -1,4 +1,4 @@
-"""Preflight counts the GPUs that CUDA would enumerate, and a job chooses from them."""
+"""Preflight counts the GPUs that CUDA enumerates, and jobs choose among them."""
 
 import os
 import stat
@@ -12,7 +12,7 @@ FIRST, SECOND = "GPU-eece32e0-78ca-bbba-7c9b-aaaff290d068", "GPU-e5e9b19d-3c11-b
 UNKNOWN = "GPU-0123456789ab"
 SLICES = ["MIG-4b1c2d3e-0000-5000-8000-000000000001", "MIG-5c6d7e8f-0000-5000-8000-000000000002"]
 
-# What the driver of a node with the GPUs FIRST and SECOND was seen to enumerate.
+# What the driver of a node with the GPUs FIRST and SECOND enumerated.
 ENUMERATED = [
     ("", []),
     ("-1", []),
@@ -91,7 +91,7 @@ esac
 @pytest.mark.parametrize(
     ("visible", "memory"),
     [
-        (None, (20,)),  # of a GPU in slices CUDA enumerates the first slice, and then no whole GPU
+        (None, (20,)),  # of a sliced GPU, CUDA enumerates only the first slice, and then no whole GPU
         ("", ()),
         ("-1", ()),
         ("0", (80,)),

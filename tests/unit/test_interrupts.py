@@ -1,4 +1,4 @@
-"""Requests to end, and what must not be left in its middle."""
+"""Interrupts, and sections that must complete."""
 
 import os
 import signal

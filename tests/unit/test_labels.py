@@ -1,4 +1,4 @@
-r"""Labels: what holds one answer is read, what no answer could match is refused, and the grader agrees with both."""
+r"""Labels with one answer are read, those that no answer could match are refused, and the grader agrees."""
 
 import pytest
 
@@ -34,7 +34,7 @@ ANSWERS = [
 ]
 
 
-def test_an_answer_is_read_as_it_stands_and_its_own_text_in_a_box_is_right():
+def test_an_answer_is_read_unchanged_and_is_right_when_boxed():
     assert [read_label(answer) for answer in ANSWERS] == ANSWERS
     with Grader(Reward()) as grader:
         verdicts = graded(grader, [(f"</think>\\boxed{{{answer}}}", answer) for answer in ANSWERS])
@@ -105,7 +105,7 @@ def test_a_hostile_label_takes_no_longer_than_its_length(text):
         read_label(text * 100_000)
 
 
-def test_what_is_refused_for_its_length_or_its_braces_no_box_can_answer():
+def test_labels_refused_for_length_or_braces_match_no_boxed_answer():
     with Grader(Reward()) as grader:
         labels = ["9" * (MAX_CHARACTERS + 1), "\\frac{1}{2", "4\\"]
         assert not any(v.correct for v in graded(grader, [(f"</think>\\boxed{{{label}}}", label) for label in labels]))

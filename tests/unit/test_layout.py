@@ -1,4 +1,4 @@
-"""Layouts that are refused before a run, each by the key to change."""
+"""Invalid layouts are refused before a run, with the key to change."""
 
 import pytest
 from test_qwen3_5_architecture import DENSE_9B, MOE_35B, read

@@ -1,4 +1,4 @@
-"""A manifest vouches for files, and notices whatever happened to them since."""
+"""A manifest detects missing, resized and damaged files."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ PROVENANCE = {"config": {"key": 1}, "code": "c", "upstream": {}}
 
 @pytest.fixture
 def made(tmp_path):
-    """A manifest beside the folder that it vouches for."""
+    """A manifest next to the folder that it describes."""
     (tmp_path / "made/inner").mkdir(parents=True)
     (tmp_path / "made/b.txt").write_bytes(b"first")
     (tmp_path / "made/inner/a.txt").write_bytes(b"second")
@@ -40,7 +40,7 @@ def test_files_given_in_another_order_make_the_same_manifest(made, tmp_path):
 @pytest.mark.parametrize(
     ("content", "digests", "said"),
     [
-        (None, False, "missing, though .* vouches for it"),
+        (None, False, "missing, though .* lists it"),
         (b"seco", False, "4 bytes, .* says 6"),
         (b"second and more", False, "15 bytes, .* says 6"),
         (b"sec0nd", False, None),

@@ -1,4 +1,4 @@
-"""The table of names: every Hub value has one place on some rank, for any layout, and mistakes are named."""
+"""Copying weights: every Hub value has one place on some rank, for any layout, and mistakes are named."""
 
 from itertools import product
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from milepost.checkpoints import mapping
-from milepost.checkpoints.mapping import Place
 from milepost.checkpoints.safetensors_io import HubCheckpoint
+from milepost.checkpoints.shards import Binding, Place, bind, untouched
 from milepost.common.errors import UserError
 from milepost.qwen3_5.architecture import Architecture
 from milepost.qwen3_5.build import build_model
@@ -43,18 +43,18 @@ def changed(hub: HubCheckpoint, tensors: dict, tmp_path, **changes) -> HubCheckp
 @pytest.mark.parametrize(("tensor", "expert"), [(1, 1), (2, 1), (1, EXPERTS), (2, 2)])
 def test_every_hub_value_lies_once_on_the_ranks_together(hubs, variant, tensor, expert):
     architecture, hub, _ = hubs[variant]
-    for binding in mapping.bind(architecture, hub, 1):
+    for binding in bind(architecture, hub, 1):
         seen = {name: torch.zeros(shape, dtype=torch.int32) for name, shape in binding.hub.items()}
         for rank, expert_rank in product(range(tensor), range(expert if binding.experts else 1)):
             place = Place(expert_rank, expert if binding.experts else 1)
             for piece in binding.pieces(Place(rank, tensor), place):
                 seen[piece.hub][piece.source] += 1
-        copies = tensor if binding.rule.axis is None else 1  # what is not shared out, every rank holds
+        copies = tensor if binding.rule.axis is None else 1  # every rank holds replicated tensors
         assert all(counts.eq(copies).all() for counts in seen.values()), binding.megatron
 
 
-def shard(hub: HubCheckpoint, binding: mapping.Binding, place: Place, shape: tuple[int, ...]) -> torch.Tensor:
-    """What the rank at ``place`` holds, NaN wherever no piece lies."""
+def shard(hub: HubCheckpoint, binding: Binding, place: Place, shape: tuple[int, ...]) -> torch.Tensor:
+    """The shard of the rank at ``place``, NaN where no piece lies."""
     values = torch.full(shape, float("nan"))
     for piece in binding.pieces(place):
         values[piece.target] = hub.read(piece.hub)[piece.source].float()
@@ -63,7 +63,7 @@ def shard(hub: HubCheckpoint, binding: mapping.Binding, place: Place, shape: tup
 
 def test_a_rank_holds_its_share_of_each_component(hubs):
     architecture, hub, tensors = hubs["dense"]
-    bindings = {binding.megatron: binding for binding in mapping.bind(architecture, hub, 1)}
+    bindings = {binding.megatron: binding for binding in bind(architecture, hub, 1)}
     second = Place(1, 2)
 
     def half(values):
@@ -86,7 +86,7 @@ def test_a_rank_holds_its_share_of_each_component(hubs):
 
 def test_a_rank_holds_whole_key_value_groups(hubs):
     architecture, hub, tensors = hubs["dense"]
-    bindings = {binding.megatron: binding for binding in mapping.bind(architecture, hub, 1)}
+    bindings = {binding.megatron: binding for binding in bind(architecture, hub, 1)}
     query, key, value = (tensors[f"{LAYER}3.self_attn.{name}_proj.weight"].float() for name in "qkv")
     heads = query.view(4, 2, 32, 64)  # (heads, query or gate, head dim, hidden)
     second_group = torch.cat([heads[2, 0], heads[3, 0], heads[2, 1], heads[3, 1], key[32:], value[32:]])
@@ -98,11 +98,11 @@ def test_a_rank_holds_whole_key_value_groups(hubs):
 @pytest.mark.parametrize("mtp_num_layers", [0, 1])
 def test_weights_come_back_from_the_model_bit_for_bit(hubs, one_process, variant, mtp_num_layers):
     architecture, hub, tensors = hubs[variant]
-    model = build_model(architecture, mtp_num_layers=mtp_num_layers)  # in fp32, as training on the CPU is
+    model = build_model(architecture, mtp_num_layers=mtp_num_layers)  # in fp32, as for training on the CPU
     mapping.from_hub(model, architecture, hub)
     returned = {name: value.clone() for name, value in mapping.to_hub(model, architecture, hub)}
-    untouched = mapping.untouched(hub, mtp_num_layers)
-    assert set(returned).isdisjoint(untouched) and set(returned) | set(untouched) == set(tensors)
+    passed = untouched(hub, mtp_num_layers)
+    assert set(returned).isdisjoint(passed) and set(returned) | set(passed) == set(tensors)
     for name, value in returned.items():
         assert value.dtype == tensors[name].dtype and value.equal(tensors[name]), name
 
@@ -130,7 +130,7 @@ def test_a_tensor_that_no_rule_covers_is_named(hubs, tmp_path):
     architecture, hub, tensors = hubs["dense"]
     extra = {f"{LAYER}0.mlp.gate_proj.bias": torch.zeros(128).bfloat16()}
     with pytest.raises(UserError, match=r"no rule covers .*layers\.0\.mlp\.gate_proj\.bias"):
-        mapping.bind(architecture, changed(hub, tensors, tmp_path, **extra), 1)
+        bind(architecture, changed(hub, tensors, tmp_path, **extra), 1)
 
 
 @pytest.mark.parametrize(
@@ -139,14 +139,14 @@ def test_a_tensor_that_no_rule_covers_is_named(hubs, tmp_path):
 def test_a_missing_tensor_is_named(hubs, tmp_path, name):
     architecture, hub, tensors = hubs["moe"]
     with pytest.raises(UserError, match=f"has no tensor {name}"):
-        mapping.bind(architecture, changed(hub, tensors, tmp_path, **{name: None}), 1)
+        bind(architecture, changed(hub, tensors, tmp_path, **{name: None}), 1)
 
 
 def test_a_tensor_of_another_shape_is_named(hubs, tmp_path):
     architecture, hub, tensors = hubs["dense"]
     name = f"{LAYER}3.self_attn.q_proj.weight"
     with pytest.raises(UserError, match=rf"{name} has the shape \(128, 64\), config.json makes it \(256, 64\)"):
-        mapping.bind(architecture, changed(hub, tensors, tmp_path, **{name: tensors[name][:128].clone()}), 1)
+        bind(architecture, changed(hub, tensors, tmp_path, **{name: tensors[name][:128].clone()}), 1)
 
 
 def test_quantized_weights_are_refused(hubs, tmp_path):
@@ -154,7 +154,7 @@ def test_quantized_weights_are_refused(hubs, tmp_path):
     name = f"{LAYER}0.mlp.up_proj.weight"
     quantized = {name: tensors[name].to(torch.float8_e4m3fn)}
     with pytest.raises(UserError, match=rf"{name} is stored as torch\.float8_e4m3fn"):
-        mapping.bind(architecture, changed(hub, tensors, tmp_path, **quantized), 1)
+        bind(architecture, changed(hub, tensors, tmp_path, **quantized), 1)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -170,7 +170,7 @@ def test_nan_and_infinite_weights_are_refused_by_name(hubs, one_process, tmp_pat
 
 def test_a_layout_that_does_not_divide_is_named(hubs):
     architecture, hub, _ = hubs["dense"]
-    for binding in mapping.bind(architecture, hub, 0):
+    for binding in bind(architecture, hub, 0):
         if binding.rule.grouped:
-            with pytest.raises(UserError, match=r"q_proj.*: 2 can't be shared out over 4"):
+            with pytest.raises(UserError, match=r"q_proj.*: 2 can't be split evenly over 4"):
                 binding.pieces(Place(0, 4))

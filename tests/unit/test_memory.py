@@ -1,4 +1,4 @@
-"""The estimate of memory and disk: against figures worked out by hand, other code's shapes, and measured peaks."""
+"""Estimates of memory and disk against hand-computed figures, other code's shapes, and measured peaks."""
 
 import json
 from dataclasses import replace
@@ -80,7 +80,7 @@ def test_weights_gradients_and_adam_of_9b_are_those_worked_out_by_hand(root):
 
 
 def test_experts_of_35b_are_shared_by_their_own_ranks(root):
-    """A rank holds 32 of the 256 experts of each of 40 layers and the MTP layer, and all that is not an expert."""
+    """A rank holds 32 of the 256 experts of each of 40 layers and the MTP layer, and everything but experts."""
     experts = 41 * 256 * 3 * 2048 * 512
     whole = architecture_of(configured(root, "35B_A3B")).parameters(mtp_num_layers=1)
     held = whole - experts + experts / 8
@@ -106,13 +106,13 @@ def test_a_rollout_holds_the_engine_and_the_weights_that_it_is_sent(root):
 
 
 def test_states_stay_on_the_gpu_only_where_they_fit_beside_the_engine(root):
-    """The engine takes its share and 20 GiB beside it; what is left must hold weights and Adam's states."""
+    """The engine takes its share and another 20 GiB; the rest must hold weights and Adam's states."""
     needed = (20 + CONTEXT_GIB + (2 * OF_9B / 2 + 12 * OF_9B / 2 / 4) / GIB) / 0.4
     for gpu_gib, stay in ((needed - 0.1, False), (needed + 0.1, True)):
         assert estimated(root, "9B", gpu_gib).lasts_beside_engine(gpu_gib) == stay
 
 
-def test_an_engine_beside_what_is_taken_gets_as_much_memory_as_alone(root):
+def test_an_engine_next_to_used_memory_gets_as_much_as_alone(root):
     engine = configured(root, "9B").engine
     assert rescaled_engine(engine, 41, 141).mem_fraction_static * (141 - 41) == pytest.approx(0.6 * 141)
 

@@ -1,4 +1,4 @@
-"""Preflight refuses what would fail hours later, and nothing that would have passed."""
+"""Preflight refuses runs that would fail hours later, and no others."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_an_evaluation_alone_needs_room_for_the_engine_s_weights_alone(root):
 
 
 def test_a_model_of_one_s_own_is_measured_by_its_folder(root, tmp_path):
-    """One that declares no architecture, as a newcomer's file does."""
+    """A model file without an architecture."""
     models, shape = tmp_path / "models", configured(root).models["9B"].architecture
     models.mkdir()
     write_json(tmp_path / "config.json", text_config(shape))
@@ -94,10 +94,10 @@ def test_a_training_that_goes_on_needs_no_disk_for_the_checkpoints_it_has(root, 
     work = "the-run"
     monkeypatch.setattr(provenance, "run", lambda model: tmp_path / model / "grpo/grpo" / work)
     hold(work, "checkpoint-000020", 0.3)
-    hold(work, ".checkpoint-000040.partial", 0.3)  # removed when the training goes on
+    hold(work, ".checkpoint-000040.partial", 0.3)  # removed when the training continues
     check_jobs(jobs, configuration, provenance)
     hold(work, "checkpoint-000060", 5)
-    with pytest.raises(UserError, match="the results need about"):  # what is over makes no room for another's
+    with pytest.raises(UserError, match="the results need about"):  # one run's surplus makes no room for another run
         check_jobs([*jobs, ("train", {"model": "9B"})], configuration, provenance)
 
 
@@ -209,7 +209,7 @@ def test_the_table_says_what_the_readme_does(root, monkeypatch):
 
 
 def test_the_table_says_whether_the_gpus_of_other_nodes_would_do(root, monkeypatch):
-    """Also where there are none here, with the recomputation that it takes there."""
+    """Also without GPUs here, with the recomputation needed there."""
     monkeypatch.setattr(Machine, "here", lambda results: replace(node(141), gpus=()))
     lines = table(configured(root, {"models": ["4B", "27B", "tiny"]})).splitlines()
     assert re.search(r"recompute +8 x 80 GB +8 x 141 GB +host", lines[2])
@@ -221,7 +221,7 @@ def test_the_table_says_whether_the_gpus_of_other_nodes_would_do(root, monkeypat
     assert "needs 50.1 GiB of each GPU for the engine's weights" in reason
 
 
-def test_a_gpu_whose_memory_is_not_told_is_taken_to_be_as_configured(root):
+def test_a_gpu_of_unknown_memory_is_assumed_to_be_as_configured(root):
     untold = replace(node(141), gpus=(None,) * 8)
     faults = {
         gib: shortcomings(
@@ -236,7 +236,7 @@ def test_a_gpu_whose_memory_is_not_told_is_taken_to_be_as_configured(root):
 
 
 def test_a_conversion_and_an_export_need_host_memory_for_the_weights(root):
-    """As much as was measured of both, and little more."""
+    """Both measured values, and little more."""
     lines = map(json.loads, (root / "benchmarks/results/conversion.jsonl").read_text().splitlines())
     measured = [(line["model"], line["value"]) for line in lines if line["name"] == "host_memory_gib"]
     models = configured(root).models
@@ -262,7 +262,7 @@ def test_a_container_s_limit_counts_instead_of_the_machine_s_memory(monkeypatch)
 
 
 def test_the_hub_s_cache_has_a_disk_of_its_own(root, tmp_path, monkeypatch):
-    """4B's weights are 8.06 GiB: fetched into the cache, and converted beside the results."""
+    """4B's weights are 8.06 GiB: once in the cache, and converted in the results."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     configuration = configured(root, {"results": str(tmp_path)})
@@ -288,7 +288,7 @@ def test_the_hub_s_cache_has_a_disk_of_its_own(root, tmp_path, monkeypatch):
     with blob.open("wb") as file:
         file.truncate(8 * GIB)  # takes no room itself
     check(100, 0.1)
-    blob.rename(f"{blob}.12345678.incomplete")  # fetched anew
+    blob.rename(f"{blob}.12345678.incomplete")  # fetched again
     with pytest.raises(UserError, match="the downloads need about 8 GiB"):
         check(100, 0.1)
 
@@ -302,7 +302,7 @@ def test_the_cache_s_disk_is_told_from_the_results_disk(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "not there yet"))
     assert Machine.here(str(tmp_path / "results")).free_cache_gib is None
-    monkeypatch.setenv("HF_HOME", "/proc")  # a file system of its own, without room
+    monkeypatch.setenv("HF_HOME", "/proc")  # a separate file system, without room
     assert Machine.here(str(tmp_path / "results")).free_cache_gib == 0
 
 

@@ -1,4 +1,4 @@
-"""A result is stale when, and only when, something changed that it depends on."""
+"""A result is stale if and only if something that it depends on changed."""
 
 import shutil
 from itertools import count
@@ -33,7 +33,7 @@ def test_a_local_data_set_whose_content_changes_is_another(root, tmp_path):
     def key():
         overrides = {"datasets": {"mine": {"folder": str(tmp_path), "file": "mine.jsonl"}}}
         configuration = load(root / "config/config.yaml", root / "config/models", overrides)
-        provenance._content.cache_clear()  # a run of its own
+        provenance._content.cache_clear()  # as in a separate run
         return Provenance(configuration, root / "workflow_scripts").key("dataset", name="mine")
 
     keys = [key()]
@@ -43,15 +43,15 @@ def test_a_local_data_set_whose_content_changes_is_another(root, tmp_path):
     assert len(set(keys)) == 3 and key() == keys[-1]
 
 
-def test_a_set_that_is_scored_must_be_whole_before_anything_is_trained(recipes):
-    """A training alone bears some bad rows."""
+def test_a_scored_set_must_be_valid_before_any_training(recipes):
+    """Only trainings tolerate bad rows."""
     assert recipes().job("dataset", name="aime-2024")["every_row"]
     assert not recipes().job("dataset", name="dapo-math-17k")["every_row"]
     validated = {"validation": {"interval": 20, "dataset": "dapo-math-17k"}}
     assert recipes(**validated).job("dataset", name="dapo-math-17k")["every_row"]
 
 
-def test_an_evaluation_does_not_depend_on_what_its_engine_does_for_a_training_alone(root):
+def test_an_evaluation_does_not_depend_on_engine_settings_that_only_training_uses(root):
     def key(**engine):
         overrides = {"per_model": {"35B_A3B": {"engine": engine}}}
         configuration = load(root / "config/config.yaml", root / "config/models", overrides)
@@ -64,11 +64,11 @@ def test_an_evaluation_does_not_depend_on_what_its_engine_does_for_a_training_al
 
 @pytest.fixture
 def digest(tmp_path):
-    """The digest of the script main.py, which begins with ``imports``, after an edit of another file."""
+    """The digest of the script main.py, which starts with ``imports``, after an edit of another file."""
     numbers = count()
 
     def of(imports, edited=None, addition="EDITED = 1\n", script="main.py"):
-        root = tmp_path / str(next(numbers))  # digests are kept for as long as a process runs
+        root = tmp_path / str(next(numbers))  # digests are cached for the life of a process
         files = dict.fromkeys(("package/__init__.py", "package/inner/__init__.py", "package/inner/deep.py"), "X = 1\n")
         files |= dict.fromkeys(
             ("package/module.py", "package/unused.py", "other.py", "milepost/configuration/schema.py"), "X = 1\n"
@@ -185,7 +185,7 @@ def test_a_training_depends_on_its_validation_set(recipes):
     ],
     ids=lambda value: str(sorted(value) if isinstance(value, set) else value),  # the same in every process
 )
-def test_the_base_s_scores_depend_on_the_download_and_the_trained_s_on_the_training(recipes, changes, stale):
+def test_base_scores_depend_on_the_download_and_trained_ones_on_the_training(recipes, changes, stale):
     unchanged = {"validation": {"interval": 0}} if "datasets" in changes else {}
     found = {
         weights
@@ -250,7 +250,7 @@ def test_how_a_job_ends_or_waits_is_no_code_of_its_result(root, tmp_path, module
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_every_section_that_a_training_reads_tells_trainings_apart(recipes, changes):
+def test_every_section_that_a_training_reads_identifies_it(recipes, changes):
     assert recipes(**changes).key("train", model="9B") != recipes().key("train", model="9B")
 
 
@@ -266,7 +266,7 @@ def test_a_training_s_record_holds_every_section_that_the_script_reads(recipes):
         (
             "milepost/rollout/sglang_engine.py",
             {"train", "evaluate"},
-        ),  # which the scripts import by its name in the settings
+        ),  # which scripts import by the engine's name in the settings
         ("milepost/rollout/cpu_engine.py", set()),
         ("milepost/grpo/losses.py", {"train"}),
         ("evaluate_model.py", {"evaluate"}),

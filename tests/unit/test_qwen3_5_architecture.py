@@ -1,4 +1,4 @@
-"""What is read from a checkpoint's config.json, and what is refused."""
+"""config.json files that are read correctly, and those that are refused."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from milepost.qwen3_5.architecture import Architecture
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The text_config of the released dense 9B and of the 35B-A3B, as far as it is read.
+# The keys that are read from the text_config of the released dense 9B and of the 35B-A3B.
 COMMON = {
     "vocab_size": 248320,
     "max_position_embeddings": 262144,
@@ -121,11 +121,11 @@ def test_what_would_be_computed_wrongly_in_a_mixture_is_refused_by_name(change, 
 
 @pytest.mark.parametrize("interval", [1, 2, 4, 8])
 def test_layer_types_alone_say_which_layers_have_full_attention(interval):
-    """Transformers reads the list, and the interval only where there is no list."""
+    """Transformers uses the list, and the interval only if there is no list."""
     kinds = ["linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(32)]
     text = {key: value for key, value in DENSE_9B.items() if key != "full_attention_interval"}
     assert read(text | {"layer_types": kinds}).layer_kinds == tuple(kinds)
-    assert read(text).full_attention_interval == 4  # as in Transformers, where there is neither
+    assert read(text).full_attention_interval == 4  # as in Transformers, if there is neither
 
 
 @pytest.mark.parametrize("kinds", [["full_attention", "linear_attention"], ["linear_attention", "full_attention"] * 15])

@@ -1,4 +1,4 @@
-"""Copies of rows and their sums against torch's indexing: values and gradients, rows without copies included."""
+"""Row copies and their sums against torch's indexing: values and gradients, including rows without copies."""
 
 import pytest
 import torch

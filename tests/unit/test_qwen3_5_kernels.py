@@ -1,4 +1,4 @@
-"""The CPU side of the kernels' door against plain references, in fp32 and in float64."""
+"""The CPU kernels against plain references, in fp32 and in float64."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def delta_rule_inputs(tokens: int) -> list[Tensor]:
 
 
 def delta_rule_step_by_step(query, key, value, decay, beta) -> Tensor:
-    """The recurrence as its definition has it, one sequence, token by token."""
+    """The recurrence by its definition, for one sequence, token by token."""
     query, key = ((x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()).repeat_interleave(2, 1) for x in (query, key))
     state = value.new_zeros(value.shape[1], key.shape[2], value.shape[2])  # (H, Dk, Dv)
     outputs = []
@@ -55,7 +55,7 @@ def delta_rule_step_by_step(query, key, value, decay, beta) -> Tensor:
 
 
 def transformers_delta_rule(query, key, value, decay, beta) -> Tensor:
-    """In chunks as ours, which round otherwise than token by token: differences of long sums make the gates."""
+    """Chunked, like ours, since it rounds differently from token by token: gates are differences of long sums."""
     query, key = (x.repeat_interleave(2, 1) for x in (query, key))
     batch = (x[None] for x in (query, key, value, decay, beta))
     return torch_chunk_gated_delta_rule(*batch, use_qk_l2norm_in_kernel=True)[0][0]
@@ -75,10 +75,10 @@ def attention_plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def assert_same_values_and_gradients(packed_function, one_sequence, inputs, shared, lengths, in_fp32=None):
-    """A function of a whole pack against one that is called for each of its sequences.
+    """Compare a function of a whole pack with one that is called for each of its sequences.
 
     Args:
-        in_fp32: another such function, by whose rounding ours is measured; by default the same one.
+        in_fp32: another such function, whose rounding error bounds ours; by default the same one.
     """
 
     def sequence_by_sequence(function):

@@ -1,4 +1,4 @@
-"""Our Qwen3.5 on Megatron-Core against transformers' own, one process, fp32."""
+"""Our Qwen3.5 on Megatron-Core against transformers', in one process and fp32."""
 
 import copy
 from typing import NamedTuple
@@ -47,7 +47,7 @@ def sequences(seed: int = 0, lengths=LENGTHS) -> list[Tensor]:
 
 
 def logits(model: nn.Module, rows: list[Tensor]) -> Tensor:
-    """Of our model, in one pack, or of transformers', row by row: (tokens, vocabulary)."""
+    """Logits (tokens, vocabulary) of our model in one pack, or of transformers' row by row."""
     if not isinstance(model, Qwen3_5):
         return torch.cat([model(input_ids=row[None]).logits[0] for row in rows])
     ids, positions, packed = pack(rows)

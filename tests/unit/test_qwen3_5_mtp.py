@@ -1,4 +1,4 @@
-"""The MTP layer: what it predicts, what counts, and what its loss may move."""
+"""The MTP layer: its labels, its mask, and the parameters that its loss trains."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from precision import assert_sum_as_precise, computing_in, in_float64
 pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_process")]
 
 ROWS = [[11, 12, 13, 14, 15], [21, 22], [31, 32, 33, 34]]
-RESPONSES = [[0, 0, 1, 1, 1], [0, 1], [0, 1, 1, 0]]  # the last response was cut, say
+RESPONSES = [[0, 0, 1, 1, 1], [0, 1], [0, 1, 1, 0]]  # as if the last response was truncated
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
@@ -44,7 +44,7 @@ def packed_loss(ours, **options) -> torch.Tensor:
 
 
 def plain_losses(theirs, ours) -> torch.Tensor:
-    """The definition, sequence by sequence, token by token, with transformers' modules: of each token that counts."""
+    """The loss of each counted token by its definition, token by token, with transformers' modules."""
     layer, norm = ours.mtp.layers[0], theirs.model.norm.__class__
     norms = {}
     for name in ("enorm", "hnorm", "final_layernorm"):
@@ -97,7 +97,7 @@ def test_loss_is_zero_not_nan_where_no_token_counts(models):
     ours.zero_grad()
 
 
-def test_training_it_moves_trunk_embedding_and_head_not_by_a_bit(models):
+def test_training_the_mtp_layer_leaves_trunk_embedding_and_head_unchanged(models):
     _, ours = models
     ids, positions, packed, responses = batch()
 
@@ -113,7 +113,7 @@ def test_training_it_moves_trunk_embedding_and_head_not_by_a_bit(models):
     without, together = gradients(False), gradients(True)
     for name, gradient in together.items():
         if name.startswith("mtp."):
-            # A router's expert may go without a token, but no parameter as a whole.
+            # An expert may get no token, but no whole parameter stays without a gradient.
             assert without[name] is None and gradient.any(), name
         else:
             assert torch.equal(gradient, without[name]), name

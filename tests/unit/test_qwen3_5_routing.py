@@ -1,4 +1,4 @@
-"""Replayed routing: the routers do as they are told, and told their own choice nothing changes."""
+"""Routing replay: routers use the given experts, and replaying their own choice changes nothing."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_process")]
 
 
 def own_choices(model, ids):
-    """The experts that a sequence visits by itself: (T, layers x k)."""
+    """The experts that a sequence visits without replay: (T, layers x k)."""
     seen = []
     hooks = [
         layer.mlp.router.register_forward_hook(lambda _, __, output: seen.append(output[1]))
@@ -29,7 +29,7 @@ def own_choices(model, ids):
 
 
 @pytest.mark.parametrize("mtp", [False, True])
-def test_told_their_own_choice_the_routers_change_nothing(mtp):
+def test_replaying_the_routers_own_choice_changes_nothing(mtp):
     plain = sequences(SHAPES)
     rounded, free, told = (models("moe", int(mtp), dtype)[1] for dtype in (torch.float32, torch.float64, torch.float64))
     with in_float64():
@@ -42,14 +42,14 @@ def test_told_their_own_choice_the_routers_change_nothing(mtp):
 
 
 @torch.no_grad()
-def test_a_layer_visits_the_experts_that_it_is_told():
+def test_a_layer_visits_the_replayed_experts():
     architecture, model, _ = models("moe")
     _, model_in_float64, _ = models("moe", dtype=torch.float64)
     tokens = torch.randn(7, 1, architecture.hidden_size)
     experts = torch.rand(7, architecture.num_layers, architecture.num_experts).topk(architecture.experts_per_token)
 
     def told_and_plain(model, tokens):
-        """The first layer's outputs for experts that it is told, and the same written out: (7, hidden) each."""
+        """The first layer's outputs for replayed experts, and the same computed directly: (7, hidden) each."""
         layer = model.decoder.layers[0].mlp
         replay_routing(model, experts.indices)
         output, _ = layer(tokens)
@@ -68,7 +68,7 @@ def test_a_layer_visits_the_experts_that_it_is_told():
     assert_as_precise(found_in_float64, reference, exact)
 
 
-def test_the_agreement_is_the_share_of_choices_that_the_routers_would_have_made():
+def test_the_agreement_is_the_share_of_choices_the_routers_share():
     architecture, model, _ = models("moe")
     layer, tokens = model.decoder.layers[0].mlp, torch.randn(7, 1, architecture.hidden_size)
     experts = torch.rand(7, architecture.num_layers, architecture.num_experts).topk(architecture.experts_per_token)

@@ -1,4 +1,4 @@
-"""Tables, plots and the report, from manifests as the evaluation and the training write them."""
+"""Tables, plots and the report, from manifests in the form that evaluations and trainings write."""
 
 import json
 import math
@@ -189,7 +189,9 @@ def test_prompts_that_were_trained_on_and_are_scored_are_told(reported):
     sets = {"dapo": ["one?", "two?", "three?"], "aime": ["three?", "four?"], "sums": ["five?"]}
     page, printed = reported(**sets)
     sentence = "1 of the 2 prompts of aime are in the training set dapo as well (line 1 is line 3)"
-    assert page.count(sentence) == printed.count(f"warning: {sentence}") == 1  # once, though two models share the sets
+    assert (
+        page.count(sentence) == printed.count(f"warning: {sentence}") == 1
+    )  # only once, though two models share the sets
     assert "prompts of sums" not in page
     page, _ = reported(**sets | {"aime": ["four?"], "sums": ["two?"]})
     assert "prompts of aime" not in page and "1 of the 1 prompts of sums are in the training set dapo" in page
@@ -264,14 +266,13 @@ def test_scores_by_different_protocols_or_of_different_problems_are_not_paired(r
 def test_scores_made_by_other_code_or_versions_are_compared_with_a_note(results):
     base, trained = scores_of(results)
     (alike,) = pairs([base, trained])
-    assert "not made alike" not in in_words(alike)
+    assert "different code" not in in_words(alike)
     manifest = json.loads(trained.manifest.path.read_text())
     manifest["provenance"] |= {"code": "other", "versions": {"sympy": "2.0"}}
     trained.manifest.path.write_text(json.dumps(manifest))
     (pair,) = pairs(read_scores([base.manifest.path, trained.manifest.path]))
-    assert in_words(pair) == (
-        f"The two scores were not made alike (its code, sympy not installed -> 2.0). {in_words(alike)}"
-    )
+    differs = "The two scores were made with different code or versions (its code, sympy not installed -> 2.0)."
+    assert in_words(pair) == f"{differs} {in_words(alike)}"
 
 
 def test_a_flipped_bit_in_the_samples_is_found_and_named(tmp_path):
@@ -358,7 +359,7 @@ def test_a_short_run_or_one_without_some_metrics_is_drawn_too(tmp_path):
 
 
 class Page(HTMLParser):
-    """What a browser would load or run."""
+    """Everything that a browser would load or run."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

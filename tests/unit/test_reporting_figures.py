@@ -132,7 +132,7 @@ def rewards(*values):
         ([0.125], "12.5% → 12.5%"),
     ],
 )
-def test_the_reward_is_said_of_the_first_and_the_last_twentieth_of_the_rollouts(tmp_path, page, values, said):
+def test_the_reward_is_reported_for_the_first_and_the_last_twentieth_of_the_rollouts(tmp_path, page, values, said):
     base = score(tmp_path, "base", BASE)
     found = Page(page([base], training(tmp_path, rewards(*values)))).terms
     assert found["reward, first and last twentieth"] == said
@@ -159,7 +159,7 @@ def test_a_training_that_was_never_validated_has_no_best(tmp_path, page):
     assert "best by validation" not in page([score(tmp_path, "base", BASE)], training(tmp_path, rewards(0.5)))
 
 
-def test_validations_stand_at_their_rollouts_and_the_last_of_two_counts(tmp_path):
+def test_validations_are_plotted_at_their_rollouts_and_the_last_of_two_counts(tmp_path):
     validations = [(0, 0.1), (2, 0.2), (4, 0.3), (4, 0.4)]  # the last weights again, by another protocol
     lines = [{"rollout": rollout, "validation_average": average} for rollout, average in validations]
     found = training(tmp_path, sorted([*rewards(0.5, 0.6, 0.7, 0.8), *lines], key=lambda line: line["rollout"]))
@@ -341,7 +341,7 @@ def test_problems_are_sorted_by_the_base_and_drawn_in_its_colour(tmp_path):
     assert [to_hex(dots.get_facecolor()[0]) for dots in (before, after)] == [THEME.base, THEME.trained]
 
 
-def test_the_reward_is_drawn_as_it_was_and_smoothed_with_its_validations(tmp_path):
+def test_the_reward_plot_shows_raw_and_smoothed_values_and_validations(tmp_path):
     values = [0.0, 0.3, 0.6, *[0.5] * 8, 0.2]
     validations = [{"rollout": 0, "validation_average": 0.1}, {"rollout": 12, "validation_average": 0.9}]
     (axes,) = drawn([training(tmp_path, [*rewards(*values), *validations])], [], "reward")

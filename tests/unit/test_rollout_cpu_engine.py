@@ -1,4 +1,4 @@
-"""The CPU engine against transformers: the same distribution, sampled as asked, whatever shares the batch."""
+"""The CPU engine against transformers: the same distribution and sampling, independent of the batch."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def folder(folders, request):
 def transformers_models(folder):
     """Transformers' model in fp32 and in float64."""
     transformers_logging.disable_progress_bar()
-    options = {"experts_implementation": "eager"}  # the faster ones know no float64
+    options = {"experts_implementation": "eager"}  # the faster ones don't support float64
     fp32 = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, **options)
     with in_float64():
         return fp32.eval(), AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64, **options).eval()
@@ -81,7 +81,7 @@ def test_greedy_answers_are_those_of_transformers(folder):
     assert [len(completion.token_ids) for completion in completions] == [12] * len(LENGTHS)
     logits = list(teacher_forced(transformers_models(folder), requests, completions))
     assert_log_probs(completions, logits)
-    # No token is likelier than the one that was chosen, but for rounding.
+    # Up to rounding, no token is likelier than the chosen one.
     found = torch.tensor([log_prob for completion in completions for log_prob in completion.log_probs])
     assert_as_precise(found, *(x.log_softmax(-1).amax(-1) for x in logits))
 
@@ -119,7 +119,7 @@ def test_samples_follow_the_distribution(folders, engine):
 
 
 def a_mixed_batch():
-    """Groups of one prompt, prompts of one sample, stops that empty rows at different times."""
+    """Groups with one prompt, prompts with one sample, and stops that free rows at different times."""
     prompts = random_prompts(7, 7, 20, 66, 3)
     requests = [Request(prompts[index % 5], seed) for seed, index in enumerate([0] * 8 + [1, 2, 3, 4] * 2 + [2] * 5)]
     return requests, SamplingParams(max_new_tokens=30, stop_token_ids=tuple(range(0, VOCABULARY, 12)))

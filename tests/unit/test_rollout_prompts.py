@@ -42,7 +42,7 @@ def test_only_the_closing_tokens_are_left_out_of_a_text(tokenizer):
     assert decode(tokenizer, [end]) == ""
 
 
-def test_answers_stop_at_the_end_of_turn_of_text_and_what_the_checkpoint_names(tmp_path, tokenizer):
+def test_responses_stop_at_end_of_turn_end_of_text_and_the_checkpoint_s_own_tokens(tmp_path, tokenizer):
     end, padding, more = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>", "<|image_pad|>"])
     assert stop_token_ids(tmp_path, tokenizer) == tuple(sorted([end, padding]))
     write_json(tmp_path / "generation_config.json", {"eos_token_id": [end, more]})

@@ -1,4 +1,4 @@
-"""One sampling step: the random numbers, and what top-k and top-p leave."""
+"""One sampling step: the random numbers, top-k and top-p."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ PROBS = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
 
 
 def drawn(**params):
-    """The tokens that come out over a grid of uniform numbers, with their frequencies."""
+    """The tokens sampled for a grid of uniform numbers, with their frequencies."""
     grid = (torch.arange(1000).double() + 0.5) / 1000
     tokens, _ = sample(PROBS.log().repeat(1000, 1), grid, SamplingParams(max_new_tokens=1, **params))
     return torch.bincount(tokens, minlength=len(PROBS)) / 1000
@@ -24,7 +24,7 @@ def test_uniform_numbers_are_uniform_over_seeds_and_positions():
     assert 0 <= grid.min() < grid.max() < 1
     counts = np.histogram(grid, bins=100, range=(0, 1))[0]
     assert abs(((counts - 900) ** 2 / 900).sum() - 99) < 4 * (2 * 99) ** 0.5
-    # Neither the next position nor the next seed says anything about a number: 90,000 pairs in 10 x 10 cells each.
+    # Numbers of neighbouring positions and seeds are independent: 90,000 pairs in 10 x 10 cells each.
     for left, right in [(grid[:, :-1], grid[:, 1:]), (grid[:-1], grid[1:])]:
         cells = np.histogram2d(left.ravel(), right.ravel(), bins=10, range=[(0, 1)] * 2)[0]
         expected = left.size / 100
@@ -32,7 +32,7 @@ def test_uniform_numbers_are_uniform_over_seeds_and_positions():
 
 
 def test_uniform_numbers_never_change():
-    # A change of these would break the resumption of runs that are under way.
+    # A change of these numbers would break the resumption of existing runs.
     expected = [0.6524484863740322, 0.9435642308648544, 0.510562089893682, 0.778038700176834]
     found = uniforms(seed_words([0, 1, -1, 2**70 + 5]), np.array([0, 1, 2, 3]))
     assert found.tolist() == expected
@@ -58,7 +58,7 @@ def test_top_k_and_top_p_hold_together():
     assert (drawn(top_k=1, top_p=0.99) > 0).tolist() == [False, True, False, False, False]
 
 
-def test_temperature_zero_takes_the_most_likely_and_its_plain_log_prob():
+def test_temperature_zero_takes_the_most_likely_token_and_its_plain_log_prob():
     tokens, log_probs = sample(PROBS.log()[None], torch.tensor([0.99]).double(), SamplingParams(1, temperature=0))
     assert tokens.tolist() == [1]
     assert log_probs.tolist() == pytest.approx([np.log(0.4)])

@@ -1,4 +1,4 @@
-"""Checkpoints in the Hub's format: exact on the way in and out, and one line for each way to be broken."""
+"""Checkpoints in the Hub's format: exact reading and writing, and a one-line error for each kind of damage."""
 
 import json
 

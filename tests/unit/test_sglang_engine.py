@@ -1,7 +1,7 @@
-"""The SGLang engine's own part on a CPU: servers that start, answer, die, hang and come back.
+"""The SGLang engine on a CPU: servers that start, answer, die, hang and are restarted.
 
-The servers are real processes of `rollout.sglang_launch`; in them a small package takes SGLang's place that speaks its
-protocol. tests/gpu/ runs the same calls against SGLang itself.
+The servers are real processes of `rollout.sglang_launch`, in which a small package that speaks SGLang's protocol
+replaces SGLang. tests/gpu/ runs the same calls against SGLang itself.
 """
 
 import os
@@ -18,7 +18,7 @@ import torch
 
 from milepost.common.errors import UserError
 from milepost.qwen3_5.architecture import Architecture
-from milepost.rollout import sglang_engine
+from milepost.rollout import sglang_dispatch, sglang_engine
 from milepost.rollout.engine import Drafting, Request, SamplingParams
 from milepost.rollout.sglang_engine import SglangEngine
 from milepost.rollout.sglang_server import Server, server_arguments
@@ -139,7 +139,7 @@ def pid(server):
 
 
 def processes(completions):
-    """Which processes answered."""
+    """The processes that answered."""
     return {-int(completion.log_probs[0]) for completion in completions}
 
 
@@ -183,7 +183,7 @@ def test_a_server_that_dies_is_restarted_and_its_requests_are_asked_again(start,
     completions = engine.generate(requests(40, length=30), PARAMS)
     assert [completion.token_ids for completion in completions] == [[1000 + n, n] for n in range(40)]
     assert pid(victim) != old and victim.starts == 2
-    assert "starting it anew" in capsys.readouterr().err
+    assert "restarting it" in capsys.readouterr().err
 
 
 def test_the_only_server_may_die(start):
@@ -194,14 +194,14 @@ def test_the_only_server_may_die(start):
 
 @pytest.mark.timeout(60)
 def test_a_server_that_compiles_kernels_for_its_first_answer_does_not_hang(start, monkeypatch):
-    monkeypatch.setattr(sglang_engine, "PATIENCE", 2)
-    monkeypatch.setattr(sglang_engine, "CHECK_INTERVAL", 0.1)
+    monkeypatch.setattr(sglang_dispatch, "PATIENCE", 2)
+    monkeypatch.setattr(sglang_dispatch, "CHECK_INTERVAL", 0.1)
     engine = start(1, random_seed=14)
     (server,) = engine.servers
     assert len(engine.generate(requests(4), PARAMS)) == 4
     assert (server.starts, engine.repeated) == (1, 0)
 
-    # Now it may be silent for two seconds, and its next process, which compiles anew, for longer again.
+    # Now it may be silent for two seconds; its next process, which compiles again, for longer.
     threading.Timer(0.2, os.kill, (pid(server), signal.SIGSTOP)).start()
     assert len(engine.generate(requests(8, length=20), PARAMS)) == 8
     assert server.starts == 2
@@ -211,9 +211,9 @@ def test_a_server_that_compiles_kernels_for_its_first_answer_does_not_hang(start
 @pytest.mark.parametrize("seconds", [0, 0.2], ids=["before", "meanwhile"])
 @pytest.mark.parametrize("servers", [1, 2])
 def test_servers_that_hang_are_restarted(start, monkeypatch, servers, seconds):
-    monkeypatch.setattr(sglang_engine, "PATIENCE", 1)
-    monkeypatch.setattr(sglang_engine, "FIRST_PATIENCE", 1)
-    monkeypatch.setattr(sglang_engine, "CHECK_INTERVAL", 0.1)
+    monkeypatch.setattr(sglang_dispatch, "PATIENCE", 1)
+    monkeypatch.setattr(sglang_dispatch, "FIRST_PATIENCE", 1)
+    monkeypatch.setattr(sglang_dispatch, "CHECK_INTERVAL", 0.1)
     engine = start(servers)
 
     def hang():
@@ -229,7 +229,7 @@ def test_servers_that_hang_are_restarted(start, monkeypatch, servers, seconds):
     assert engine.repeated >= (servers if seconds else 0) and not engine.is_reproducible
 
 
-def test_a_server_whose_restart_fails_is_tried_again_while_the_others_answer(start, monkeypatch):
+def test_a_failed_restart_is_retried_while_the_other_servers_answer(start, monkeypatch):
     engine = start(2)
     begin, failures = engine._start, [UserError("no memory")]
 
@@ -268,7 +268,7 @@ def test_an_interrupt_aborts_what_runs_and_the_engine_goes_on(start):
 
 @pytest.mark.timeout(60)
 def test_an_interrupt_does_not_wait_for_a_server_that_hangs(start, monkeypatch):
-    monkeypatch.setattr(sglang_engine, "ABORT_SECONDS", 1)
+    monkeypatch.setattr(sglang_dispatch, "ABORT_SECONDS", 1)
     engine = start(2)
 
     def interrupt(index, completion):
@@ -291,7 +291,7 @@ def test_only_a_restarted_server_s_weights_are_checked_while_the_others_answer(s
     assert set(asked) == {1}
 
 
-def test_a_restart_that_all_answers_are_quicker_than_is_waited_for_the_next_time(start):
+def test_a_restart_slower_than_all_responses_is_awaited_in_the_next_batch(start):
     engine = start(2)
     engine.servers[1].kill()
     engine.generate(requests(2), PARAMS)
@@ -307,13 +307,13 @@ def test_a_server_that_fails_at_the_start_says_why_in_one_line(start):
     assert "\n" not in str(caught.value)
 
 
-def test_an_answer_that_sglang_cut_shorter_than_asked_for_is_no_answer(start):
-    """It does so where its memory does not hold a whole one; taken as it is, the answer would count as wrong."""
-    with pytest.raises(UserError, match="its memory holds an answer of 4 tokens, not of 9: raise mem_fraction_static"):
+def test_a_response_that_sglang_truncates_below_the_limit_is_an_error(start):
+    """SGLang truncates what its memory can't hold; the response would count as wrong."""
+    with pytest.raises(UserError, match="its memory holds a response of 4 tokens, not of 9: raise mem_fraction_static"):
         start(1).generate(requests(1), SamplingParams(max_new_tokens=9))
 
 
-def test_what_a_server_said_is_kept_until_another_two_have_spoken(start, tmp_path):
+def test_a_server_s_log_is_kept_until_the_second_next_start(start, tmp_path):
     log, previous = tmp_path / "logs/sglang-0.log", tmp_path / "logs/sglang-0.previous.log"
     with pytest.raises(UserError):
         start(1, random_seed=13)
@@ -324,7 +324,7 @@ def test_what_a_server_said_is_kept_until_another_two_have_spoken(start, tmp_pat
     assert "as it were" in said and previous.read_text() == said and "as it were" not in log.read_text()
 
 
-def test_an_argument_that_this_sglang_has_not_is_named(start):
+def test_an_unknown_sglang_argument_is_named(start):
     with pytest.raises(UserError, match=r"engine\.server_arguments: this version of SGLang has no frobnicate"):
         start(1, frobnicate=1)
 
@@ -345,11 +345,11 @@ def test_asleep_or_without_weights_nothing_is_generated(start):
         engine.generate(requests(1), PARAMS)
 
 
-def test_a_restarted_server_is_given_the_weights_that_it_should_have(start):
+def test_a_restarted_server_gets_the_current_weights(start):
     engine = start(1)
     engine._folder_is_current = False  # as after load_weights, which needs a GPU
     os.kill(pid(engine.servers[0]), signal.SIGKILL)
-    with pytest.raises(UserError, match="nobody is there to send it the current weights"):
+    with pytest.raises(UserError, match="nothing can send it the current weights"):
         engine.generate(requests(2), PARAMS)
 
     def supply():
@@ -373,7 +373,7 @@ def test_a_server_sets_memory_aside_for_its_share_of_the_requests(package, tmp_p
 
 
 def test_what_drafts_remember_is_part_of_the_engine_s_memory(package, tmp_path, monkeypatch):
-    """SGLang does not count it: of four layers, one of them full attention, it would take nearly twice its share."""
+    """SGLang ignores the drafts' cache: with one full-attention layer of four, it would take nearly twice its share."""
     monkeypatch.setenv("PYTHONPATH", str(package))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     make_tiny_hub(tmp_path, MOE)

@@ -1,4 +1,4 @@
-"""Preflight under Slurm asks sinfo, or says that it could not."""
+"""Preflight under Slurm queries sinfo, or says that it could not."""
 
 import os
 
@@ -19,7 +19,7 @@ debug|gpu:2,gpu:l4:1|64000|48
 
 @pytest.fixture
 def sinfo(tmp_path, monkeypatch):
-    """A sinfo that knows `NODES`; written anew it may do otherwise."""
+    """A sinfo that reports `NODES`; tests may overwrite it."""
     tool = tmp_path / "bin/sinfo"
     tool.parent.mkdir()
     (tmp_path / "nodes").write_text(NODES)
@@ -41,7 +41,7 @@ def test_the_nodes_are_those_of_the_partition(sinfo):
 
 
 def check(root, capsys, partitions, overrides=None) -> str:
-    """Preflight of 9B's conversion and training; what it says besides."""
+    """Run preflight for 9B's conversion and training; return its warnings."""
     configuration = load(root / "config/config.yaml", root / "config/models", overrides or {})
     jobs = [("convert", {"model": "9B"}), ("train", {"model": "9B"})]
     check_jobs(jobs, configuration, Provenance(configuration, root / "workflow_scripts"), partitions)

@@ -1,4 +1,4 @@
-"""Which results are stale, and what a dry run says of them: settings, code and versions, and content, not history."""
+"""Staleness, and what a dry run says about it: settings, code, versions and content count, history does not."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ class Workflow:
         self.code, self.versions, self.settings = "c1", {"torch": "2.0"}, {}
 
     def today(self) -> Provenance:
-        """As a new run of Snakemake sees it."""
+        """Results as a new run of Snakemake sees them."""
         overrides = {"models": ["tiny"], "results": str(self.folder), **self.settings}
         configuration = load(self.root / "config/config.yaml", self.root / "config/models", overrides)
         self.monkeypatch.setattr(provenance, "code_digest", lambda scripts, *names: f"{self.code} {names[0]}")
@@ -46,7 +46,7 @@ class Workflow:
         return Provenance(configuration, self.root / "workflow_scripts")
 
     def make(self, stage, content="x", **which):
-        """Do what a stage's job does as far as its manifest goes."""
+        """Write a stage's manifest as its job would."""
         today = self.today()
         path = today._manifest(stage, which)
         write_json(self.folder / "job.json", today.job(stage, **which))
@@ -72,7 +72,7 @@ class Workflow:
         }
 
     def stale(self) -> dict[str, str]:
-        """What would be made again, and why."""
+        """The results that would be remade, and why."""
         return {name: "; ".join(state.stale) for name, state in self.states().items() if not state.fresh}
 
     def keys(self) -> dict[str, str]:
@@ -129,9 +129,9 @@ def test_other_code_and_versions_are_named(workflow):
     )
 
 
-def test_a_download_made_again_with_the_same_files_makes_nothing_else_stale(workflow):
+def test_a_repeated_download_of_the_same_files_makes_nothing_else_stale(workflow):
     workflow.code = "c2"
-    assert "download made again" in workflow.stale()["convert"]  # as long as nobody knows what it will give
+    assert "download made again" in workflow.stale()["convert"]  # as long as its content is unknown
     workflow.make("download", model="tiny")
     workflow.code = "c1"
     assert set(workflow.stale()) == {"download"} | {"convert", "train", "evaluate base"} | AFTER_TRAINING
@@ -142,7 +142,7 @@ def test_a_download_made_again_with_the_same_files_makes_nothing_else_stale(work
 
 
 def test_the_same_tensors_converted_again_leave_the_training_fresh(workflow):
-    """torch_dist's other files differ from save to save."""
+    """torch_dist's other files differ between saves."""
     path = workflow.folder / "tiny/convert.json"
     manifest = read_json(path)
     before = content_of(manifest)
@@ -171,7 +171,7 @@ def test_a_data_set_is_also_how_prompts_are_made_of_it(workflow):
         (lambda files: (files / "file").write_text("longer"), "file has another size"),
     ],
 )
-def test_files_that_are_gone_or_cut_short_make_just_their_result_stale(workflow, damage, said):
+def test_missing_or_truncated_files_make_only_their_result_stale(workflow, damage, said):
     before = workflow.keys()
     damage(workflow.folder / "tiny/hf/grpo-files")
     stale = workflow.stale()
@@ -196,7 +196,7 @@ def test_the_first_changes_are_named_and_the_others_counted():
 
 
 def samples(workflow, weights="base"):
-    """What a dry run says of an evaluation's samples."""
+    """What a dry run says about an evaluation's samples."""
     return workflow.today().why("evaluate", model="tiny", dataset="sums-evaluation", weights=weights).split("; ")[-1]
 
 
@@ -235,7 +235,7 @@ def why(workflow):
     return workflow.today().why("train", model="tiny")
 
 
-def test_a_training_says_whether_it_goes_on_and_how_to_get_the_other(workflow):
+def test_a_training_says_whether_it_continues_and_how_to_do_otherwise(workflow):
     assert why(workflow) == ""
     workflow.settings = {"per_model": {"tiny": {"training": {"rollouts": 70}}}}
     assert why(workflow) == "training.rollouts: 60 -> 70; the run goes on after 60 rollouts"
@@ -243,7 +243,7 @@ def test_a_training_says_whether_it_goes_on_and_how_to_get_the_other(workflow):
     begins = "; a new run begins, and the old one stays"
     assert why(workflow) == f"optimizer.learning_rate: 0.0001 -> 0.001{begins}"
     workflow.settings, workflow.code = {}, "c2"
-    for stage in ("dataset", "download", "convert"):  # of which the contents stay
+    for stage in ("dataset", "download", "convert"):  # whose contents stay
         for which in STAGES[stage]:
             workflow.make(stage, **which)
     assert why(workflow) == f"its code{begins}; training.on_code_change: continue would go on"
@@ -303,10 +303,10 @@ def test_of_two_runs_that_could_go_on_the_furthest_does(workflow):
     assert workflow.today().run("tiny") == second
 
 
-# ---- results that are there already ---------------------------------------------------------------------------------
+# ---- existing results ---------------------------------------------------------------------------------
 
 
-def test_a_folder_serves_again_only_where_all_that_made_it_is_the_same(tmp_path):
+def test_a_folder_is_reused_only_if_nothing_it_depends_on_changed(tmp_path):
     from milepost.checkpoints.manifest import keep_manifest
 
     folder = tmp_path / "folder"

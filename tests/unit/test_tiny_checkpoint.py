@@ -1,4 +1,4 @@
-"""The made checkpoints: what Transformers loads, in the names and dtypes of the Hub, the same for the same seed."""
+"""Generated checkpoints: loadable by Transformers, with the Hub's names and dtypes, the same for the same seed."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ def made(request, tmp_path_factory) -> Manifest:
 
 
 def tensors_of(manifest: Manifest) -> dict[str, torch.Tensor]:
-    """Every tensor, read by the index: name -> tensor."""
+    """Name -> tensor, read through the index."""
     weight_map = read_json(manifest.root / "model.safetensors.index.json")["weight_map"]
     tensors = {}
     for file in set(weight_map.values()):

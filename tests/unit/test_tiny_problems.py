@@ -1,4 +1,4 @@
-"""The made problem sets: apart from one another, right, and in the schema of the real ones."""
+"""Generated problem sets: disjoint, correct, and in the format of the real ones."""
 
 import json
 
@@ -30,7 +30,7 @@ def test_a_draw_repeats_for_its_seed_and_never_within_itself(seed):
     assert additions != draw(Problems(split="train", seed=seed + 1, rows=500))
 
 
-def test_more_rows_than_there_are_problems_is_an_error_that_says_how_many_there_are():
+def test_asking_for_more_rows_than_problems_says_how_many_there_are():
     with pytest.raises(UserError, match=f"has {len(all_additions('evaluation'))}: lower rows"):
         draw(Problems(split="evaluation", rows=100_000))
 

@@ -1,4 +1,4 @@
-"""Which GPUs a job may choose from, and that it waits for those that others hold."""
+"""A job chooses among visible GPUs, and waits for those that other jobs hold."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ UUIDS = ("GPU-aaaa-1", "GPU-bbbb-2", "GPU-cccc-3")
 
 @pytest.fixture
 def driver(tmp_path, monkeypatch):
-    """A machine with three GPUs, and locks of the test's own."""
+    """A machine with three GPUs, and a separate lock folder."""
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\n" + "".join(f"echo {uuid}, 81559, [N/A]\n" for uuid in UUIDS))
     tool.chmod(0o755)
@@ -29,7 +29,7 @@ def driver(tmp_path, monkeypatch):
         (None, dict(zip("012", UUIDS, strict=True))),
         ("2,0", {"2": UUIDS[2], "0": UUIDS[0]}),
         ("GPU-b", {"GPU-b": UUIDS[1]}),
-        ("1,7,0", {"1": UUIDS[1]}),  # CUDA stops at an entry that names none
+        ("1,7,0", {"1": UUIDS[1]}),  # CUDA stops at an invalid entry
         ("", {}),
         ("MIG-1234", {"MIG-1234": "MIG-1234"}),
     ],
@@ -43,7 +43,7 @@ def test_a_gpu_is_told_by_its_uuid_however_the_user_lists_it(driver, monkeypatch
 
 def test_more_gpus_than_are_visible_are_refused(driver, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    with pytest.raises(UserError, match=r"2 GPUs are needed and 1 are visible \(CUDA_VISIBLE_DEVICES: 1\)"):
+    with pytest.raises(UserError, match=r"2 GPUs are needed, but only 1 are visible \(CUDA_VISIBLE_DEVICES: 1\)"):
         with_gpus.take(2, with_gpus.visible_devices(2))
 
 
@@ -69,7 +69,7 @@ def test_locks_go_with_a_job_that_is_killed(driver, tmp_path, environment, monke
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert "other jobs have GPUs: waiting until 3 of 0,1,2 are free" in waiting.stderr.readline()
+    assert "GPUs are in use: waiting until 3 of 0,1,2 are free" in waiting.stderr.readline()
     time.sleep(1)
     assert waiting.poll() is None
     job.kill()

@@ -1,1 +1,1 @@
-"""The packages behind the entry scripts beside this folder; see the README for who calls whom."""
+"""The packages that the entry scripts use; README.md, "Reading the code", shows how they depend on each other."""

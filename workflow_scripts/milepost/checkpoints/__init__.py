@@ -1,1 +1,1 @@
-"""Weights on disk: Hub and Megatron names, torch_dist, safetensors, and the manifests that vouch for folders."""
+"""Weights on disk: Hub and Megatron names, torch_dist, safetensors, and the manifests of result folders."""

@@ -1,4 +1,4 @@
-"""Folders that are either whole or absent: filled beside, synced, then renamed."""
+"""Atomic folders, either complete or absent: filled under a temporary name, synced, then renamed."""
 
 import os
 import shutil
@@ -8,19 +8,19 @@ from milepost.common.files import sync_folder
 
 
 def partial_folder(folder: Path | str) -> Path:
-    """Where ``folder`` is filled until it is whole; the same for every process."""
+    """The temporary name under which ``folder`` is filled; the same for every process."""
     folder = Path(folder)
     return folder.with_name(f".{folder.name}.partial")
 
 
 def start_folder(partial: Path) -> None:
-    """Make ``partial``, empty: what an interrupted run left there goes."""
+    """Create an empty ``partial``; removes what an interrupted run left there."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
 
 def finish_folder(partial: Path, folder: Path | str) -> None:
-    """Put ``partial`` in the place of ``folder``; what was there goes once the new one is in its place."""
+    """Sync ``partial`` and rename it to ``folder``; an old ``folder`` is removed only after that."""
     folder = Path(folder)
     for path in [*partial.rglob("*"), partial]:
         if path.is_dir():

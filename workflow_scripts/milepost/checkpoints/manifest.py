@@ -1,7 +1,7 @@
-"""Manifests: one small JSON file, written last, that vouches for a folder of large ones.
+"""Manifests: a small JSON file, written last, that lists a folder's files with their sizes and digests.
 
-A rule's declared output is a manifest; the folder that it names hangs off it. Consumers check sizes before they
-read (`require`), and digests where a flipped bit would hurt (``digests=True``).
+A manifest is a rule's declared output; the folder that it describes is not. Consumers check sizes before they read
+(`require`), and digests where a flipped bit would hurt (``digests=True``).
 """
 
 import os
@@ -18,16 +18,16 @@ from milepost.common.versions import versions
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a manifest file says.
+    """The content of a manifest file.
 
     Attributes:
         path: the manifest itself.
-        kind: the stage that made it: ``download``, ``convert``, ``train`` ...
+        kind: the stage that wrote it: ``download``, ``convert``, ``train`` ...
         root: the folder that ``files`` are relative to.
         files: relative name -> ``{"bytes": int, "sha256": str}``.
-        facts: what else the stage wants to hand on (plain JSON).
-        provenance: the rule's provenance param: config slice, code, upstream.
-        versions: of the packages that made it (`versions`).
+        facts: further information for later stages (plain JSON).
+        provenance: the job's settings, code and inputs (`common.jobs.read_job`).
+        versions: of the installed packages (`common.versions`).
     """
 
     path: Path
@@ -39,20 +39,18 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
 
     def require(self, digests: bool = False) -> "Manifest":
-        """Check that every file is there with its size (and its sha256); the first that is not is a `UserError`."""
+        """Raise a `UserError` unless every file exists with its size (and, with ``digests``, its sha256)."""
         for name, entry in self.files.items():
             file = self.root / name
             if not file.is_file():
-                raise UserError(
-                    f"{file}: missing, though {self.path} vouches for it: delete that manifest and run again"
-                )
+                raise UserError(f"{file}: missing, though {self.path} lists it: delete that manifest and run again")
             if file.stat().st_size != entry["bytes"]:
                 raise UserError(
                     f"{file}: {file.stat().st_size} bytes, {self.path} says {entry['bytes']}: delete both and run again"
                 )
         if digests:
             files = [self.root / name for name in self.files]
-            for file, entry, digest in zip(files, self.files.values(), side_by_side(sha256_of, files), strict=True):
+            for file, entry, digest in zip(files, self.files.values(), in_threads(sha256_of, files), strict=True):
                 if digest != entry["sha256"]:
                     raise UserError(
                         f"{file}: its sha256 is not the one in {self.path}: it is damaged; delete both and run again"
@@ -68,12 +66,12 @@ def write_manifest(
     provenance: dict[str, Any],
     facts: dict[str, Any] | None = None,
 ) -> Manifest:
-    """Write the manifest of ``files`` below ``root``; names without an entry are measured and digested here."""
+    """Write the manifest of ``files`` below ``root``; if these are only names, compute their sizes and digests."""
     path, root = Path(path), Path(root)
     entries = files
     if not isinstance(files, dict):
         names = sorted(files)
-        entries = dict(zip(names, side_by_side(describe, [root / name for name in names]), strict=True))
+        entries = dict(zip(names, in_threads(describe, [root / name for name in names]), strict=True))
     write_json(
         path,
         {
@@ -89,7 +87,7 @@ def write_manifest(
 
 
 def read_manifest(path: Path | str) -> Manifest:
-    """Read a manifest; a file that is not one is a `UserError`."""
+    """Read a manifest; any other file is a `UserError`."""
     path, content = Path(path), read_json(path)
     try:
         return Manifest(
@@ -110,8 +108,8 @@ def describe(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
 
-def side_by_side(measure: Callable[[Path], Any], files: list[Path]) -> list[Any]:
-    """``measure`` of each file, several at a time: a digest is bound by one core."""
+def in_threads(measure: Callable[[Path], Any], files: list[Path]) -> list[Any]:
+    """Call ``measure`` on each file, in threads: one digest keeps only one core busy."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(measure, files))
 
@@ -119,9 +117,9 @@ def side_by_side(measure: Callable[[Path], Any], files: list[Path]) -> list[Any]
 def same_result(
     folder: Path, job: dict[str, Any], parts: tuple[str, ...] = ("config", "code", "versions", "inputs")
 ) -> Manifest | None:
-    """The manifest of what lies in ``folder``, if it was made of the same: the same ``parts`` of the job's record.
+    """The kept manifest of ``folder`` if its files are intact and its job had the same ``parts``; else None.
 
-    Snakemake deletes a rule's output before its job runs; `keep_manifest` leaves a copy beside the folder.
+    Snakemake deletes a rule's output before its job runs, so `keep_manifest` leaves a copy next to the folder.
     """
     try:
         kept = read_manifest(_kept(folder)).require()
@@ -132,7 +130,7 @@ def same_result(
 
 
 def vouch_again(kept: Manifest, path: Path | str, job: dict[str, Any]) -> None:
-    """Write the manifest of a `same_result` for the job that would have made it again."""
+    """Write the manifest of a `same_result` as the output of ``job``, which need not make it again."""
     write_manifest(path, kept.kind, kept.root, kept.files, job, kept.facts)
 
 

@@ -1,9 +1,9 @@
-"""Checkpoints in the Hub's format: read lazily, written back as they came.
+"""Checkpoints in the Hub's format: lazy reading, and writing with the headers of a source checkpoint.
 
 A safetensors file is eight bytes (the header's length), a JSON header (name -> dtype, shape, byte range) and the raw
-values (https://huggingface.co/docs/safetensors). Reading maps one tensor's bytes at a time, so a process's memory never
-grows with the file; writing keeps the source's header byte for byte, so names, dtypes, order and shards are the
-source's. Pickled weights are never loaded.
+values (https://huggingface.co/docs/safetensors). Reading maps one tensor's bytes at a time, so memory does not grow
+with the file. Writing copies the source's header byte for byte, and with it names, dtypes, order and shards. Pickled
+weights are never loaded.
 """
 
 import json
@@ -43,7 +43,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: its file within the folder, and its bytes ``begin`` to ``end`` within that file."""
+    """Where a tensor is stored: the file within the folder, and the bytes ``begin`` to ``end`` of that file."""
 
     file: str
     dtype: torch.dtype
@@ -53,15 +53,15 @@ class Entry:
 
 
 class HubCheckpoint:
-    """The weights of a folder in the Hub's format; opening it reads headers alone.
+    """The weights of a folder in the Hub's format; opening it reads only headers.
 
     Attributes:
-        folder: where it lies.
+        folder: the checkpoint's folder.
         entries: tensor name -> `Entry`, in the order of the files.
-        headers: file name -> its first bytes, up to where values begin.
+        headers: file name -> its first bytes, up to the tensors' values.
 
     Raises:
-        UserError: no safetensors there, an index or a header that is broken or disagrees with the files, a cut file.
+        UserError: no safetensors, a truncated file, or an index or header that is broken or contradicts the files.
     """
 
     def __init__(self, folder: Path | str):
@@ -85,9 +85,10 @@ class HubCheckpoint:
         return iter(self.entries)
 
     def read(self, name: str, rows: range | None = None) -> torch.Tensor:
-        """The tensor ``name``, or those rows of its first axis, on the CPU; backed by its part of the file.
+        """Return the tensor ``name``, or those rows of its first axis, on the CPU, memory-mapped from its file.
 
-        Only what is touched is read, and memory is given back with the tensor.
+
+        Only the pages that are touched are read, and they are freed with the tensor.
         """
         if name not in self.entries:
             raise UserError(f"{self.folder}: has no tensor {name}: download the model again")
@@ -100,7 +101,7 @@ class HubCheckpoint:
             return torch.empty(shape, dtype=entry.dtype)
         start = begin - begin % mmap.ALLOCATIONGRANULARITY
         with (self.folder / entry.file).open("rb") as file:
-            # A private, copy-on-write mapping: torch wants writable memory, and the file must never change.
+            # A private, copy-on-write mapping: torch needs writable memory, but the file must never change.
             mapped = mmap.mmap(file.fileno(), end - start, access=mmap.ACCESS_COPY, offset=start)
         mapped.madvise(mmap.MADV_SEQUENTIAL)
         values = torch.frombuffer(mapped, dtype=torch.uint8)[begin - start :]
@@ -109,7 +110,7 @@ class HubCheckpoint:
         return values.view(entry.dtype).view(shape)
 
     def side_files(self) -> list[str]:
-        """Relative names of what is not weights: configuration, tokenizer, index and the like."""
+        """Relative names of the files besides weights: configuration, tokenizer, index and so on."""
         names = (path.relative_to(self.folder) for path in sorted(self.folder.rglob("*")) if path.is_file())
         return [
             str(name)
@@ -119,10 +120,10 @@ class HubCheckpoint:
 
 
 class HubWriter:
-    """Writes the tensors of ``source`` anew into ``folder``: the same files, headers, order, index and side files.
+    """Writes new values for the tensors of ``source`` into ``folder``, with its files, headers, index and side files.
 
-    Tensors may come in any order; each goes straight to its place on disk. Use it as a context manager: leaving it
-    without an exception checks that every tensor has come and syncs the files.
+    Tensors may be written in any order; each goes straight to its place on disk. A context manager: leaving it without
+    an exception checks that every tensor was written, and syncs the files.
     """
 
     def __init__(self, source: HubCheckpoint, folder: Path | str):
@@ -142,10 +143,12 @@ class HubWriter:
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put the values of ``name`` in their place; another dtype or shape than the source's is a `UserError`."""
+        """Write the values of ``name``; a dtype or shape other than the source's is a `UserError`."""
         entry = self.source.entries.get(name)
         if entry is None:
-            raise UserError(f"{self.source.folder}: has no tensor {name}, so there is no place to write it to")
+            raise UserError(
+                f"{self.source.folder}: has no tensor {name}, so it can't be exported: use its own download"
+            )
         if (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape):
             raise UserError(
                 f"{name}: {tensor.dtype} {tuple(tensor.shape)} where {self.source.folder} has {entry.dtype}"
@@ -157,7 +160,7 @@ class HubWriter:
         self.missing.discard(name)
 
     def copy(self, name: str) -> None:
-        """Put the source's own values of ``name`` in their place, bit for bit."""
+        """Copy the source's values of ``name``, bit for bit."""
         self.write(name, self.source.read(name))
 
     def files(self) -> list[str]:
@@ -170,30 +173,30 @@ class HubWriter:
                 os.fsync(descriptor)
             os.close(descriptor)
         if kind is None and self.missing:
-            raise UserError(f"{self.folder}: {len(self.missing)} tensors never came, {min(self.missing)} among them")
+            raise UserError(f"{self.folder}: {len(self.missing)} tensors were not written, such as {min(self.missing)}")
 
 
 def _write_at(descriptor: int, values: memoryview, offset: int) -> None:
-    """Write all of ``values`` at ``offset``; one call of the system writes at most 2 GiB."""
+    """Write all of ``values`` at ``offset``; one system call writes at most 2 GiB."""
     while values:
         written = os.pwrite(descriptor, values, offset)
         values, offset = values[written:], offset + written
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name, as the index says."""
+    """Tensor name -> file name, from the index."""
     index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path}: holds no weight_map: download the model again")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise UserError(f"{path}: {name} is said to be in {file!r}, which is not the name of a safetensors file")
+            raise UserError(f"{path}: maps {name} to {file!r}, not a safetensors file's name: download the model again")
     return weight_map
 
 
 def _check_index(path: Path, weight_map: dict[str, str], entries: dict[str, Entry]) -> None:
-    """The index and the files' headers must name the same tensors in the same places."""
+    """Check that the index and the files' headers list the same tensors in the same files."""
     for name, file in weight_map.items():
         if name not in entries or entries[name].file != file:
             raise UserError(f"{path}: {name} is not in {file}, though the index says so: download the model again")
@@ -214,13 +217,13 @@ def _why_absent(folder: Path, file: str, indexed: bool) -> str:
 
 
 def _read_header(folder: Path, file: str) -> tuple[bytes, dict[str, Entry]]:
-    """The bytes before a file's values, and its tensors; a file that is not whole safetensors is a `UserError`."""
+    """A file's bytes before the values, and its tensors; a `UserError` if it is not a complete safetensors file."""
     path = folder / file
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
-            raise UserError(f"{path}: cut short or not safetensors ({size} bytes): download it again")
+            raise UserError(f"{path}: truncated or not safetensors ({size} bytes): download it again")
         header = stream.read(length)
     start, end, entries = 8 + length, 8 + length, {}
     try:
@@ -234,7 +237,7 @@ def _read_header(folder: Path, file: str) -> tuple[bytes, dict[str, Entry]]:
                 raise ValueError(f"the byte range of {name} does not fit its shape")
             entries[name], end = entry, max(end, entry.end)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: its header is not safetensors' ({error}): download it again") from None
+        raise UserError(f"{path}: invalid safetensors header ({error}): download it again") from None
     if end != size:
         raise UserError(f"{path}: {size} bytes, but its header needs {end}: download it again")
     return length.to_bytes(8, "little") + header, entries

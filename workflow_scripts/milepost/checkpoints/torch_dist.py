@@ -1,11 +1,10 @@
-"""Megatron-Core distributed checkpoints (torch_dist): saved by any parallel layout, loaded by any other.
+"""Megatron-Core distributed checkpoints (torch_dist): saved under one parallel layout, loaded under any other.
 
-The format is Megatron-Core's own, written and read through its ``dist_checkpointing``. Two things differ from its
-defaults, both for host memory: the writer passes one tensor at a time to its file (the default first copies to the
-host, at once, all that a rank writes), and the reader fills the model's own storage (the default makes a second copy
-of every tensor that is stored in components).
+The format is Megatron-Core's, written and read through its ``dist_checkpointing``. Two things differ from its defaults,
+both to save host memory: the writer copies one tensor at a time to the host (by default, everything a rank writes at
+once), and the reader fills the model's own storage (by default, it copies every tensor that is stored in components).
 
-Every function here is collective: all processes of the job call it.
+Every function here is collective: all processes of the job must call it.
 """
 
 import math
@@ -44,9 +43,9 @@ from milepost.common.files import require_room
 from milepost.qwen3_5.experts import is_expert
 from milepost.qwen3_5.model import bare
 
-MAX_FILES = 8  # of one rank
+MAX_FILES = 8  # per rank
 FILE_BYTES = 2**29
-# All that a .metadata names, besides torch's types.
+# All names that a .metadata contains, besides torch's dtypes.
 DESCRIPTIONS = {
     "pathlib": {"PosixPath"},
     "torch": {"Size"},
@@ -69,7 +68,7 @@ Progress = Callable[[int], object]
 
 
 def save(model: nn.Module, folder: Path | str, progress: Progress | None = None) -> None:
-    """Write the weights of ``model`` to ``folder``, which is whole or stays as it was; `UserError` without the room."""
+    """Write the weights of ``model`` to ``folder``, atomically; `UserError` if the disk lacks room."""
     partial = partial_folder(folder)
     if dist.get_rank() == 0:
         start_folder(partial)
@@ -77,7 +76,7 @@ def save(model: nn.Module, folder: Path | str, progress: Progress | None = None)
     require_room(partial, whole_bytes(model))
     try:
         dist_checkpointing.save(_sharded_state_dict(model), str(partial), _OneTensorAtATime(progress))
-    except CheckpointException as error:  # raised on every rank, with what any rank met: a full disk, say
+    except CheckpointException as error:  # raised on every rank, with every rank's error, e.g. a full disk
         raise next((cause for cause, _ in error.failures.values() if isinstance(cause, OSError)), error) from error
     if dist.get_rank() == 0:
         finish_folder(partial, folder)
@@ -85,7 +84,7 @@ def save(model: nn.Module, folder: Path | str, progress: Progress | None = None)
 
 
 def whole_bytes(model: nn.Module) -> int:
-    """What the weights of this pipeline stage take when every shard of them is written once."""
+    """The size of this pipeline stage's weights on disk, where every shard is stored once."""
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     routed = (
         parallel_state.get_expert_model_parallel_world_size() * parallel_state.get_expert_tensor_parallel_world_size()
@@ -100,10 +99,10 @@ def whole_bytes(model: nn.Module) -> int:
 
 
 def load(model: nn.Module, folder: Path | str) -> None:
-    """Fill the weights of ``model`` from ``folder``, each cast to the type it has in the model.
+    """Load the weights of ``model`` from ``folder``, each cast to its dtype in the model.
 
-    What the checkpoint holds beyond the model (an MTP layer) is left there. A missing folder, a missing tensor, one of
-    another shape or a damaged file is a `UserError`.
+    Tensors that the model lacks (an MTP layer) are ignored. A missing folder or tensor, a wrong shape or a damaged file
+    is a `UserError`.
     """
     state = _sharded_state_dict(model)
     apply_factories(state)  # into views of the parameters' own storage
@@ -112,7 +111,7 @@ def load(model: nn.Module, folder: Path | str) -> None:
         dist_checkpointing.load(state, str(folder))
     except (CheckpointException, CheckpointingException) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{folder}: damaged ({reason}): delete it and make it again") from error
+        raise UserError(f"{folder}: damaged ({reason}): delete it and run again") from error
 
 
 def mtp_num_layers(folder: Path | str) -> int:
@@ -121,15 +120,15 @@ def mtp_num_layers(folder: Path | str) -> int:
 
 
 def _sharded_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The parameters of ``model`` as Megatron-Core shards them for a checkpoint; their data are the parameters."""
+    """The parameters of ``model`` as Megatron-Core's sharded tensors, which share their storage."""
     groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     state = bare(model).sharded_state_dict(metadata=groups)
-    # Transformer Engine would keep its FP8 scales here; without it these entries are empty.
+    # Transformer Engine keeps FP8 scales in these entries; without it they are empty.
     return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 
 
 class _OneTensorAtATime(TorchDistSaveShardedStrategy):
-    """Megatron-Core's plan and layout, written by torch's own synchronous machinery through `_StreamingWriter`."""
+    """Megatron-Core's plan and layout, written by torch's synchronous `save` through `_StreamingWriter`."""
 
     def __init__(self, progress: Progress | None) -> None:
         super().__init__()
@@ -145,9 +144,9 @@ class _OneTensorAtATime(TorchDistSaveShardedStrategy):
 
 
 class _StreamingWriter(FileSystemWriter):
-    """Some files a rank, written side by side, each one tensor at a time.
+    """Writes a few files per rank in parallel, each one tensor at a time.
 
-    torch's own writer keeps what it copied to the host until its file is done.
+    torch's writer keeps everything that it copied to the host until its file is complete.
     """
 
     def __init__(self, folder: Path, progress: Progress | None) -> None:
@@ -176,7 +175,7 @@ class _StreamingWriter(FileSystemWriter):
 
 
 def _buckets(items: list[WriteItem]) -> list[list[WriteItem]]:
-    """Share ``items`` out over up to `MAX_FILES` files of about `FILE_BYTES` or more."""
+    """Distribute ``items`` over up to `MAX_FILES` files of about `FILE_BYTES` or more each."""
     sizes = {item.index: _bytes(item) for item in items}
     count = min(max(sum(sizes.values()) // FILE_BYTES, 1), MAX_FILES, len(items))
     buckets, filled = [[] for _ in range(count)], [0] * count
@@ -194,7 +193,7 @@ def _bytes(item: WriteItem) -> int:
 
 
 def _host_data(planner: SavePlanner, item: WriteItem) -> Any:
-    """What ``item`` writes: bytes, or a tensor on the CPU that owns exactly its own storage."""
+    """The data of ``item``: bytes, or a CPU tensor whose storage holds nothing else."""
     data = planner.resolve_data(item)
     if item.type == WriteItemType.BYTE_IO:
         return data
@@ -203,35 +202,35 @@ def _host_data(planner: SavePlanner, item: WriteItem) -> Any:
 
 
 def _check(state: dict[str, Any], folder: Path) -> None:
-    """Every tensor of ``state`` must be in the checkpoint with its global shape."""
+    """Check that every tensor of ``state`` is in the checkpoint with its global shape."""
     stored = _tensors(folder)
     for wanted in nested_values(state):
         found = stored.get(wanted.key)
         if found is None:
-            raise UserError(f"{folder}: has no tensor {wanted.key}: it was made for another model or without it")
+            raise UserError(f"{folder}: has no tensor {wanted.key}: it holds another model; delete it and run again")
         if tuple(found.global_shape) != tuple(wanted.global_shape):
             raise UserError(
-                f"{folder}: {wanted.key} has the shape {tuple(found.global_shape)}, the model"
-                f" {tuple(wanted.global_shape)}: it was made for another model"
+                f"{folder}: {wanted.key} has the shape {tuple(found.global_shape)}, in the model"
+                f" {tuple(wanted.global_shape)}: it holds another model; delete it and run again"
             )
 
 
 def _tensors(folder: Path) -> dict[str, ShardedTensor]:
-    """Name -> global shape and type of what a checkpoint holds."""
+    """Name -> global shape and dtype of a checkpoint's tensors."""
     if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
-        raise UserError(f"{folder}: no torch_dist checkpoint is there: make it again")
+        raise UserError(f"{folder}: not a torch_dist checkpoint: run again to make it")
     try:
         with (folder / ".metadata").open("rb") as metadata:
             _HarmlessUnpickler(metadata).load()
         return dist_checkpointing.load_tensors_metadata(str(folder))
     except (OSError, EOFError, pickle.UnpicklingError, CheckpointException) as error:
-        raise UserError(f"{folder}: its .metadata can't be read ({error}): delete it and make it again") from error
+        raise UserError(f"{folder}: its .metadata can't be read ({error}): delete it and run again") from error
 
 
 class _HarmlessUnpickler(pickle.Unpickler):
-    """Reads the one pickle of a checkpoint, its .metadata, if it makes nothing but descriptions of tensors.
+    """Loads a checkpoint's only pickle, its .metadata, if it creates nothing but descriptions of tensors.
 
-    A pickle can call whatever it names, so torch must not read one that has not been read here first.
+    A pickle can call anything that it names, so it is checked here before torch reads it.
     """
 
     def find_class(self, module: str, name: str) -> Any:

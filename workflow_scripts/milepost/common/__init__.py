@@ -1,1 +1,1 @@
-"""What every other package may use, and nothing that knows of models or training."""
+"""Helpers for every other package; nothing here depends on models or training."""

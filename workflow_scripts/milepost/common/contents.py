@@ -1,18 +1,18 @@
-"""What of a result later stages read: two results of the same content serve them alike."""
+"""Digests of the parts of a result that later stages read: results with equal digests are interchangeable."""
 
 import hashlib
 import json
 from typing import Any
 
-WEIGHTS = ".distcp"  # torch_dist's tensors; the files beside them hold a random number of each save
-PLACES = ("repo", "revision", "folder", "problems")  # where a data set is from says nothing of what it holds
+WEIGHTS = ".distcp"  # torch_dist's tensors; its other files contain a random number per save
+PLACES = ("repo", "revision", "folder", "problems")  # where a data set comes from; its content counts instead
 
 
 def content_of(manifest: dict[str, Any]) -> str:
-    """A digest of what later stages read of a result, given its manifest as JSON.
+    """A digest of the parts of a result that later stages read, given its manifest as JSON.
 
-    A conversion's or a training's is of its tensors alone, a data set's is also of how prompts are made of its rows, an
-    evaluation's also of its scores.
+    For conversions and trainings only the tensors count; for data sets also the settings that turn rows into prompts;
+    for evaluations also the scores.
     """
     kind, facts = manifest["kind"], manifest["facts"]
     files = {name: entry["sha256"] for name, entry in manifest["files"].items()}

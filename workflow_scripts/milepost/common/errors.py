@@ -1,4 +1,4 @@
-"""Faults that a user can mend end in one line, not in a traceback."""
+"""Errors that a user can fix end in one line instead of a traceback."""
 
 import contextlib
 import errno
@@ -8,33 +8,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-USER_ERROR = 65  # exit status (sysexits' EX_DATAERR) of a script that a user's mistake ended: a retry does not help
-# The environment variable by which a launcher names a private folder to its processes, and the file there that holds
-# the line to end with.
-LAUNCH, TOLD = "MILEPOST_LAUNCH", "error"
+USER_ERROR = 65  # exit status after a user's mistake (sysexits' EX_DATAERR): a retry would not help
+# The environment variable in which a launcher passes a private folder to its processes, and the file in that folder in
+# which the first process to fail leaves its error line.
+LAUNCH, ERROR_FILE = "MILEPOST_LAUNCH", "error"
 
 
 class UserError(Exception):
-    """A fault whose message says in one line what was wrong, where, and what to do."""
+    """An error whose message says in one line what is wrong, where, and what to do."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))  # a name that it quotes may hold line breaks
+        super().__init__(" ".join(message.splitlines()))  # quoted names may contain line breaks
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether ``error`` was caused by a full disk or quota, also where a library gives the message alone, no errno."""
+    """Whether a full disk or quota caused ``error``, even if a library passes on only the message, not the errno."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return full or "No space left on device" in str(error)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call an entry script's ``main``; a `UserError` or a full disk becomes one line and the exit status `USER_ERROR`.
+    """Call an entry script's ``main``; turn a `UserError` or a full disk into one line and exit status `USER_ERROR`.
 
-    The line goes to the file that JOB_ERROR names, for the workflow to show when all jobs have ended, else to stderr.
+    The line goes to the file that JOB_ERROR names, which the workflow shows when all jobs have ended, or to stderr.
 
-    Of several processes the first to fail leaves its line to their launcher, which says it when all have ended. The
-    others often fail in the same way, or, since that one has left, in a collective: a RuntimeError, whose traceback
-    would hide the line.
+    Under a launcher, the first process to fail leaves its line for the launcher, which prints it when all have ended.
+    The other processes often fail in the same way, or in a collective with the one that left: that RuntimeError is
+    suppressed, because its traceback would hide the line.
     """
     try:
         main()
@@ -44,31 +44,31 @@ def run(main: Callable[[], None]) -> None:
         if is_disk_full(error):
             where = getattr(error, "filename", None) or "the results folder"
             _end(f"error: {where}: the disk is full: make room and run again")
-        if isinstance(error, RuntimeError) and (told := _told()) and told.exists():
+        if isinstance(error, RuntimeError) and (error_file := _error_file()) and error_file.exists():
             sys.exit(USER_ERROR)
         raise
 
 
 def _end(line: str) -> NoReturn:
-    """End with ``line``; one of several processes leaves it to their launcher, which says the first."""
-    if told := _told():
-        with contextlib.suppress(FileExistsError), told.open("x") as file:
+    """Exit with the error ``line``; under a launcher, leave it for the launcher unless another process already has."""
+    if error_file := _error_file():
+        with contextlib.suppress(FileExistsError), error_file.open("x") as file:
             file.write(line)
         sys.exit(USER_ERROR)
     end(line)
 
 
 def end(line: str) -> NoReturn:
-    """End a job with ``line``: left for the workflow where it asks for that, else on stderr."""
+    """Exit a job with the error ``line``, written to the file that JOB_ERROR names, or to stderr."""
     if error := os.environ.get("JOB_ERROR"):
-        with contextlib.suppress(OSError):  # a full disk, say
+        with contextlib.suppress(OSError):  # e.g. a full disk
             Path(error).write_text(f"{line}\n")
             sys.exit(USER_ERROR)
     print(line, file=sys.stderr)
     sys.exit(USER_ERROR)
 
 
-def _told() -> Path | None:
-    """The file by which the processes of a launcher leave it the line to end with; None without a launcher."""
+def _error_file() -> Path | None:
+    """The file in which processes leave their error line for the launcher; None without a launcher."""
     folder = os.environ.get(LAUNCH)
-    return Path(folder, TOLD) if folder else None
+    return Path(folder, ERROR_FILE) if folder else None

@@ -1,8 +1,8 @@
-"""What a failed job leaves on the screen. A mistake of the user's is one line, the last, and is not tried again.
+"""Show a user's mistake as one line, the last on the screen, and don't retry the job that failed because of it.
 
-Snakemake prints the failed command three times over, its whole log, and starts the job anew, which helps nobody who has
-to correct a file. `FailedJobs` watches what Snakemake logs, the one place that says under every executor that a job has
-failed. All other failures are printed and tried again as Snakemake does it.
+By default Snakemake prints the failed command three times and its whole log, and retries the job, which doesn't help a
+user who has to correct a file. `FailedJobs` filters Snakemake's log, the only place that reports failed jobs under
+every executor. All other failures are printed and retried as usual.
 """
 
 import logging
@@ -19,7 +19,7 @@ from milepost.common.errors import USER_ERROR
 class FailedJobs(logging.Filter):
     """A filter of Snakemake's logger.
 
-    A job leaves a user's mistake beside its log, in a file with the ending ``.error`` (``begin`` in rules/job.sh).
+    A job leaves a user's mistake next to its log, in a file ending in ``.error`` (``begin`` in rules/job.sh).
     """
 
     def __init__(self, workflow: Any) -> None:
@@ -28,9 +28,9 @@ class FailedJobs(logging.Filter):
         self._lines: list[str] = []
 
     def forget(self, jobs: Iterable[Any]) -> None:
-        """Before the first job: remove the mistakes that ``jobs`` left in earlier runs.
+        """Remove the mistakes that ``jobs`` left in earlier runs; called before the first job.
 
-        A job that never starts, say because Slurm refuses it, would seem to have made the old one again.
+        Otherwise a job that never starts, for example because Slurm rejects it, would seem to repeat the old mistake.
         """
         for job in jobs:
             for log in job.log:
@@ -38,7 +38,7 @@ class FailedJobs(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         event = getattr(record, "event", None)
-        if event == LogEvent.ERROR:  # of a local job, before the next one: its command, at length
+        if event == LogEvent.ERROR:  # of a local job: its command, at length; JOB_ERROR follows
             return f"returned non-zero exit status {USER_ERROR}." not in record.getMessage()
         if event != LogEvent.JOB_ERROR or not record.log:
             return True
@@ -51,7 +51,7 @@ class FailedJobs(logging.Filter):
         job = next(job for job in self._workflow.dag.jobs if self._workflow.dag.jobid(job) == record.jobid)
         job._attempt = job.restart_times + 1  # the last one; the property would also drop the resources of the job
         record.event, record.args = None, ()
-        record.msg = f"Job {record.jobid} failed ({job.message}): the reason follows when no other job runs"
+        record.msg = f"Job {record.jobid} failed ({job.message}): the reason follows when the other jobs have ended"
         return True
 
     def say(self) -> None:
@@ -61,5 +61,5 @@ class FailedJobs(logging.Filter):
 
 
 def _mistake(log: str) -> Path:
-    """The file beside a job's log that holds the user's mistake, if one ended the job."""
+    """The file next to a job's log that holds the user's mistake, if there was one."""
     return Path(log).with_suffix(".error")

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside, synced, then renamed."""
+"""Atomic file writes, digests and locks: a file is either complete or absent."""
 
 import contextlib
 import fcntl
@@ -17,9 +17,9 @@ from milepost.common.errors import UserError
 
 @contextlib.contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write to; on success it is synced and takes the place of ``path`` at once.
+    """Yield a temporary path in the folder of ``path``; on success, sync it and rename it to ``path``.
 
-    On an exception the partial file is removed and ``path`` stays as it was.
+    On an exception the temporary file is removed and ``path`` stays unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,18 +35,18 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def atomic_write(path: Path | str, content: str | bytes) -> None:
-    """Replace the file ``path`` by ``content`` (text as UTF-8), wholly or not at all."""
+    """Write ``content`` (text as UTF-8) to ``path`` atomically."""
     with atomic_path(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write ``value`` as readable JSON, wholly or not at all."""
+    """Write ``value`` as readable JSON, atomically."""
     atomic_write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path | str) -> Any:
-    """Read a JSON file; a missing or broken one is a `UserError` that names it."""
+    """Read a JSON file; a missing or invalid one is a `UserError` that names it."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -56,7 +56,7 @@ def read_json(path: Path | str) -> Any:
 
 
 def allow_open_files(count: int = 65536) -> None:
-    """Let this process have ``count`` files and connections open, or as many as it may; shells often allow 1024."""
+    """Raise this process's limit of open files and connections to ``count`` or its maximum; shells often set 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY:
         count = min(count, hard)
@@ -74,27 +74,27 @@ def sync_folder(folder: Path) -> None:
 
 
 def json_line(value: Any) -> bytes:
-    """One line of JSON, readable; a lone surrogate, which UTF-8 cannot hold, as JSON's escape of it."""
+    """One line of readable JSON; lone surrogates, which UTF-8 can't encode, are escaped."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def require_room(folder: Path | str, needed: int) -> None:
-    """Refuse (`UserError`) to begin writing ``needed`` bytes below ``folder`` where there is less room."""
+    """Raise a `UserError` if there is no room for ``needed`` bytes below ``folder``."""
     free = free_bytes(folder)
     if needed > free:
         raise UserError(
-            f"{Path(folder).absolute()}: needs {in_mib(needed)} and {in_mib(free)} are free: make room and run again"
+            f"{Path(folder).absolute()}: needs {in_mib(needed)}, only {in_mib(free)} are free: make room and run again"
         )
 
 
 def free_bytes(folder: Path | str) -> int:
-    """Room on the disk that ``folder`` lies on, or will lie on."""
+    """Free space on the disk of ``folder``, which need not exist yet."""
     folder = Path(folder).absolute()
     return shutil.disk_usage(next(place for place in (folder, *folder.parents) if os.path.exists(place))).free
 
 
 def in_mib(number: int) -> str:
-    """A number of bytes for people."""
+    """A number of bytes in readable form."""
     return f"{number / 2**20:,.1f} MiB"
 
 
@@ -105,29 +105,29 @@ def sha256_of(path: Path | str) -> str:
 
 
 def sha256_of_all(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """The hexadecimal sha256 that tells a set of files by their names and contents: name -> ``{"sha256", ...}``."""
+    """The hexadecimal sha256 of a set of files' names and contents: name -> ``{"sha256", ...}``."""
     lines = "".join(f"{entry['sha256']} {name}\n" for name, entry in sorted(entries.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 @contextlib.contextmanager
 def hold(result: Path | str) -> Iterator[None]:
-    """Be the only process that works on ``result``, a file or a folder: while another is, say which and wait.
+    """Hold an exclusive lock on ``result``, a file or a folder; if another process has it, name that and wait.
 
-    The lock goes with the process however it ends, so a killed one never leaves it behind.
+    The kernel releases the lock when the process ends, so a killed process never leaves it behind.
     """
     result = Path(result)
     result.parent.mkdir(parents=True, exist_ok=True)
     with result.with_name(f".{result.name}.lock").open("a+") as lock:
         if holder := try_lock(lock):
-            print(f"{result}: {holder} is at work on it: waiting for its end", file=sys.stderr)
+            print(f"{result}: {holder} is working on it: waiting for it to finish", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
             _sign(lock)
         yield
 
 
 def try_lock(lock: IO[str]) -> str:
-    """Lock a file opened with "a+" for as long as it is open, and sign it; gives who holds it already, else ""."""
+    """Lock and sign a file opened with "a+" until it is closed; return who holds it already, or "" on success."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: end at a place from which the run goes on as if nothing had happened."""
+"""Handle SIGTERM and Ctrl-C: stop at a point from which the run can resume as if nothing had happened."""
 
 import contextlib
 import signal
@@ -11,14 +11,14 @@ ECHO_SECONDS = 3.0
 
 
 class Interrupted(Exception):
-    """Raised out of work that can be thrown away, because the process was asked to end."""
+    """Raised within work that may be discarded, when the process is asked to end."""
 
 
 class Interrupts:
-    """Turns the first request to end into a flag, or into `Interrupted` within `abandonable` work.
+    """A context manager that turns the first signal into a flag, or into `Interrupted` within `abandonable` work.
 
-    A later second Ctrl-C ends the process as usual (the first may come twice: from the terminal and from torchrun). A
-    context manager; the old handlers return with its end.
+    A second Ctrl-C more than `ECHO_SECONDS` later ends the process as usual (the first may arrive twice: from the
+    terminal and from torchrun). The previous handlers are restored at exit.
     """
 
     def __init__(self) -> None:
@@ -40,12 +40,12 @@ class Interrupts:
 
     @property
     def exit_status(self) -> int:
-        """What a shell gives for a process that a signal ended."""
+        """The exit status that shells report for a process killed by this signal."""
         return 128 + (self.signal or 0)
 
     @contextlib.contextmanager
     def abandonable(self) -> Iterator[None]:
-        """Mark work whose results may be lost: a request, also an earlier one, raises `Interrupted` in it at once."""
+        """Mark work whose results may be lost: a signal, even an earlier one, raises `Interrupted` in it at once."""
         self._abandonable = True
         try:
             if self.requested:
@@ -56,7 +56,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Mark a part of abandonable work that must not be left in its middle: `Interrupted` waits for its end."""
+        """Mark a section of abandonable work that must complete: `Interrupted` is delayed to its end."""
         abandonable, self._abandonable = self._abandonable, False
         try:
             yield

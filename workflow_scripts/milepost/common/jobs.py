@@ -1,4 +1,4 @@
-"""A job's settings travel in a file: the workflow writes it before anything runs, the entry script reads it."""
+"""Read a job's settings from the JSON file that the workflow writes before the first job."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ from milepost.common.files import read_json
 
 
 def job_parser(description: str | None) -> argparse.ArgumentParser:
-    """The parser of an entry script; ``arguments.job`` will be what `read_job` returns."""
+    """An entry script's argument parser; ``arguments.job`` is what `read_job` returns."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--job", type=read_job, required=True, help="the job's settings: a JSON file (config, code, upstream)"
@@ -19,14 +19,14 @@ def job_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def read_job(path: Path | str) -> dict[str, Any]:
-    """What `configuration.provenance.Provenance.job` wrote; ``config`` holds the job's settings.
+    """Read what `configuration.provenance.Provenance.job` wrote; ``config`` holds the job's settings.
 
-    ``inputs`` is added: the content of each manifest that ``upstream`` names. A `UserError` where there is no job file.
+    Adds ``inputs``, the content digest of each manifest that ``upstream`` names. A missing file is a `UserError`.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file: Snakemake writes it at the start of a run, but not under --no-hooks")
     job = read_json(path)
     if not isinstance(job, dict) or not isinstance(job.get("config"), dict):
-        raise UserError(f"{path}: not the settings of a job: run Snakemake again, which writes it anew")
+        raise UserError(f"{path}: not a job's settings: run Snakemake again, which writes them anew")
     upstream = {name: read_json(manifest) for name, manifest in job.get("upstream", {}).items() if manifest}
     return job | {"inputs": {name: content_of(manifest) for name, manifest in upstream.items()}}

@@ -1,4 +1,4 @@
-r"""The answer that a row's label holds, or the reason why no answer could ever match it.
+r"""Read the answer from a row's label, or say why no response could ever match it.
 
 What a label may be is for the reward to say (`READERS`). To the math reward it is what a response has to say in its
 ``\boxed{}``: a number, an expression, a list, an interval, a few words. Two spellings that hold more are unambiguous
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-MAX_CHARACTERS = 1000  # the grader reads no longer answer
-MAX_WORDS = 8  # of a text that is an answer: "all real numbers except 3"
+MAX_CHARACTERS = 1000  # the grader reads no longer answers
+MAX_WORDS = 8  # of an answer in words, such as "all real numbers except 3"
 
 FINAL_ANSWER, BOX = "####", r"\boxed"
 BACKSLASHES_OR_BRACE = re.compile(r"\\++(?:(boxed\s*+\{)|[{}])?|[{}]")
@@ -30,10 +30,10 @@ SENTENCE = re.compile(
 
 
 def read_label(value: Any) -> str:
-    """The answer in a label, as JSON gave it; ``8.0`` is 8, and other floats are their shortest decimal.
+    """The answer in a label (a JSON value); ``8.0`` becomes 8, other floats their shortest decimal.
 
     Raises:
-        ValueError: the label holds no one answer; the message says why, and follows the label's key.
+        ValueError: the label does not hold exactly one answer; the message is written to follow the label's key.
     """
     if isinstance(value, float):
         return _shortest(value)
@@ -43,9 +43,9 @@ def read_label(value: Any) -> str:
     if not _fits_in_braces(answer):
         raise ValueError("has braces that do not match, so no box could hold it")
     if "\n" in answer and r"\begin" not in answer:
-        raise ValueError("has several lines: it is no single answer")
+        raise ValueError("has several lines, so it is not a single answer")
     if len(WORD.findall(NO_WORD.sub(" ", answer))) > MAX_WORDS or SENTENCE.search(answer):
-        raise ValueError("is prose: it is no single answer")
+        raise ValueError("is prose, not a single answer")
     return answer
 
 
@@ -117,7 +117,7 @@ def _shortest(value: float) -> str:
 
 
 def _extracted(text: str) -> str:
-    """What a solution names as its answer; all of a text that names none."""
+    """The answer that a solution marks; the whole text if it marks none."""
     found = {answer for answer in (*_after_mark(text), *_boxed(text)) if answer}
     if len(found) > 1:
         raise ValueError("names several answers")
@@ -132,8 +132,8 @@ def _after_mark(text: str) -> Iterator[str]:
 
 
 def _boxed(text: str) -> Iterator[str]:
-    """The content of every complete box, in one pass; of boxes within one another the innermost's."""
-    opened: list[int | None] = []  # of each open brace: where the content starts if it is a box's
+    """The content of every complete box, in one pass; of nested boxes only the innermost."""
+    opened: list[int | None] = []  # for each open brace: where its content starts if it is a box's
     innermost = -1
     for kind, brace in _braces(text):
         if kind != "}":
@@ -155,7 +155,7 @@ def _fits_in_braces(text: str) -> bool:
 
 
 def _braces(text: str) -> Iterator[tuple[str, re.Match]]:
-    r"""Every brace that groups, as ``{``, ``}`` or, where it opens a box, ``\boxed``; ``\{`` and ``\}`` are printed."""
+    r"""Every grouping brace, as ``{``, ``}`` or, if it opens a box, ``\boxed``; ``\{`` and ``\}`` are literal."""
     for match in BACKSLASHES_OR_BRACE.finditer(text):
         backslashes = len(match[0]) - len(match[0].lstrip("\\"))
         if match[1]:

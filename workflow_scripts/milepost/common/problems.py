@@ -1,4 +1,4 @@
-"""Reading a problem set: JSON lines, each with a chat prompt and a label."""
+"""Read problem sets: JSON lines, each with a chat prompt and a label."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from milepost.common.labels import READERS, LabelReader
 ROLES = ("system", "user", "assistant")
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 
-BadRows = list[tuple[int, str]]  # of each row that is no problem the line (from 1) and what is wrong
+BadRows = list[tuple[int, str]]  # (line number from 1, what is wrong) of every unusable row
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Problem:
 
 
 class ProblemSet(Protocol):
-    """What is known of a problem set's file (`configuration.schema.Dataset`)."""
+    """A problem set's settings (`configuration.schema.Dataset`)."""
 
     prompt_key: str
     label_key: str
@@ -46,7 +46,7 @@ class ProblemSet(Protocol):
 def load_problem_set(
     path: Path | str, known: ProblemSet, labels: str = "math", *, max_bad_share: float | None = None
 ) -> tuple[list[Problem], BadRows]:
-    """The usable rows of a file and the others; a `UserError` where `require_problems` refuses it.
+    """The usable rows of a file and the unusable ones; a `UserError` if `require_problems` refuses it.
 
     Args:
         labels: how the reward reads them, a name of `common.labels.READERS`.
@@ -88,17 +88,15 @@ def require_problems(
     unique: bool = False,
     max_bad_share: float = 0.0,
 ) -> None:
-    """Refuse (`UserError`) a set with too many bad rows, another number of rows than ``rows``, or repeated prompts."""
+    """Raise a `UserError` for too many bad rows, a number of rows other than ``rows``, or repeated prompts."""
     if bad and len(bad) > max_bad_share * (len(bad) + len(problems)):
         found = f"{len(bad)} of {len(bad) + len(problems)} rows are unusable: {'; '.join(kinds_of(bad)[:3])}"
         remedy = ", or raise max_bad_share" if max_bad_share else ""
         raise UserError(f"{path}: {found}: correct them at the source{remedy}")
     if not problems:
-        raise UserError(f"{path}: not one usable row: give another file")
+        raise UserError(f"{path}: no usable row: use another file")
     if rows is not None and len(problems) != rows:
-        raise UserError(
-            f"{path}: {len(problems)} usable rows instead of {rows}: is it the right file? Else correct `rows`"
-        )
+        raise UserError(f"{path}: {len(problems)} usable rows instead of {rows}: use the right file, or correct `rows`")
     if unique:
         seen: dict[str, int] = {}
         for problem in problems:
@@ -108,7 +106,7 @@ def require_problems(
 
 
 def kinds_of(bad: BadRows) -> list[str]:
-    """Each kind of bad row in a few words, the most frequent first: what is wrong, how many, and the first line."""
+    """Describe each kind of bad row, the most frequent first: what is wrong, how many rows, and the first line."""
     lines: dict[str, list[int]] = {}
     for line, reason in bad:
         lines.setdefault(reason, []).append(line)
@@ -126,7 +124,7 @@ def says_how_to_answer(problem: Problem, asks: tuple[str, ...]) -> bool:
 
 
 def _instructed(problem: Problem, instruction: str) -> Problem:
-    """The problem with the instruction behind its question."""
+    """The problem with the instruction appended to its question."""
     *before, question = problem.messages
     return replace(problem, messages=[*before, question | {"content": f"{question['content']}\n\n{instruction}"}])
 
@@ -150,10 +148,10 @@ def _read_row(line: bytes, prompt_key: str, label_key: str, labels: LabelReader,
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which a key that stands twice would leave open which value is meant."""
+    """A JSON object; a repeated key is refused, since it leaves open which value is meant."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key is repeated")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The installed versions of the packages that decide what a result is."""
+"""The installed versions of the packages that results depend on."""
 
 import importlib.metadata
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ RECORDED = (*TRAINING, *STATISTICS, "safetensors", "snakemake")
 
 
 def versions(packages: Iterable[str] = RECORDED) -> dict[str, str]:
-    """Package -> version, of those that are installed."""
+    """Package -> version, for the installed ones."""
     found = {}
     for name in packages:
         try:

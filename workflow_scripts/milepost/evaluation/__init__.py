@@ -1,1 +1,1 @@
-"""How well a model solves a problem set: sampling, grading, estimators with their errors."""
+"""Evaluate how well a model solves a problem set: sampling, grading, and estimators with their errors."""

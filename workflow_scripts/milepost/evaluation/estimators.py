@@ -1,6 +1,6 @@
-"""What can be said of a model's accuracy from n samples of each of P problems, and how surely.
+"""Estimate a model's accuracy from n samples of each of P problems, with uncertainties.
 
-Samples of one problem are not independent of one another, problems are: so every error here is taken over problems
+Problems are independent, but samples of one problem are not, so all errors here are over problems
 (Miller 2024, arXiv 2411.00640).
 """
 
@@ -14,19 +14,19 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-BOOTSTRAP_BATCH = 1000  # resamples held at one time
-ROUNDING = 1e-12  # a smaller spread of shares is arithmetic's
+BOOTSTRAP_BATCH = 1000  # resamples in memory at once
+ROUNDING = 1e-12  # a smaller spread of shares is rounding error
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems with its uncertainty; the errors are None where there is but one problem.
+    """A mean over problems with its uncertainty; the errors are None for a single problem.
 
     Attributes:
-        value: the mean, a share of 1.
+        value: the mean, between 0 and 1.
         standard_error: standard deviation of the problems' means over the root of their number.
-        interval: t interval with P - 1 degrees of freedom, cut to the range that a mean can have; None where the
-            problems do not differ at all.
+        interval: t interval with P - 1 degrees of freedom, clipped to the possible range; None if all problems have the
+            same mean.
     """
 
     value: float
@@ -39,7 +39,7 @@ class PairedDifference(Estimate):
     """Trained minus base over the same problems, of shares between -1 and 1; without a spread only ``value`` is known.
 
     Attributes:
-        bootstrap_interval: BCa bootstrap over problems, as `bootstrap_interval` describes it.
+        bootstrap_interval: BCa bootstrap over problems, see `bootstrap_interval`.
         p_value: of the two-sided paired t test.
     """
 
@@ -48,7 +48,7 @@ class PairedDifference(Estimate):
 
 
 def correct_counts(correct: Sequence[Sequence[bool]]) -> tuple[np.ndarray, int]:
-    """Correct samples of each problem, (P,), and the number of samples, which all problems must share."""
+    """The number of correct samples of each problem (P,), and of samples, which must be the same for all problems."""
     counts = {len(samples) for samples in correct}
     if len(counts) != 1 or 0 in counts:
         raise ValueError(f"every problem needs the same number of samples, not {sorted(counts)}")
@@ -58,13 +58,13 @@ def correct_counts(correct: Sequence[Sequence[bool]]) -> tuple[np.ndarray, int]:
 def mean_with_error(
     values: ArrayLike, confidence: float = 0.95, bounds: tuple[float, float] = (-math.inf, math.inf)
 ) -> Estimate:
-    """The mean of per-problem values (P,), each within ``bounds``, with its standard error and t interval."""
+    """The mean of per-problem values (P,), each within ``bounds``, with standard error and t interval."""
     values = np.asarray(values, dtype=float)
     mean, problems = float(values.mean()), len(values)
     if problems < 2:
         return Estimate(mean, None, None)
     error = float(values.std(ddof=1)) / math.sqrt(problems)
-    if error < ROUNDING:  # problems that all come out alike say nothing of how others would
+    if error < ROUNDING:  # problems with equal means say nothing about the spread of others
         return Estimate(mean, 0.0, None)
     reach = float(stats.t.ppf((1 + confidence) / 2, problems - 1)) * error
     lowest, highest = bounds
@@ -74,17 +74,17 @@ def mean_with_error(
 def bootstrap_interval(
     values: ArrayLike, samples: int, seed: int, confidence: float = 0.95
 ) -> tuple[float, float] | None:
-    """Interval of the mean of per-problem values (P,), which must not be all alike, from ``samples`` resamples of them.
+    """Bootstrap interval of the mean of per-problem values (P,), not all equal, from ``samples`` resamples.
 
-    Bias-corrected and accelerated (BCa; Efron 1987), so it may be skewed, and lies within the values. Like a percentile
-    interval it is too narrow by itself: it resamples with the spread sqrt((P - 1) / P) of what the sample tells of the
-    population, and has normal tails where a t interval has longer ones. With 30 problems 93 of 100 such intervals hold
-    the truth instead of 95. So the nominal confidence is raised as Hesterberg does (2015, arXiv 1411.5279), for P = 30
-    from 0.95 to 0.9625. None where there are too few problems or resamples for it.
+    Bias-corrected and accelerated (BCa; Efron 1987), so it may be skewed and lies within the values' range. Like a
+    percentile interval it is too narrow for few problems: the resamples' spread is sqrt((P - 1) / P) of the unbiased
+    estimate, and it has normal tails instead of a t interval's longer ones. With 30 problems only 93 of 100 such
+    intervals contain the truth instead of 95. So the nominal confidence is raised as in Hesterberg (2015, arXiv
+    1411.5279), for P = 30 from 0.95 to 0.9625. None with too few problems or resamples.
     """
     problems = len(values)
     widened = math.sqrt(problems / (problems - 1)) * stats.t.ppf((1 + confidence) / 2, problems - 1)
-    with warnings.catch_warnings(action="ignore"):  # of the NaN where there are too few
+    with warnings.catch_warnings(action="ignore"):  # about NaN for too few problems
         found = stats.bootstrap(
             (np.asarray(values, dtype=float),),
             np.mean,
@@ -98,7 +98,7 @@ def bootstrap_interval(
 
 
 def pass_at(counts: ArrayLike, samples: int, k: int) -> np.ndarray:
-    """Each problem's unbiased estimate of the chance that one of k samples is correct, (P,).
+    """Each problem's unbiased estimate of the probability that at least one of k samples is correct, (P,).
 
     1 - C(n - c, k) / C(n, k) for c correct of n samples (Chen et al. 2021, arXiv 2107.03374), in exact integers.
     """
@@ -109,9 +109,9 @@ def pass_at(counts: ArrayLike, samples: int, k: int) -> np.ndarray:
 
 
 def majority(answers: Sequence[str | None], correct: Sequence[bool]) -> float:
-    """maj@n of one problem: whether the answer that most of its n samples give is correct.
+    """maj@n of one problem: whether the most frequent answer of its n samples is correct.
 
-    Samples without an answer do not vote. Answers that tie share the vote, so the result may be a fraction.
+    Samples without an answer do not vote. Tied answers share the vote, so the result may be a fraction.
     """
     votes = Counter(answer for answer in answers if answer is not None)
     if not votes:
@@ -132,8 +132,8 @@ def paired_difference(
 ) -> PairedDifference:
     """Trained minus base from both models' means of the same problems, (P,) each; ``bounds`` are a difference's.
 
-    The problems' difficulty, most of the spread of either score, cancels in the pairs. With as few problems as AIME has
-    the t interval relies on the mean being nearly normal, so a bootstrap over problems stands beside it.
+    Pairing cancels the problems' difficulty, which makes up most of either score's spread. With as few problems as AIME
+    has, the t interval relies on the mean being nearly normal, so a bootstrap over problems is reported too.
     """
     base, trained = np.asarray(base, dtype=float), np.asarray(trained, dtype=float)
     if base.shape != trained.shape:

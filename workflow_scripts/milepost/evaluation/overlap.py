@@ -1,4 +1,4 @@
-"""Prompts that a training set shares with a set of problems to score on: scores on them say little of new problems."""
+"""Find prompts that are in both a training set and a scored set: scores on them say little about new problems."""
 
 import itertools
 import unicodedata
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from milepost.checkpoints.manifest import Manifest
 from milepost.common.problems import Problem, read_problems
 
-FEWEST_CHARACTERS = 30  # of a question that is compared without what all prompts of its set say
-LINES = 5  # that are named
+FEWEST_CHARACTERS = 30  # shorter questions are not compared without their set's common text
+LINES = 5  # the most lines to list
 
 
 def overlap(training: Manifest, scored: Manifest) -> str | None:
-    """How many prompts of ``scored`` stand in ``training`` as well, and in which lines, as a sentence; None for none.
+    """A sentence on how many prompts of ``scored`` are also in ``training``, and in which lines; None for none.
 
-    Prompts are the same where the user's last message is, in any spacing, case and compatibility characters, and
-    without what all prompts of a set begin or end with, such as an instruction.
+    Prompts are compared by the user's last message, ignoring spacing, case and compatibility characters, both whole and
+    without the text that all prompts of a set start or end with, such as an instruction.
     """
     lines = {key: problem.line for problem, keys in reversed(_keys(training)) for key in keys}
     problems = _keys(scored)
@@ -48,13 +48,13 @@ def _words(text: str) -> list[str]:
 
 
 def _without_template(questions: Sequence[list[str]]) -> list[list[str]]:
-    """Without the words that all begin and end with."""
-    begin = _alike(questions)
-    end = _alike([words[begin:][::-1] for words in questions])
+    """Strip the words that all texts start and end with."""
+    begin = _shared_words(questions)
+    end = _shared_words([words[begin:][::-1] for words in questions])
     return [words[begin : len(words) - end] for words in questions]
 
 
-def _alike(questions: Sequence[list[str]]) -> int:
-    """How many words all begin with."""
+def _shared_words(questions: Sequence[list[str]]) -> int:
+    """How many leading words all texts share."""
     places = zip(*questions, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda words: len(set(words)) == 1, places))

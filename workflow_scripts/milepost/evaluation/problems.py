@@ -1,4 +1,4 @@
-"""The problems that a data set's manifest vouches for."""
+"""Load the problems of a data set from its manifest."""
 
 from milepost.checkpoints.manifest import Manifest
 from milepost.common.problems import Problem, load_problem_set
@@ -8,8 +8,8 @@ from milepost.configuration.schema import Dataset
 def load_problems(data: Manifest, labels: str = "math") -> list[Problem]:
     """All rows of an evaluation set, their labels read as ``labels`` says (`common.labels.READERS`).
 
-    An unusable row is a `UserError` whatever share of them training would bear: a score over fewer problems is another
-    score. So are another number of rows than the configuration names, and, where it says so, a repeated prompt.
+    Any unusable row is a `UserError`, even if training would tolerate it, because a score over fewer problems is a
+    different score. So are a number of rows other than the configured one and, if configured, repeated prompts.
     """
     data.require(digests=True)
     file = data.root / data.facts["file"]

@@ -1,12 +1,11 @@
-"""n samples of each problem, every one kept: a run that was stopped goes on where it was.
+"""Draw n samples of each problem and save every one, so that a stopped run resumes where it was.
 
-``samples.jsonl`` starts with a line that says where its samples come from (weights, protocol, prompts); samples of
-another origin are never mixed with them, but wait in a file beside it. One line a sample follows, appended as each is
-finished.
+``samples.jsonl`` starts with a line on the samples' origin (weights, protocol, prompts). Samples of another origin are
+never mixed with them; they are moved to another file. After it comes one line per sample, appended as each finishes.
 
-Samples are drawn in batches. Those that a stopped batch has finished are the short ones, and an engine that heeds no
-seeds would draw the long ones again, until they are short, too: a cut-off answer is a wrong one, so the score would
-rise. Of such an engine only whole batches count. With seeds the long ones come back as they would have been.
+Samples are drawn in batches. If a batch is stopped, its finished samples are the short ones. An engine that ignores
+seeds would redraw only the long ones, until they are short too; since truncated answers are wrong, the score would
+rise. So for such an engine only complete batches count. With seeds, the long ones are redrawn exactly as they were.
 """
 
 import hashlib
@@ -29,8 +28,8 @@ from milepost.configuration.schema import Evaluation
 from milepost.rollout.engine import Completion, Request, RolloutEngine, SamplingParams, request_seed
 from milepost.rollout.prompts import decode, encode_prompt
 
-BATCH = 2048  # samples at most: what a stop can cost; the end of each leaves the engine with less and less to do
-TRIES = 3  # of a batch in which a part of the engine fails
+BATCH = 2048  # samples; a stop loses at most these, but the engine is underused at the end of each batch
+TRIES = 3  # of a batch in which an engine worker fails
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,12 @@ class Sample:
     Attributes:
         problem: index of the problem in its file, from 0.
         sample: index among the problem's samples, from 0.
-        seed: what it was asked for with; see `Request` for the engines that heed it.
+        seed: the request's seed; see `Request` for which engines use it.
         prompt: the chat, before the template.
-        response: all that was sampled, the reasoning too.
-        tokens: sampled tokens, the stop token included.
-        finish: ``stop``, or ``length`` where the cap cut it off.
-        seconds: wall time since the sample that was finished before it; their sum is the time that sampling took.
+        response: the whole sampled text, including the reasoning.
+        tokens: number of sampled tokens, including the stop token.
+        finish: ``stop``, or ``length`` if it was truncated.
+        seconds: wall time since the previous sample finished; they add up to the time of sampling.
     """
 
     problem: int
@@ -59,31 +58,33 @@ class Sample:
 
 
 def origin_of(sampler: dict[str, Any], problems: Sequence[Problem]) -> dict[str, Any]:
-    """Everything that decides the samples but how many there are.
+    """Everything that determines the samples, except their number.
 
     Args:
-        sampler: plain JSON that identifies the weights and how they answer (`configuration.provenance.sampler`).
-        problems: of which the prompts count. Labels do not: when they change, the saved samples are graded again.
+        sampler: plain JSON that identifies the weights and the protocol (`configuration.provenance.sampler`).
+        problems: only their prompts count; if labels change, the saved samples are just graded again.
     """
-    return json.loads(json.dumps(sampler | {"prompts": prompts_digest(problems)}))  # as a file gives it back
+    return json.loads(
+        json.dumps(sampler | {"prompts": prompts_digest(problems)})
+    )  # normalised as when read from a file
 
 
 def prompts_digest(problems: Sequence[Problem]) -> str:
-    """The sha256 that identifies what the problems ask, in their order, whatever their labels are."""
+    """The sha256 of the problems' prompts, in order, without their labels."""
     prompts = json.dumps([problem.messages for problem in problems], sort_keys=True)
     return hashlib.sha256(prompts.encode()).hexdigest()
 
 
 def read_samples(path: Path | str) -> tuple[dict[str, Any] | None, list[Sample], int]:
-    """A file's origin, its samples as far as it is whole, and how many of them are of whole batches: the first ones.
+    """Read a file's origin, its valid samples, and how many of them (the first ones) belong to complete batches.
 
-    Whatever follows the first damaged line is dropped: a killed process leaves part of a line. ``(None, [], 0)`` where
-    there is no such file.
+    Everything from the first damaged line on is ignored, since a killed process leaves part of a line. Returns
+    ``(None, [], 0)`` if the file does not exist.
     """
     path = Path(path)
     if not path.exists():
         return None, [], 0
-    lines = path.read_bytes().split(b"\n")[:-1]  # behind the last line break there is nothing, or part of a line
+    lines = path.read_bytes().split(b"\n")[:-1]  # after the last line break there may be part of a line
     try:
         head = json.loads(lines[0])
         origin, settled = head["origin"], head["settled"]
@@ -102,8 +103,8 @@ class SampleFile:
     """``samples.jsonl`` with the samples of one origin.
 
     Attributes:
-        samples: what it held when it was opened, or last settled.
-        settled: how many of them, the first ones, are of whole batches.
+        samples: the file's samples when it was opened or last settled.
+        settled: how many of them (the first ones) belong to complete batches.
     """
 
     def __init__(self, path: Path, origin: dict[str, Any], samples: list[Sample], settled: int) -> None:
@@ -111,13 +112,13 @@ class SampleFile:
 
     @classmethod
     def open(cls, path: Path | str, origin: dict[str, Any]) -> Self:
-        """Find the samples of ``origin``, if there are any; those of another one move to a file beside it."""
+        """Open the file with the samples of ``origin``; samples of another origin are moved to another file."""
         path = Path(path)
         found, samples, settled = read_samples(path)
         if found == origin:
             return cls(path, origin, samples, settled)
         if found is not None:
-            print(f"{path}: its samples are of other weights or settings, and are kept beside it", file=sys.stderr)
+            print(f"{path}: holds samples of other weights or settings, which are kept next to it", file=sys.stderr)
             path.rename(_beside(path, found))
         if not (own := _beside(path, origin)).exists():
             return cls(path, origin, [], 0)
@@ -126,18 +127,18 @@ class SampleFile:
         return cls(path, origin, samples, settled)
 
     def of(self, wanted: Iterable[tuple[int, int]], *, settled_only: bool = False) -> list[Sample]:
-        """Those of the wanted ``(problem, sample)`` that it holds, in that order."""
+        """The samples of ``wanted`` indices that the file holds, in that order."""
         samples = self.samples[: self.settled] if settled_only else self.samples
         at = {(sample.problem, sample.sample): sample for sample in samples}
         return [at[index] for index in wanted if index in at]
 
     def append(self, sample: Sample) -> None:
-        """Write a sample of a batch that is under way."""
+        """Append a sample of the current batch."""
         with self.path.open("ab") as file:
             file.write(json_line(asdict(sample)))
 
     def settle(self, samples: list[Sample]) -> None:
-        """Let it hold just these, all of them of whole batches."""
+        """Rewrite the file with exactly these samples, all of complete batches."""
         head = {"origin": self.origin, "settled": len(samples)}
         atomic_write(self.path, b"".join([json_line(head), *(json_line(asdict(sample)) for sample in samples)]))
         self.samples, self.settled = samples, len(samples)
@@ -149,7 +150,7 @@ def _beside(path: Path, origin: dict[str, Any]) -> Path:
 
 
 def wanted_samples(problems: Sequence[Problem], settings: Evaluation) -> list[tuple[int, int]]:
-    """All ``(problem, sample)`` of an evaluation, in the file's order."""
+    """All ``(problem, sample)`` indices of an evaluation, in the file's order."""
     return [(problem, sample) for problem in range(len(problems)) for sample in range(settings.samples_per_problem)]
 
 
@@ -161,15 +162,13 @@ def sample_problems(
     settings: Evaluation,
     file: SampleFile,
 ) -> list[Sample]:
-    """Sample what ``file`` does not hold yet, and return all samples by problem; it holds just these then."""
+    """Draw the samples that ``file`` lacks and return all samples by problem; ``file`` then holds exactly these."""
     wanted = wanted_samples(problems, settings)
     samples = file.of(wanted)
     if not engine.is_reproducible and len(samples) < len(wanted):
         settled = file.of(wanted, settled_only=True)
         if dropped := len(samples) - len(settled):
-            print(
-                f"{file.path}: {dropped} samples of a stopped batch are sampled again with the others", file=sys.stderr
-            )
+            print(f"{file.path}: the {dropped} samples of a stopped batch are sampled again", file=sys.stderr)
         samples = settled
     file.settle(samples)
     done = {(sample.problem, sample.sample) for sample in samples}
@@ -182,7 +181,7 @@ def sample_problems(
 
 
 class _Sampler:
-    """Draws batches from an engine, each finished sample into the file at once."""
+    """Draws batches from an engine and writes each finished sample to the file at once."""
 
     def __init__(
         self,
@@ -207,16 +206,16 @@ class _Sampler:
         )
 
     def draw(self, batch: list[tuple[int, int]]) -> list[Sample]:
-        """A batch in which no part of an engine failed that would sample anew what that part was answering."""
+        """Draw a batch; draw it again if an engine without seeds had to repeat requests of a failed worker."""
         for _ in range(TRIES):
             repeated = self.engine.repeated
             drawn = self._draw_once(batch)
             if self.engine.is_reproducible or self.engine.repeated == repeated:
                 return drawn
-            print(f"{self.file.path}: a part of the engine failed: sampling the batch again", file=sys.stderr)
+            print(f"{self.file.path}: an engine worker failed: sampling the batch again", file=sys.stderr)
             self.file.settle(self.file.samples)
             self.progress.update(-len(drawn))
-        raise UserError(f"{self.file.path}: the engine failed in each of {TRIES} tries of a batch: see its log")
+        raise UserError(f"{self.file.path}: the engine failed in each of {TRIES} attempts at a batch: see its log")
 
     def _draw_once(self, batch: list[tuple[int, int]]) -> list[Sample]:
         requests = [Request(self.prompts[index[0]], request_seed(self.seed, *index)) for index in batch]
@@ -246,6 +245,6 @@ class _Sampler:
 
 
 def _batches(missing: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """All problems' first samples before their last ones; within a batch by problem, whose prompt is shared."""
+    """Batches in order of sample number; within a batch sorted by problem, so that samples share their prompt."""
     for batch in batched(sorted(missing, key=lambda index: index[::-1]), BATCH):
         yield sorted(batch)

@@ -1,4 +1,4 @@
-"""From samples to scores, and an evaluation from beginning to end."""
+"""Compute scores from samples, and run a whole evaluation."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -27,10 +27,10 @@ def evaluate(
     samples_path: Path | str,
     sampler: dict[str, Any],
 ) -> dict[str, Any]:
-    """Sample, grade and score: `scores` of what a running engine answers.
+    """Sample from a running engine, grade and score; returns `scores`.
 
-    ``sampler`` is plain JSON that identifies the engine's weights; an interrupted evaluation of the same ones goes on
-    from ``samples_path``.
+    ``sampler`` is plain JSON that identifies the engine's weights; an interrupted evaluation of the same weights
+    resumes from ``samples_path``.
     """
     file = SampleFile.open(samples_path, origin_of(sampler, problems))
     samples = sample_problems(engine, tokenizer, stop_token_ids, problems, settings, file)

@@ -21,16 +21,16 @@ from milepost.hub import environment
 from milepost.hub.faults import explain, hub_address, with_retries
 
 WORKERS = 8
-SHOWN = 2**20  # bytes from which a download shows its progress
-STALE = 3600  # seconds since the last byte after which a partial file has no writer any more
+SHOWN = 2**20  # bytes from which a download shows a progress bar
+STALE = 3600  # seconds without a new byte after which a partial file counts as abandoned
 
-# The client warns with addresses, some of them signed; what matters is said here, without them.
+# The client's warnings contain signed addresses; this package reports what matters, without them.
 logging.set_verbosity_error()
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """What the Hub says of a file: its size in bytes and its digest, a sha256 (64 digits) or a git blob id (40)."""
+    """The Hub's metadata of a file: size in bytes and digest, a sha256 (64 digits) or a git blob id (40 digits)."""
 
     bytes: int
     digest: str
@@ -50,7 +50,7 @@ class Repository:
 
     @property
     def page(self) -> str:
-        """The address at which a person finds it."""
+        """The address of its web page."""
         return f"{hub_address()}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
 
     def __str__(self) -> str:
@@ -66,14 +66,14 @@ class Listing:
     files: dict[str, RemoteFile]
 
     def only(self, names: Iterable[str]) -> "Listing":
-        """The same of fewer files."""
+        """This listing, limited to ``names``."""
         return replace(self, files={name: self.files[name] for name in names})
 
 
 def resolve(repository: Repository, revision: str) -> Listing:
-    """Resolve ``revision`` (branch, tag or commit) to a commit, and list what it holds: from the cache when offline.
+    """Resolve ``revision`` (branch, tag or commit) to a commit and list its files; when offline, from the cache.
 
-    The commit is remembered in the cache, so that an offline run resolves the same name to it.
+    The cache remembers the commit, so that an offline run resolves the same name to it.
     """
     environment.require_cache(Path(constants.HF_HUB_CACHE))
     if constants.is_offline_mode():
@@ -91,46 +91,48 @@ def resolve(repository: Repository, revision: str) -> Listing:
             repository,
             f"revision {revision}",
         )
-    except (AttributeError, LookupError, TypeError):  # JSON of another kind
+    except (AttributeError, LookupError, TypeError):  # JSON of the wrong form
         raise UserError(not_a_hub) from None
     files = {}
     for file in info.siblings or ():
         if file.rfilename.startswith("/") or ".." in file.rfilename.split("/"):
-            raise UserError(f"{repository}: holds a file named {file.rfilename!r}: not a name to write to")
+            raise UserError(
+                f"{repository}: holds a file named {file.rfilename!r}, not safe to write: use another repository"
+            )
         files[file.rfilename] = (
             RemoteFile(file.lfs.size, file.lfs.sha256) if file.lfs else RemoteFile(file.size, file.blob_id)
         )
     if not info.sha or any(file.bytes is None or not file.digest for file in files.values()):
         raise UserError(not_a_hub)
     if revision != info.sha:
-        with contextlib.suppress(OSError):  # a cache that is read-only, or whose disk is full, may hold all files
+        with contextlib.suppress(OSError):  # a cache that is read-only or full may already hold all files
             atomic_write(repository.cache / "refs" / revision, info.sha)
     return Listing(repository, info.sha, files)
 
 
 def _require_token() -> None:
-    """Refuse (`UserError`) a token that can't be read or made; that there is none is no fault."""
+    """Raise a `UserError` for a token that can't be read or obtained; having none is fine."""
     try:
         get_token()
     except (OIDCError, httpx.HTTPError) as error:
-        raise UserError(f"HF_OIDC_RESOURCE is set and gives no token: {error}") from None
+        raise UserError(f"HF_OIDC_RESOURCE is set but yields no token ({error}): correct it, or unset it") from None
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         raise UserError(
-            f"the token's file {constants.HF_TOKEN_PATH} can't be read ({reason}): mend it, or set HF_TOKEN"
+            f"the token file {constants.HF_TOKEN_PATH} can't be read ({reason}): correct it, or set HF_TOKEN"
         ) from None
 
 
 def _resolve_offline(repository: Repository, revision: str) -> Listing:
-    """The same from the user's cache alone.
+    """`resolve`, from the user's cache only.
 
-    The cache keeps the listing of a commit that was downloaded whole. Without it, as in a cache that an older client
-    made, the files that are there are listed; the cache names a file's blob by the digest that the Hub gave for it.
+    The cache keeps the listing of a commit that was downloaded completely. If there is none, as in a cache of an older
+    client, list the files that are there; the cache names a file's blob by the Hub's digest of it.
     """
-    asked = {"repo_type": repository.kind, "revision": revision}
+    query = {"repo_type": repository.kind, "revision": revision}
     try:
-        folder = Path(snapshot_download(repository.name, **asked, allow_patterns=[], local_files_only=True))
-        tree = get_cached_repo_tree(repository.name, **asked)
+        folder = Path(snapshot_download(repository.name, **query, allow_patterns=[], local_files_only=True))
+        tree = get_cached_repo_tree(repository.name, **query)
         files = {file.path: RemoteFile(file.size, file.lfs.sha256 if file.lfs else file.blob_id) for file in tree}
     except LocalEntryNotFoundError:
         raise _lacking(repository, f"revision {revision}") from None
@@ -150,14 +152,14 @@ def _resolve_offline(repository: Repository, revision: str) -> Listing:
 def _lacking(repository: Repository, what: str) -> UserError:
     return UserError(
         f"{repository}: {what}: {environment.offline_variable()} is set and the cache {constants.HF_HUB_CACHE} does not"
-        f" hold all of it: run once without {environment.offline_variable()}, or bring the cache of a machine that did"
+        f" hold all of it: run once without {environment.offline_variable()}, or copy the cache of a machine that did"
     )
 
 
 def cached(listing: Listing) -> Path:
-    """The folder in the user's cache with the files of ``listing``, fetched unless offline.
+    """Return the folder in the user's cache with the files of ``listing``; fetch missing files unless offline.
 
-    What is missing is fetched after checking that the disk has room for it.
+    Checks beforehand that the disk has room for them.
     """
     repository, commit = listing.repository, listing.commit
     folder = repository.cache / "snapshots" / commit
@@ -177,7 +179,7 @@ def cached(listing: Listing) -> Path:
         ) as progress,
         ThreadPoolExecutor(WORKERS) as workers,
     ):
-        # Files that are cached under another commit still need their name under this one.
+        # Files cached under another commit still need a link under this one.
         tasks = [workers.submit(_fetch_file, repository, commit, name, progress) for name in listing.files]
         try:
             for task in tasks:
@@ -185,7 +187,7 @@ def cached(listing: Listing) -> Path:
         except BaseException:
             workers.shutdown(wait=False, cancel_futures=True)
             raise
-    # This fetches nothing: it keeps the commit's listing, by which an offline run knows what belongs to it.
+    # This fetches no file; it stores the commit's listing for offline runs.
     with_retries(
         lambda: snapshot_download(
             repository.name,
@@ -201,7 +203,7 @@ def cached(listing: Listing) -> Path:
 
 
 def _fetch_file(repository: Repository, commit: str, name: str, progress: tqdm) -> None:
-    """Fetch one file into the cache, counting its bytes on ``progress``; each try counts afresh."""
+    """Fetch one file into the cache and count its bytes on ``progress``; a retry starts counting again."""
 
     def attempt() -> None:
         counter = _counter(progress)
@@ -217,9 +219,9 @@ def _fetch_file(repository: Repository, commit: str, name: str, progress: tqdm) 
 
 
 def _counter(progress: tqdm) -> type:
-    """A class that the client takes for a file's progress bar, and that feeds the one bar of the download.
+    """Return a class that the client uses as a file's progress bar and that updates the download's single bar.
 
-    It has `update_transfer` because that tells the client that one bar is enough: the bytes that reach the disk.
+    The client recognizes by `update_transfer` that one bar, of the bytes that reach the disk, is enough.
     """
 
     class Counter:
@@ -254,20 +256,20 @@ def _counter(progress: tqdm) -> type:
 
 
 def _require_space(repository: Repository, needed: int) -> None:
-    """Refuse a download that the cache's disk cannot hold, before its first byte."""
+    """Raise a `UserError` if the cache's disk can't hold the download, before its first byte."""
     cache = Path(constants.HF_HUB_CACHE)
     free = free_bytes(cache)
     if needed > free:
         raise UserError(
-            f"{repository}: {in_mib(needed)} to download and {in_mib(free)} free in {cache}:"
+            f"{repository}: {in_mib(needed)} to download, but only {in_mib(free)} free in {cache}:"
             f" make room, or set {environment.cache_variable()} to a folder on a larger disk"
         )
 
 
 def _remove_stale(blobs: Path) -> None:
-    """Remove the partial files of killed downloads: the client names them anew each time and never returns to one.
+    """Remove partial files of killed downloads: the client uses a new name every time and never resumes one.
 
-    Their age is by the clock of the disk, which may be another machine's than this one.
+    Ages are measured by the disk's clock, which may be another machine's.
     """
     for file in blobs.glob("*.incomplete"):
         with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=blobs) as now:

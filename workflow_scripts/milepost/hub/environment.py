@@ -1,6 +1,6 @@
-"""The Hub's settings in the environment: a wrong one ends in one line, not in the traceback of a library that reads it.
+"""Check the Hub's environment variables, so that a wrong one ends in one line instead of a library's traceback.
 
-This module does not import huggingface_hub, which reads its own settings, and may fail, when it is imported.
+This module does not import huggingface_hub, which reads its settings at import and may fail then.
 """
 
 import os
@@ -18,7 +18,7 @@ PUBLIC_HUB = "https://huggingface.co"
 
 
 def require_importable() -> None:
-    """Refuse (`UserError`) settings with which huggingface_hub can't be imported."""
+    """Raise a `UserError` for settings with which huggingface_hub can't be imported."""
     for name in WHOLE_NUMBERS:
         value = os.environ.get(name, "")
         if value and not value.isdecimal():
@@ -26,7 +26,7 @@ def require_importable() -> None:
 
 
 def require_usable(endpoint: str) -> None:
-    """Refuse (`UserError`) an address, a proxy or certificates with which no request to ``endpoint`` can be made."""
+    """Raise a `UserError` for an address, a proxy or certificates that make requests to ``endpoint`` impossible."""
     _require_address(endpoint)
     for scheme in ("http", "https", "all"):
         if proxy := getproxies().get(scheme):
@@ -38,7 +38,7 @@ def require_usable(endpoint: str) -> None:
         raise UserError(
             f"{name} is {os.environ.get(name)!r}, which can't be read as certificates: correct it, or unset it"
         ) from None
-    except (ValueError, httpx.InvalidURL) as error:  # all proxies are sound: what is left are the exceptions to them
+    except (ValueError, httpx.InvalidURL) as error:  # all proxies are valid, so no_proxy is not
         name = _variable("no_proxy")
         raise UserError(
             f"{name} is {os.environ.get(name)!r} ({error}): host names are expected, with commas between them"
@@ -46,7 +46,7 @@ def require_usable(endpoint: str) -> None:
 
 
 def _require_address(endpoint: str) -> None:
-    wanted = f"an address such as {PUBLIC_HUB} is expected; unset it for that one"
+    wanted = f"an address such as {PUBLIC_HUB} is expected; unset it to use that one"
     if not endpoint.strip():
         raise UserError(f"HF_ENDPOINT is empty: {wanted}")
     try:
@@ -68,14 +68,14 @@ def _require_proxy(name: str, proxy: str) -> None:
             f"{name} is {shown!r}, a SOCKS proxy, which needs a package that is not installed: run"
             " `uv pip install socksio`, name an http:// proxy instead, or unset it"
         ) from None
-    except (ValueError, httpx.InvalidURL):  # their texts may hold a part of the password
+    except (ValueError, httpx.InvalidURL):  # their messages may contain part of the password
         raise UserError(
             f"{name} is {shown!r}: not the address of a proxy, such as http://proxy.example.org:3128"
         ) from None
 
 
 def proxy_for(address: str) -> str | None:
-    """The proxy through which ``address`` is asked, and the variable that names it; None without one."""
+    """The proxy that requests to ``address`` go through, and its variable in brackets; None without a proxy."""
     parts = urlsplit(address)
     if proxy_bypass(parts.netloc):
         return None
@@ -86,7 +86,7 @@ def proxy_for(address: str) -> str | None:
 
 
 def without_password(address: str) -> str:
-    """``address`` without the user and password that it may hold before an @."""
+    """``address`` without the user and password in front of its @."""
     scheme, separator, rest = address.rpartition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
@@ -110,17 +110,17 @@ def token_source(file: str) -> str | None:
 
 
 def require_cache(cache: Path) -> None:
-    """Refuse (`UserError`) a place for the cache that is no folder and can't become one; a read-only one may do."""
+    """Raise a `UserError` if the cache folder does not exist and can't be created; it may be read-only."""
     advice = f"set {cache_variable()} to a folder that you may write to"
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         other = next(place for place in (cache, *cache.parents) if os.path.lexists(place) and not place.is_dir())
-        raise UserError(f"the Hub's cache {cache} can't be made: {other} is not a folder: {advice}") from None
+        raise UserError(f"the Hub's cache {cache} can't be created: {other} is not a folder: {advice}") from None
     except OSError as error:
-        raise UserError(f"the Hub's cache {cache} can't be made ({error.strerror}): {advice}") from None
+        raise UserError(f"the Hub's cache {cache} can't be created ({error.strerror}): {advice}") from None
 
 
 def _variable(name: str) -> str:
-    """The environment's spelling of a proxy variable, of which the lower-case one counts first."""
+    """The spelling of a proxy variable that is in effect; lower case takes precedence."""
     return name if os.environ.get(name) else name.upper()

@@ -1,4 +1,4 @@
-"""What can go wrong with a request to the Hub: whether trying again may help, and the line that says it where not."""
+"""Failures of Hub requests: retry those that may pass, and turn the others into a one-line error."""
 
 import sys
 import time
@@ -25,21 +25,21 @@ from milepost.common.errors import UserError, is_disk_full
 from milepost.hub import environment
 
 WAITS = (1, 2, 4, 8, 16, 30)  # seconds before each further try
-LONGEST_WAIT = 600  # seconds; a server that asks for more is given up
+LONGEST_WAIT = 600  # seconds; give up if the server asks for more
 TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
 NOT_A_HUB = (FileMetadataError, JSONDecodeError, httpx.UnsupportedProtocol, httpx.InvalidURL, httpx.TooManyRedirects)
 NOT_A_HUB += (httpx.DecodingError,)
 
 
 class Repository(Protocol):
-    """What is asked for; as text it reads ``model owner/name``."""
+    """A repository, whose ``str`` is ``model owner/name``."""
 
     @property
     def page(self) -> str: ...
 
 
 def with_retries[Result](call: Callable[[], Result], repository: Repository, what: str) -> Result:
-    """Call until it succeeds, waiting longer each time (or as long as the server asks); then give up in one line."""
+    """Call until it succeeds, waiting longer each time (or as long as the server asks); else raise a `UserError`."""
     for wait in (*WAITS, None):
         try:
             return call()
@@ -49,13 +49,13 @@ def with_retries[Result](call: Callable[[], Result], repository: Repository, wha
             if wait is None or asked > LONGEST_WAIT or not _is_transient(fault):
                 explain(fault, repository, what)
             wait = max(wait, asked)
-            tqdm.write(f"{repository}: {what}: {_brief(fault)}: again in {wait} s", file=sys.stderr)
+            tqdm.write(f"{repository}: {what}: {_brief(fault)}: retrying in {wait} s", file=sys.stderr)
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")
 
 
 def hub_address() -> str:
-    """The Hub's address, to be shown."""
+    """The Hub's address for messages, without a password."""
     return environment.without_password(constants.ENDPOINT)
 
 
@@ -67,7 +67,7 @@ def _origin(error: Exception) -> Exception:
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status of an answer that was refused; None where there was no answer."""
+    """The HTTP status of an error response; None if there was no response."""
     return error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
 
 
@@ -78,7 +78,7 @@ def _asked_wait(error: Exception) -> int:
 
 
 def _is_transient(error: Exception) -> bool:
-    """Whether trying again may help: the connection or the server failed, not the request."""
+    """Whether a retry may help: the connection or the server failed, not the request."""
     if _status(error):
         return _status(error) in TRANSIENT_STATUSES
     if isinstance(error, httpx.TransportError):
@@ -86,12 +86,12 @@ def _is_transient(error: Exception) -> bool:
         return not isinstance(error, lasting) and not _is_untrusted(error)
     if isinstance(error, OfflineModeIsEnabled) or is_disk_full(error):
         return False
-    # The rest are the client's own: a file of the wrong length, or the Xet service's connection.
+    # The client's own errors: a file of the wrong length, or the Xet service's connection.
     return isinstance(error, ConnectionError | TimeoutError | RuntimeError) or "Consistency check" in str(error)
 
 
 def _is_untrusted(error: Exception) -> bool:
-    """Whether there was a connection, but none by TLS to a server whose certificate is trusted."""
+    """Whether the server was reached, but TLS failed or its certificate is not trusted."""
     return isinstance(error, httpx.ConnectError) and "[SSL: " in str(error)
 
 
@@ -103,7 +103,7 @@ def _brief(error: Exception) -> str:
 
 
 def _asked(error: Exception) -> str:
-    """The server that was asked, which is not the Hub's own where that redirects, and the proxy in between."""
+    """The server that was contacted (another one than the Hub after a redirect), and the proxy in between."""
     try:
         url = (error.response if _status(error) else error).request.url
         address = f"{url.scheme}://{url.netloc.decode()}"
@@ -114,7 +114,7 @@ def _asked(error: Exception) -> str:
 
 
 def explain(error: Exception, repository: Repository, what: str) -> NoReturn:
-    """Raise the `UserError` for a fault that no further try will mend; one of this program is raised as it is."""
+    """Raise a `UserError` that explains a permanent failure; an error that is a bug is raised unchanged."""
     status, asked, cache = _status(error), _asked(error), constants.HF_HUB_CACHE
     token, home = environment.token_source(constants.HF_TOKEN_PATH), environment.cache_variable()
     subject = f"{repository}: {what}"
@@ -126,7 +126,7 @@ def explain(error: Exception, repository: Repository, what: str) -> NoReturn:
     elif isinstance(error, RevisionNotFoundError):
         message = f"{subject} is not a branch, tag or commit there: see {repository.page}/tree/main"
     elif isinstance(error, RemoteEntryNotFoundError):
-        message = f"{subject} is not there at this commit: see {repository.page}/tree/main"
+        message = f"{subject} does not exist at this commit: see {repository.page}/tree/main"
     elif isinstance(error, RepositoryNotFoundError):
         message = (
             f"{repository}: no such repository at {hub_address()}: check its name;"
@@ -139,11 +139,11 @@ def explain(error: Exception, repository: Repository, what: str) -> NoReturn:
     elif status == 403:
         message = f"{subject}: {asked} forbids it (403): check what the token may read, and what a firewall lets pass"
     elif status == 407 or isinstance(error, httpx.ProxyError):
-        message = f"{subject}: no way to {asked} ({_brief(error)}): check the proxy, its user and its password"
+        message = f"{subject}: can't reach {asked} ({_brief(error)}): check the proxy, its user and its password"
     elif isinstance(error, HFValidationError):
-        message = f"{repository}: not the name of a repository: it reads owner/name"
+        message = f"{repository}: not a repository name: use owner/name"
     elif isinstance(error, httpx.LocalProtocolError | UnicodeError):  # its text may hold the token
-        message = f"the token in {token} holds a character that no token has: set it again, or remove it"
+        message = f"the token in {token} contains an invalid character: set it again, or remove it"
     elif _is_untrusted(error):
         message = (
             f"{subject}: no trusted connection to {asked} ({_brief(error)}): check the address, this machine's clock,"
@@ -152,15 +152,15 @@ def explain(error: Exception, repository: Repository, what: str) -> NoReturn:
     elif isinstance(error, NOT_A_HUB):
         message = (
             f"{subject}: {asked} does not answer as a Hub does: check HF_ENDPOINT, the proxy, and whether this network"
-            " wants you to log in first"
+            " requires you to log in first"
         )
     elif is_disk_full(error):
         message = f"{subject}: no space left in {cache}: make room and run again, or set {home} elsewhere"
     elif status == 429 or (status and status >= 500):
-        message = f"{subject}: {asked} answers {status} again and again: run again later; whole files are kept"
+        message = f"{subject}: {asked} keeps answering {status}: run again later; complete files are kept"
     elif _is_transient(error):
         message = (
-            f"{subject}: no answer from {asked} ({_brief(error)}): check the network and run again (whole files are"
+            f"{subject}: no answer from {asked} ({_brief(error)}): check the network and run again (complete files are"
             " kept), or set HF_HUB_OFFLINE=1 to use what the cache holds"
         )
     elif status:

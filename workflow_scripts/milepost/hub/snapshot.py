@@ -1,4 +1,4 @@
-"""A snapshot: the files that are needed, checked against their digests and brought together in one folder."""
+"""Snapshots: select the files that are needed, check them against their digests and link them into one folder."""
 
 import hashlib
 import os
@@ -17,21 +17,21 @@ from milepost.common.errors import UserError, is_disk_full
 from milepost.common.files import atomic_path, read_json, sha256_of_all
 from milepost.hub.client import Listing, RemoteFile, Repository, cached, resolve
 
-# What is taken of a model beside its weights: never a pickle, never code.
+# Files to take besides the weights: never a pickle, never code.
 SIDE_FILES = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "LICENSE*"]
 PICKLES = [f"*.{ending}" for ending in ("bin", "pt", "pth", "pkl", "pickle", "ckpt")]
-INDICES = ["*.bin.index.json", "*.safetensors.index.json"]  # of weights; the model's own is taken with them
+INDICES = ["*.bin.index.json", "*.safetensors.index.json"]  # the model's own index is taken with its weights
 WEIGHTS = ".safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 CHUNK = 8 * 2**20  # bytes read at a time
 
-Inspect = Callable[[Path], None]  # raises where the config.json in a folder is not that of the model that is wanted
+Inspect = Callable[[Path], None]  # raises if the folder's config.json is not the expected model's
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The files in their place: the folder, name -> ``{"bytes", "sha256"}``, and where they are from."""
+    """The folder with the files, name -> ``{"bytes", "sha256"}``, and where they come from."""
 
     root: Path
     files: dict[str, dict[str, Any]]
@@ -40,7 +40,7 @@ class Snapshot:
 
 @contextmanager
 def _files_explained() -> Iterator[None]:
-    """A file or folder, of the source, the cache or the results, that can't be read or written ends in one line."""
+    """Turn a file or folder that can't be read or written into a one-line error."""
     try:
         yield
     except OSError as error:
@@ -53,7 +53,7 @@ def _files_explained() -> Iterator[None]:
 def model_from_hub(repo: str, revision: str, hub: Path, inspect: Inspect | None = None) -> Snapshot:
     """Fetch a model's files at ``revision`` and link them below ``hub``; a `UserError` if it has only pickles.
 
-    ``inspect`` is asked once config.json is there, before the weights are fetched.
+    ``inspect`` is called with the folder of config.json before the weights are fetched.
     """
     listing = resolve(Repository("model", repo), revision)
     source = str(listing.repository)
@@ -85,7 +85,7 @@ def _from_hub(listing: Listing, revision: str, hub: Path) -> Snapshot:
 
 @_files_explained()
 def model_from_folder(folder: Path, name: str, hub: Path, inspect: Inspect | None = None) -> Snapshot:
-    """Link a model's files in a local ``folder`` below ``hub``, in a folder named ``name`` and after their digests."""
+    """Link the model files of a local ``folder`` into ``hub/name@digest``."""
     folder = folder.expanduser()
     names = _names(folder)
     _require_model(str(folder), names)
@@ -96,7 +96,7 @@ def model_from_folder(folder: Path, name: str, hub: Path, inspect: Inspect | Non
 
 @_files_explained()
 def dataset_from_folder(folder: Path, file: str, name: str, hub: Path) -> Snapshot:
-    """The same of a dataset's one ``file``, copied: it is small, and who edits it in place must not edit the copy."""
+    """Copy a dataset's ``file`` into ``hub/name@digest``; a copy, so that editing the original doesn't change it."""
     folder = folder.expanduser()
     _require_file(str(folder), _names(folder), file)
     return _from_folder(folder, [file], name, hub, copy)
@@ -104,7 +104,7 @@ def dataset_from_folder(folder: Path, file: str, name: str, hub: Path) -> Snapsh
 
 def _names(folder: Path) -> list[str]:
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder: it is the source's folder in the configuration")
+        raise UserError(f"{folder}: no such folder: check the source's folder in the configuration")
     found = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
     return [file.as_posix() for file in found if not any(part.startswith(".") for part in file.parts)]
 
@@ -130,7 +130,7 @@ def _require_model(source: str, names: Iterable[str]) -> None:
         pickles = sorted(name for name in names if _matches(name, PICKLES))
         if weights:
             raise UserError(
-                f"{source}: holds {WEIGHTS} files in subfolders alone ({min(weights)}): the weights belong beside"
+                f"{source}: holds {WEIGHTS} files only in subfolders ({min(weights)}): the weights belong next to"
                 f" {CONFIG}; name a source that is that subfolder"
             )
         if pickles:
@@ -144,10 +144,10 @@ def _require_model(source: str, names: Iterable[str]) -> None:
 
 
 def _model_files(source: str, names: Iterable[str], folder: Path) -> list[str]:
-    """The names to take of a model, sorted: its weights and what reads them.
+    """The files to take of a model, sorted: its weights and the files that describe them.
 
-    The weights are those that the index, which is in ``folder``, names; without an index those of the top folder.
-    Others, such as a training's checkpoints in subfolders, stay where they are.
+    The weights are those that the index (in ``folder``) names or, without an index, those in the top folder. Others,
+    such as a training's checkpoints in subfolders, are not taken.
     """
     if INDEX in names:
         index = read_json(folder / INDEX)
@@ -156,23 +156,22 @@ def _model_files(source: str, names: Iterable[str], folder: Path) -> list[str]:
             raise UserError(f"{source}: {INDEX} holds no weight_map: the source is damaged")
         weights = {INDEX, *map(str, weight_map.values())}
         if missing := sorted(weights - set(names)):
-            raise UserError(f"{source}: {INDEX} names {missing[0]}, which is not there: the source is incomplete")
+            raise UserError(f"{source}: {INDEX} names {missing[0]}, which is missing: the source is incomplete")
     else:
         weights = {name for name in names if name.endswith(WEIGHTS) and "/" not in name}
-    beside = {name for name in names if _matches(name, SIDE_FILES) and not _matches(name, INDICES)}
-    return sorted(weights | beside)
+    side_files = {name for name in names if _matches(name, SIDE_FILES) and not _matches(name, INDICES)}
+    return sorted(weights | side_files)
 
 
 def _matches(name: str, patterns: list[str]) -> bool:
-    """Whether a pattern fits, as the Hub's client has it: a star crosses folders."""
+    """Whether a pattern matches; as in the Hub's client, ``*`` also matches ``/``."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def check(folder: Path, files: dict[str, RemoteFile], source: str) -> dict[str, dict[str, Any]]:
-    """Digest each of ``files`` in ``folder`` and compare with what its source says of it.
+    """Compare the digest of each of ``files`` in ``folder`` with its source's; return name -> ``{"bytes", "sha256"}``.
 
-    Returns name -> ``{"bytes", "sha256"}``. A file that differs is removed, so that the next run fetches it again,
-    and is a `UserError`.
+    A file that differs is removed, so that the next run fetches it again, and raises a `UserError`.
     """
     total = sum(file.bytes for file in files.values())
     with (
@@ -180,17 +179,17 @@ def check(folder: Path, files: dict[str, RemoteFile], source: str) -> dict[str, 
         ThreadPoolExecutor(4) as workers,
     ):
         digests = list(workers.map(lambda name: _digest(folder / name, progress), files))
-    damaged, fate = [], "removed from the cache, run again; if it stays, the source is damaged"
+    damaged, advice = [], "removed from the cache: run again; if it happens again, the source is damaged"
     for (name, file), (sha256, git_blob) in zip(files.items(), digests, strict=True):
         if file.digest and file.digest not in (sha256, git_blob):
             damaged.append(f"{name}: digest {sha256 if len(file.digest) == 64 else git_blob}, not {file.digest}")
             try:
                 _remove(folder / name)
             except OSError as error:
-                fate = f"remove it from the cache ({error.strerror} here), and run again"
+                advice = f"remove it from the cache ({error.strerror} here), and run again"
     if damaged:
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
-        raise UserError(f"{source}: {damaged[0]}{more}: {fate}")
+        raise UserError(f"{source}: {damaged[0]}{more}: {advice}")
     return {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256}
         for name, (sha256, _) in zip(files, digests, strict=True)
@@ -211,7 +210,7 @@ def _digest(path: Path, progress: tqdm) -> tuple[str, str]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a cached file: its name, the blob behind it, and whatever that is a link to."""
+    """Remove a cached file: the link, the blob it points to, and that blob's target if it is a link too."""
     while path.is_symlink():
         target = path.parent / path.readlink()
         path.unlink()
@@ -220,7 +219,7 @@ def _remove(path: Path) -> None:
 
 
 def link(source: Path, root: Path, names: Iterable[str]) -> None:
-    """Link ``names`` of ``source`` into ``root``: hard where one disk holds both, symbolic elsewhere."""
+    """Link ``names`` of ``source`` into ``root``: hard links on the same disk, symbolic links otherwise."""
     for name in names:
         content, here = (source / name).resolve(), root / name
         if here.exists() and here.samefile(content):
@@ -236,7 +235,7 @@ def link(source: Path, root: Path, names: Iterable[str]) -> None:
 
 
 def copy(source: Path, root: Path, names: Iterable[str]) -> None:
-    """Copy ``names`` of ``source`` into ``root``, over what is there: it may be damaged."""
+    """Copy ``names`` of ``source`` into ``root``, replacing existing files, which may be damaged."""
     for name in names:
         with atomic_path(root / name) as partial:
             shutil.copyfile(source / name, partial)

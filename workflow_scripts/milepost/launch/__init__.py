@@ -1,1 +1,1 @@
-"""What starts a job's processes and gives it GPUs."""
+"""Start a job's processes and assign it GPUs."""

@@ -1,14 +1,12 @@
-"""torchrun on this machine alone: it opens no port, and waits for processes that save themselves when asked to end.
+"""torchrun for a single machine that opens no port and gives processes time to save themselves when interrupted.
 
     python -P -m milepost.launch.torchrun --standalone --nproc-per-node=8 train.py ...
 
-torchrun's own rendezvous opens two TCPStores on all interfaces, without authentication. One launcher that starts all
-processes has nobody to meet: `OneMachine` takes the place of the rendezvous, and the processes find each other through
-files (see `common.loopback`).
+torchrun's rendezvous opens two TCPStores on all interfaces, without authentication. A single launcher needs no
+rendezvous: `OneMachine` replaces it, and the processes find each other through files (see `common.loopback`).
 
-torchrun passes SIGTERM and SIGINT on to its processes and kills what is left of them 30 seconds later, but a training
-needs minutes to save itself. Here only a second signal starts that clock. If a process fails, the others still have no
-more than the 30 seconds.
+torchrun forwards SIGTERM and SIGINT to its processes and kills them 30 seconds later, but a training needs minutes to
+save itself. Here only a second signal starts that timeout. If a process fails, the others still get only 30 seconds.
 """
 
 import logging
@@ -32,25 +30,25 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher import api
 
-from milepost.common.errors import LAUNCH, TOLD, end
+from milepost.common.errors import ERROR_FILE, LAUNCH, end
 from milepost.common.interrupts import ECHO_SECONDS
 
 PATIENCE = 24 * 60 * 60  # seconds
-ENDED_BY = {"SIGKILL": "if nobody did that, the machine's memory ran out; run again"}
+ENDED_BY = {"SIGKILL": "unless someone killed it, the machine ran out of memory; run again"}
 
 
 class PatientAgent(LocalElasticAgent):
-    """Starts and ends the processes of this machine."""
+    """Starts this machine's processes, and waits for them to save themselves after a signal."""
 
     def _shutdown(self, death_sig: signal.Signals | None = None) -> None:
-        if death_sig is not None and self._pcontext:  # otherwise one of the processes has failed, or all have ended
+        if death_sig is not None and self._pcontext:  # otherwise a process has failed, or all have ended
             _ignore_echoes()
             self._pcontext.close(death_sig, timeout=PATIENCE)
         super()._shutdown()
 
 
 def _ignore_echoes() -> None:
-    """Ignore further signals for a few seconds: one Ctrl-C may come from the terminal and from Snakemake."""
+    """Ignore further signals for a few seconds: one Ctrl-C may arrive from both the terminal and Snakemake."""
     began = time.monotonic()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -63,7 +61,7 @@ def _ignore_echoes() -> None:
 
 
 class OneMachine(RendezvousHandler):
-    """The rendezvous of a single launcher: a store in its own memory."""
+    """The rendezvous of a single launcher: an in-memory store."""
 
     def __init__(self, run_id: str) -> None:
         self.run_id = run_id
@@ -75,7 +73,7 @@ class OneMachine(RendezvousHandler):
         return self.run_id
 
     def next_rendezvous(self) -> RendezvousInfo:
-        # Nothing listens at this address; the processes are given a folder instead.
+        # Nothing listens at this address; the processes meet in a folder instead.
         nowhere = RendezvousStoreInfo(master_addr="127.0.0.1", master_port=0)
         return RendezvousInfo(dist.HashStore(), rank=0, world_size=1, bootstrap_store_info=nowhere)
 
@@ -83,7 +81,7 @@ class OneMachine(RendezvousHandler):
         return False
 
     def set_closed(self) -> None:
-        """Nobody else could join."""
+        """Nothing to do: no other launcher can join."""
 
     def num_nodes_waiting(self) -> int:
         return 0
@@ -95,26 +93,26 @@ class OneMachine(RendezvousHandler):
 def main(arguments: list[str]) -> None:
     """Run torchrun with ``arguments``."""
     api.LocalElasticAgent = PatientAgent
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a process that fails says why itself
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a failing process reports its own error
     rendezvous_handler_registry.register("one-machine", lambda parameters: OneMachine(parameters.run_id))
-    arguments = [argument for argument in arguments if argument != "--standalone"]  # would choose torch's rendezvous
+    arguments = [argument for argument in arguments if argument != "--standalone"]  # it would select torch's rendezvous
     with tempfile.TemporaryDirectory(prefix="milepost-") as folder:
         os.environ[LAUNCH] = folder
         try:
             run.main(["--nnodes=1", "--rdzv-backend=one-machine", *arguments])
         except ChildFailedError as error:
-            told = Path(folder, TOLD)
-            if told.exists():
-                end(told.read_text())
+            error_file = Path(folder, ERROR_FILE)
+            if error_file.exists():
+                end(error_file.read_text())
             sys.exit(_ending(*error.get_first_failure()))
 
 
 def _ending(rank: int, failure: ProcessFailure) -> int | str:
-    """What to end with after the failure of a process: it has said why, unless a signal ended it."""
+    """The exit status after a process failed; a message if a signal killed it, since then it reported nothing."""
     if failure.exitcode >= 0:
         return failure.exitcode
     name = signal.Signals(-failure.exitcode).name
-    return f"error: the process of rank {rank} was ended by {name}: {ENDED_BY.get(name, 'run again')}"
+    return f"error: the process of rank {rank} was killed by {name}: {ENDED_BY.get(name, 'run again')}"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Run a command with GPUs of its own: no other job of this user on this machine gets them until the command ends.
+"""Run a command with exclusive GPUs: no other job of this user on this machine gets them until the command ends.
 
     python -P -m milepost.launch.with_gpus COUNT COMMAND...
 
-Each GPU has a lock file. The command takes this process's place and inherits the locks, so they go with it however it
-ends. It is shown its GPUs alone, through CUDA_VISIBLE_DEVICES; a value that the user has set limits the choice.
+Each GPU has a lock file. The command replaces this process (exec) and inherits the locks, so they are released however
+it ends. It sees only its own GPUs, through CUDA_VISIBLE_DEVICES; a value that the user has set limits the choice.
 """
 
 import fcntl
@@ -24,17 +24,19 @@ def main() -> None:
     count, command = int(sys.argv[1]), sys.argv[2:]
     chosen = take(count, visible_devices(count)) if count else []
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the order in which the driver's tool counts
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the order of nvidia-smi
     if not count:
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # a CPU compiles nothing, and getting ready takes seconds
+        os.environ.setdefault(
+            "TORCHDYNAMO_DISABLE", "1"
+        )  # nothing is compiled on a CPU, and importing dynamo takes seconds
     os.execvp(command[0], command)
 
 
 def visible_devices(count: int) -> dict[str, str]:
-    """What CUDA_VISIBLE_DEVICES may list for each visible GPU -> what tells that GPU from all others.
+    """CUDA_VISIBLE_DEVICES entry -> unique identifier of each visible GPU.
 
-    A UUID where the driver's tool gives one, since jobs may count the same GPUs differently (in containers, under
-    Slurm). Without the tool, ``count`` GPUs are taken to be there.
+    The identifier is the UUID from nvidia-smi, since jobs may number the same GPUs differently (in containers, under
+    Slurm). Without nvidia-smi, ``count`` GPUs are assumed.
     """
     known = uuids()
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -47,16 +49,18 @@ def visible_devices(count: int) -> dict[str, str]:
 
 
 def take(count: int, devices: Mapping[str, str]) -> list[str]:
-    """Lock ``count`` of ``devices`` for as long as this process lives, waiting until so many are free."""
+    """Lock ``count`` of ``devices`` for the life of this process, waiting until that many are free."""
     if len(devices) < count:
         raise UserError(
-            f"{count} GPUs are needed and {len(devices)} are visible (CUDA_VISIBLE_DEVICES:"
+            f"{count} GPUs are needed, but only {len(devices)} are visible (CUDA_VISIBLE_DEVICES:"
             f" {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}): lower hardware.gpus or show more of them"
         )
     LOCKS.mkdir(mode=0o700, exist_ok=True)
-    told = False
+    announced = False
     with (LOCKS / "choosing.lock").open("a") as choosing:
-        fcntl.flock(choosing, fcntl.LOCK_EX)  # one job at a time chooses; who wants many is not overtaken for ever
+        fcntl.flock(
+            choosing, fcntl.LOCK_EX
+        )  # one job chooses at a time, so that one that needs many GPUs does not starve
         while True:
             taken = {}
             for entry, identity in devices.items():
@@ -73,9 +77,9 @@ def take(count: int, devices: Mapping[str, str]) -> list[str]:
                     return [*taken]
             for lock in taken.values():
                 os.close(lock)
-            if not told:
-                print(f"other jobs have GPUs: waiting until {count} of {','.join(devices)} are free", file=sys.stderr)
-                told = True
+            if not announced:
+                print(f"GPUs are in use: waiting until {count} of {','.join(devices)} are free", file=sys.stderr)
+                announced = True
             time.sleep(POLL_SECONDS)
 
 

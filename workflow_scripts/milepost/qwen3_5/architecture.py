@@ -1,6 +1,6 @@
-"""The shape of a Qwen3.5 text model, as its checkpoint's ``config.json`` states it.
+"""The shape of a Qwen3.5 text model, read from its checkpoint's ``config.json``.
 
-Plain Python, so that a check before the run (or a plan of memory) costs no import of torch.
+Plain Python, so that preflight checks and memory estimates need not import torch.
 """
 
 import math
@@ -18,7 +18,7 @@ _MODEL_TYPES = {"qwen3_5_text", "qwen3_5_moe_text"}
 
 @dataclass(frozen=True)
 class Architecture:
-    """All numbers that decide the parameters and the function of the text model; the vision tower is not in it."""
+    """Every number that determines the text model's parameters and function; the vision tower is not included."""
 
     num_layers: int
     hidden_size: int
@@ -53,15 +53,15 @@ class Architecture:
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> Self:
-        """Read ``config.json`` of a checkpoint in the Hub's format; `UserError` if it is no Qwen3.5."""
+        """Read ``config.json`` of a checkpoint in the Hub's format; `UserError` if it is not a Qwen3.5."""
         path = Path(folder) / "config.json"
         return cls.from_config(read_json(path), where=str(path))
 
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str = "config.json") -> Self:
-        """Take the numbers from a parsed ``config.json``, whose ``text_config`` describes the text model.
+        """Read a parsed ``config.json``, whose ``text_config`` describes the text model.
 
-        What the file leaves out has the default that Transformers gives it, or is a `UserError`.
+        A missing key takes Transformers' default; without one it is a `UserError`.
         """
         text = config.get("text_config", config)
         if not isinstance(text, dict) or text.get("model_type") not in _MODEL_TYPES:
@@ -108,7 +108,7 @@ class Architecture:
         return architecture
 
     def _check(self, text: dict[str, Any], where: str) -> None:
-        """Refuse what this implementation would compute wrongly."""
+        """Raise a `UserError` for variants that this implementation would compute wrongly."""
         rope_type = _rope(text).get("rope_type") or _rope(text).get("type") or "default"
         faults = [
             message
@@ -170,7 +170,7 @@ class Architecture:
         return self._count(mtp_num_layers, self.num_experts or 0)
 
     def active_parameters(self, mtp_num_layers: int = 0) -> int:
-        """As `parameters`, counting only the experts that one token visits: the N of 6 N D."""
+        """Like `parameters`, but counting only the experts that one token visits: the N in 6 N D."""
         return self._count(mtp_num_layers, self.experts_per_token or 0)
 
     def _count(self, mtp_num_layers: int, experts: int) -> int:
@@ -208,15 +208,15 @@ class Architecture:
 
 
 def _rope(text: dict[str, Any]) -> dict[str, Any]:
-    """How positions rotate, under the name that the file gives it."""
+    """The rotary settings, under either of the names that Transformers has used for them."""
     found = text.get("rope_scaling") or text.get("rope_parameters")
     return found if isinstance(found, dict) else {}
 
 
 def _full_attention_interval(text: dict[str, Any], where: str) -> int | None:
-    """Which layers ``layer_types`` gives full attention: every how many-th; None where the file lists no layers.
+    """The N of "full attention in every N-th layer", from ``layer_types``; None if the file does not list layers.
 
-    As in Transformers the list decides, and `Architecture._check` refuses one that is not regular.
+    As in Transformers, the list takes precedence; `Architecture._check` refuses an irregular one.
     """
     kinds = text.get("layer_types")
     if not kinds:

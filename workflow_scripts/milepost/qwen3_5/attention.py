@@ -1,4 +1,4 @@
-"""Full attention with an output gate, the attention of every fourth layer."""
+"""Full attention with an output gate, in every fourth layer."""
 
 from typing import Any
 
@@ -13,10 +13,11 @@ from milepost.qwen3_5.packed import Packed
 
 
 class SelfAttention(MegatronSelfAttention):
-    """Megatron-Core's layer (its parameters, shards and checkpoints) with a forward pass of ours for packs.
+    """Megatron-Core's layer (parameters, shards and checkpoints) with its own forward pass for packs.
 
-    Its own rotates positions in a Python loop over the sequences of a pack, and needs Transformer Engine to run under
-    context parallelism. Here context parallelism exchanges heads for tokens, as Gated DeltaNet does.
+    Megatron-Core's forward pass applies rotary embeddings in a Python loop over the sequences of a pack, and needs
+    Transformer Engine for context parallelism. Here context parallelism exchanges heads for tokens, as in Gated
+    DeltaNet.
     """
 
     def forward(
@@ -27,7 +28,7 @@ class SelfAttention(MegatronSelfAttention):
         packed_seq_params: Packed,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """(R / shards, 1, hidden) to the same shape; ``rotary_pos_emb`` (longest, 1, 1, rotated) holds angles."""
+        """(R / shards, 1, hidden) -> the same; ``rotary_pos_emb`` (longest, 1, 1, rotated) holds angles."""
         query, key, value, gate = self.get_query_key_value_tensors(hidden_states, output_gate=True)
         query, key, value = (x.squeeze(1) for x in (query, key, value))  # (R / cp, heads, D)
         if self.pg_collection.cp.size() > 1:
@@ -41,19 +42,19 @@ class SelfAttention(MegatronSelfAttention):
         return self.linear_proj(_gate(gate.flatten(2).squeeze(1), attended)[:, None])
 
     def _gather_rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Exchange heads for rows: every context-parallel rank gets all rows of its share of the heads."""
+        """All-to-all: every context-parallel rank receives all rows of its share of the heads."""
         group = self.pg_collection.cp
         size, dim = group.size(), tensors[0].shape[-1]
-        # A key head that serves several ranks goes to each of them.
+        # Repeat a key head that several ranks need.
         tensors = tuple(x.repeat_interleave(max(1, size // x.shape[1]), 1) for x in tensors)
         heads = [x.shape[1] // size for x in tensors]
-        # (R / cp, cp, heads of one rank, D): what each rank is sent lies together.
+        # (R / cp, cp, heads of one rank, D): the data for each rank is contiguous.
         together = torch.cat([x.unflatten(1, (size, -1)) for x in tensors], 2)
         return all_to_all_sp2hp(together.flatten(1), group).unflatten(-1, (-1, dim)).split(heads, 1)
 
 
 class CoreAttention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v, causal within each sequence of a pack: (R, heads, D) to (R, heads, D)."""
+    """softmax(q k^T / sqrt(D)) v, causal within each sequence of a pack: (R, heads, D) -> (R, heads, D)."""
 
     def __init__(self, **_: Any) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ def _gate(gate: Tensor, x: Tensor) -> Tensor:
 
 @fused
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of the first dimensions of every head: x (T, heads, D), cos and sin (T, 1, R <= D)."""
+    """Apply rotary embeddings to the first dimensions of every head: x (T, heads, D), cos and sin (T, 1, R <= D)."""
     turned, rest = x.float().split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
     first, second = turned.chunk(2, -1)
     turned = turned * cos + torch.cat([-second, first], -1) * sin

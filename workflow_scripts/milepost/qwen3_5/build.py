@@ -1,4 +1,4 @@
-"""Processes and the model on them: `initialize` once a process, then `build_model`."""
+"""Set up the process groups (`initialize`, once per process) and build the model (`build_model`)."""
 
 import itertools
 import logging
@@ -29,14 +29,15 @@ _groups = itertools.count()
 
 
 def initialize(parallel: Parallel | None = None, seed: int = 1234) -> torch.device:
-    """Join the processes that our torchrun started (or be the only one), and lay the model-parallel groups over them.
+    """Initialize torch.distributed and Megatron-Core's model-parallel groups; return this process's device.
 
-    NCCL where there are GPUs, one a process; otherwise gloo. Returns this process's device.
+    Processes are those of `launch.torchrun`, or this one alone. The backend is NCCL with one GPU per process, or gloo
+    without GPUs.
     """
     parallel = parallel or Parallel()
     if parallel.tensor > 1 and parallel.sequence:
-        # One queue, so that kernels start in the order they were given. Else the matrix product that a collective is
-        # to overlap with takes the whole GPU first, and the collective runs after it, alone.
+        # A single hardware queue starts kernels in launch order. Otherwise the matrix product that should overlap with
+        # a collective may occupy the whole GPU first, and the collective runs after it, alone.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = _choose_device()
     if not dist.is_initialized():
@@ -70,7 +71,7 @@ def initialize(parallel: Parallel | None = None, seed: int = 1234) -> torch.devi
 
 
 def finalize() -> None:
-    """Leave the process groups, so that `initialize` may lay them anew or the process may end."""
+    """Destroy the process groups, so that `initialize` can create new ones or the process can end."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
@@ -85,16 +86,16 @@ def build_model(
     experts: Experts | None = None,
     materialize: bool = True,
 ) -> Qwen3_5:
-    """This rank's part of the model, its weights not set: a checkpoint is loaded next.
+    """Build this rank's part of the model with uninitialized weights, to be loaded from a checkpoint.
 
     Args:
         parallel: the layout given to `initialize`.
-        dtype: of parameters and activations; by default bfloat16 on GPU and float32 on CPU. ``A_log`` is FP32 always.
-        recompute: ``full`` keeps a layer's input and recomputes the layer in the backward pass; ``selective``
-            recomputes the MLP or the experts only.
+        dtype: of parameters and activations; by default bfloat16 on GPU and float32 on CPU. ``A_log`` is always fp32.
+        recompute: ``full`` keeps only a layer's input and recomputes the rest in the backward pass; ``selective``
+            recomputes only the MLP or the experts.
         mtp_num_layers: 1 to build the MTP layer (on the last pipeline stage).
-        experts: dispatcher and auxiliary loss of a mixture of experts.
-        materialize: False for parameters without storage (on the meta device), to know names, shapes and shards.
+        experts: token dispatcher and auxiliary loss of a mixture of experts.
+        materialize: False builds parameters without storage (on the meta device), for names, shapes and shards.
     """
     parallel, experts = parallel or Parallel(), experts or UNTRAINED
     if mtp_num_layers > architecture.mtp_num_layers:
@@ -124,7 +125,9 @@ def build_model(
             mtp_block_spec=mtp_spec(architecture, dispatcher) if mtp_num_layers else None,
         )
     if materialize and not on_cpu:
-        model.to(torch.cuda.current_device())  # the router and the shared expert's gate are made on the CPU
+        model.to(
+            torch.cuda.current_device()
+        )  # Megatron-Core creates the router and the shared expert's gate on the CPU
     return model
 
 
@@ -137,7 +140,7 @@ def transformer_config(
     mtp_num_layers: int,
     experts: Experts,
 ) -> TransformerConfig:
-    """The architecture and its layout in Megatron-Core's words."""
+    """Megatron-Core's configuration of this architecture in this layout."""
     moe = architecture.is_moe
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -153,7 +156,7 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         bias_activation_fusion=False,
-        use_te_activation_func=True,  # the one of the layer specs, that is; Transformer Engine itself is not used
+        use_te_activation_func=True,  # i.e. the one in the layer specs; Transformer Engine itself is not used
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -173,13 +176,13 @@ def transformer_config(
         expert_tensor_parallel_size=parallel.expert_tensor,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
         variable_seq_lengths=True,
-        # MoELayer puts ours in the place of this one where another is asked for.
+        # `experts.MoELayer` replaces this one if another is configured.
         moe_token_dispatcher_type="flex" if experts.deepep else "alltoall",
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         perform_initialization=False,
-        init_model_with_meta_device=True,  # leave copies of the embedding on two stages as they are: both are loaded
+        init_model_with_meta_device=True,  # don't sync the embedding's copies on two stages: both are loaded
         **_recompute_config(recompute, moe),
     )
 
@@ -216,7 +219,7 @@ def _choose_device() -> torch.device:
 
 @contextmanager
 def _without_storage() -> AbstractContextManager[None]:
-    """Put what Megatron-Core makes on "the current device" on the meta device."""
+    """Make Megatron-Core allocate on the meta device what it allocates on "the current device"."""
     current_device = torch.cuda.current_device
     torch.cuda.current_device = lambda: torch.device("meta")
     try:

@@ -1,7 +1,7 @@
-"""Rows that are copied for several readers, and what the readers made of them, summed again by row.
+"""Copy rows for several readers, and sum the readers' results by row again.
 
-Each is the other's gradient. Written with gathers alone both give the same bits every time; torch's own gradient of an
-index sorts the indices first, and its sums by index add in whatever order the GPU's threads come.
+Each operation is the other's gradient. Both use only gathers, so they are deterministic and cheap: torch's gradient of
+an index sorts the indices first, and its scatter-adds sum in whatever order GPU threads arrive.
 """
 
 from typing import Any, NamedTuple
@@ -13,9 +13,9 @@ from milepost.qwen3_5.fusion import fused
 
 
 class Copies(NamedTuple):
-    """Which copies there are of ``R`` rows: ``owners`` (n,) says whose each is, ``places`` (R, most) where a row's are.
+    """The n copies of R rows: ``owners`` (n,) is the row of each copy, ``places`` (R, most) the copies of each row.
 
-    Places count from 1; a row with fewer copies than ``most`` has 0 in those that are left.
+    Places count from 1; a row with fewer copies than ``most`` is padded with 0.
     """
 
     owners: Tensor
@@ -23,31 +23,31 @@ class Copies(NamedTuple):
 
 
 def find_copies(wanted: Tensor, count: int, most: int) -> tuple[Tensor, Copies]:
-    """A copy of each row for every reader that wants it, sorted by reader; nothing here waits for the GPU.
+    """Index one copy of each row for every reader that wants it, sorted by reader, without a GPU sync.
 
     Args:
         wanted: (R, readers), true where a reader wants a row.
         count: n, how many are true.
-        most: at most so many readers want one row.
+        most: an upper bound of the number of readers per row.
 
     Returns:
-        the reader of each copy (n,), and the copies.
+        The reader of each copy (n,), and the `Copies`.
     """
     by_reader = wanted.T.contiguous()
     readers, owners = by_reader.nonzero_static(size=count).unbind(1)
     place = by_reader.flatten().cumsum(0).view_as(by_reader).T  # (R, readers)
-    number = wanted.cumsum(1).where(wanted, most + 1) - 1  # among the row's; the rest meet in a column that is cut off
+    number = wanted.cumsum(1).where(wanted, most + 1) - 1  # within its row; unwanted ones go to a spare column
     places = owners.new_zeros(len(wanted), most + 1).scatter_(1, number, place)
     return readers, Copies(owners, places[:, :most])
 
 
 def copy_rows(rows: Tensor, copies: Copies) -> Tensor:
-    """(R, hidden) to (n, hidden)."""
+    """(R, hidden) -> (n, hidden)."""
     return _Copy.apply(rows, *copies)
 
 
 def sum_copies(values: Tensor, copies: Copies) -> Tensor:
-    """(n, hidden) to (R, hidden), the sum over a row's copies in fp32."""
+    """(n, hidden) -> (R, hidden), each row the sum of its copies, accumulated in fp32."""
     return _Sum.apply(values, *copies)
 
 
@@ -82,7 +82,7 @@ def _sum(places: Tensor, values: Tensor) -> Tensor:
 @fused
 def _sum_of_some(places: Tensor, values: Tensor) -> Tensor:
     wide = torch.promote_types(values.dtype, torch.float32)
-    # One place after the other: as a sum over a dimension the compiled kernel would not read along the rows.
+    # Add place by place: for a sum over a dimension, the compiled kernel would not read along the rows.
     parts = [
         torch.where((place > 0)[:, None], values[(place - 1).clamp(min=0)], 0).to(wide)  # (R, hidden)
         for place in places.unbind(1)

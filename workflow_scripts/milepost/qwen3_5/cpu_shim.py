@@ -1,6 +1,6 @@
-"""What Megatron-Core hard-codes to CUDA, answered for a machine without it. `install` is called once, by `initialize`.
+"""Patches for places where Megatron-Core hard-codes CUDA, so that it runs on a CPU. `initialize` calls `install`.
 
-Nothing here runs where CUDA is available, and nothing outside this file knows of these places.
+Nothing here runs where CUDA is available, and no other file depends on these patches.
 """
 
 import torch
@@ -13,7 +13,7 @@ def install() -> None:
     """Let Megatron-Core build and run its modules on the CPU."""
     # Buffers are allocated on "the current device".
     torch.cuda.current_device = lambda: torch.device("cpu")
-    # GatedDeltaNet refuses to be built without fla's CUDA kernels; ours brings its own (kernels.py).
+    # GatedDeltaNet refuses to be built without fla's CUDA kernels; kernels.py replaces them.
     gated_delta_net.HAVE_FLA = True
     # Recomputation restores CUDA's random state; there is none, and nothing here draws from it (no dropout).
     random._get_cuda_rng_state = lambda *args, **kwargs: None
@@ -25,7 +25,7 @@ def install() -> None:
 
 
 def _counts_on_host(dispatcher: MoEAlltoAllTokenDispatcher, point: str, tokens_per_expert: torch.Tensor = None):
-    """Turn the split sizes into lists, as `all_to_all_single` wants them; the other counts stay tensors."""
+    """Convert the split sizes to lists, as `all_to_all_single` needs them; the other counts stay tensors."""
     if point == dispatcher.cuda_dtoh_point:
         for name in ("input_splits", "output_splits"):
             splits = getattr(dispatcher, name)

@@ -8,24 +8,24 @@ from torch import Tensor
 
 from milepost.qwen3_5.packed import ChunkLayout, Packed
 
-CHUNK = 64  # tokens whose mutual influence is solved at once
-BLOCK = 8  # tokens by which a chunk may be smaller
-FORGOTTEN = (-69.0, -torch.inf)  # below that a decay is one to 0: denormal numbers would slow down all they enter
+CHUNK = 64  # tokens per triangular system
+BLOCK = 8  # a chunk's length is a multiple of this
+FORGOTTEN = (-69.0, -torch.inf)  # smaller log-decays count as -inf: denormal numbers slow down all that follows
 
 
 def chunked_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, beta: Tensor, packed: Packed
 ) -> Tensor:
-    """`qwen3_5.kernels.gated_delta_rule` in fp32 or better: all chunks of all sequences at once, then states in turn.
+    """`qwen3_5.kernels.gated_delta_rule` in fp32 or better: all chunks in parallel, then the states sequentially.
 
-    Within a chunk every token's correction u depends on the earlier ones through a unit lower triangular system. Its
-    solution for a zero state needs no other chunk; what a state S from before adds to it is -w S.
+    Within a chunk each token's correction u depends on the earlier ones through a unit lower triangular system. Its
+    solution for a zero initial state needs no other chunk; an initial state S adds -w S to it.
     """
     layout = packed.chunks(min(CHUNK, -(-max(packed.lengths) // BLOCK) * BLOCK))
     precision = torch.promote_types(query.dtype, torch.float32)
     groups = value.shape[1] // key.shape[1]
 
-    def chunk(x: Tensor) -> Tensor:  # (T, H, D) to (N, H, C, D); N chunks of C tokens
+    def chunk(x: Tensor) -> Tensor:  # (T, H, D) -> (N, H, C, D): N chunks of C tokens
         padded = x.new_zeros(sum(layout.counts) * layout.size, *x.shape[1:]).index_copy(0, layout.slots, x)
         return padded.view(-1, layout.size, *x.shape[1:]).transpose(1, 2)
 
@@ -41,7 +41,7 @@ def chunked_delta_rule(
 
     decay = _PairwiseDecay.apply(log_decay).unflatten(1, (-1, groups))  # (N, Hk, Hv / Hk, C, C)
     attention = ((query @ key.transpose(-1, -2))[:, :, None] * decay).flatten(1, 2)  # (N, Hv, C, C)
-    # The solver takes the diagonal for 1.
+    # The solver assumes a diagonal of 1.
     system = ((key @ key.transpose(-1, -2))[:, :, None] * (decay * beta.unflatten(1, (-1, groups)))).flatten(1, 2)
     wanted = value * beta
     u = _Solve.apply(system, wanted)  # (N, Hv, C, Dv)
@@ -51,7 +51,7 @@ def chunked_delta_rule(
     from_start = _decay(log_decay)[..., None]
     to_end = _decay(log_decay[..., -1:] - log_decay)[..., None]
     key, query = per_value_head(key), per_value_head(query)
-    later = slice(layout.counts[0], None)  # the chunks that have a state from before
+    later = slice(layout.counts[0], None)  # the chunks with an earlier chunk, hence an initial state
     w = _Solve.apply(system[later], (key * beta * from_start)[later])
     return _tokens(
         _pass_states(attention, u, w, query * from_start, key * to_end, from_start[:, :, -1:], layout), layout
@@ -61,14 +61,14 @@ def chunked_delta_rule(
 def _pass_states(
     attention: Tensor, u: Tensor, w: Tensor, query: Tensor, key: Tensor, decay: Tensor, layout: ChunkLayout
 ) -> Tensor:
-    """Run the states through the chunks of each sequence, sequences side by side.
+    """Carry the states through the chunks of each sequence, all sequences in parallel.
 
     Args:
-        attention: (N, Hv, C, C); u: (N, Hv, C, Dv); query, key: (N, Hv, C, Dk) decayed from the start and to the end of
-            their chunk; decay: (N, Hv, 1, 1) over the chunk; w: (N less the first chunks, Hv, C, Dk).
+        attention: (N, Hv, C, C); u: (N, Hv, C, Dv); query, key: (N, Hv, C, Dk), decayed from the start or to the end of
+            their chunk; decay: (N, Hv, 1, 1) over the chunk; w: (N minus the first chunks, Hv, C, Dk).
 
     Returns:
-        the outputs (N, Hv, C, Dv).
+        The outputs (N, Hv, C, Dv).
     """
     attention, u, query, key, decay = (x.split(layout.counts) for x in (attention, u, query, key, decay))
     w = w.split(layout.counts[1:])
@@ -83,7 +83,7 @@ def _pass_states(
 
 
 class _PairwiseDecay(torch.autograd.Function):
-    """exp(d_i - d_j) for j <= i, else 0: (..., C) to (..., C, C). ``d`` falls along C."""
+    """exp(d_i - d_j) for j <= i, else 0: (..., C) -> (..., C, C), for ``d`` non-increasing along C."""
 
     @staticmethod
     def forward(ctx: Any, log_decay: Tensor) -> Tensor:
@@ -99,9 +99,9 @@ class _PairwiseDecay(torch.autograd.Function):
 
 
 class _Solve(torch.autograd.Function):
-    """x of (I + L) x = b, with L what ``system`` (..., C, C) has below its diagonal and b (..., C, D).
+    """Solve (I + L) x = b, where L is the part of ``system`` (..., C, C) below its diagonal and b is (..., C, D).
 
-    torch's own triangular solver starts threads for every one of thousands of small matrices.
+    torch's triangular solver would start threads for each of thousands of small matrices.
     """
 
     @staticmethod
@@ -119,10 +119,10 @@ class _Solve(torch.autograd.Function):
 
 
 def _invert_unit_lower(system: Tensor) -> Tensor:
-    """(I + L)^-1, with L what (..., C, C) has below its diagonal; C a multiple of `BLOCK`.
+    """(I + L)^-1, where L is the part of ``system`` (..., C, C) below its diagonal and C is a multiple of `BLOCK`.
 
-    Blocks on the diagonal by forward substitution, side by side; then neighbours make a larger one: the inverse of
-    [[A, 0], [B, D]] is [[A^-1, 0], [-D^-1 B A^-1, D^-1]].
+    The diagonal blocks are inverted by forward substitution, in parallel; then neighbours are merged, since the inverse
+    of [[A, 0], [B, D]] is [[A^-1, 0], [-D^-1 B A^-1, D^-1]].
     """
     blocks = system.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))  # (..., C / 8, 8, C / 8, 8)
     lower = blocks.diagonal(dim1=-4, dim2=-2).movedim((-3, -2), (0, 1)).contiguous()  # (8, 8, ..., C / 8)
@@ -139,10 +139,10 @@ def _invert_unit_lower(system: Tensor) -> Tensor:
 
 
 def _join_blocks(inverse: Tensor, system: Tensor, start: int, end: int) -> None:
-    """Fill in what is below the diagonal blocks of the inverse from ``start`` to ``end``."""
+    """Fill in the inverse below its diagonal blocks, from ``start`` to ``end``."""
     if end - start == BLOCK:
         return
-    middle = start + (1 << (end - start - 1).bit_length()) // 2  # the largest power of two that leaves something
+    middle = start + (1 << (end - start - 1).bit_length()) // 2  # splits off the largest power of two below the length
     _join_blocks(inverse, system, start, middle)
     _join_blocks(inverse, system, middle, end)
     first, second = inverse[..., start:middle, start:middle], inverse[..., middle:end, middle:end]
@@ -159,5 +159,5 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _tokens(chunks: Tensor, layout: ChunkLayout) -> Tensor:
-    """(N, H, C, D) back to (T, H, D)."""
+    """(N, H, C, D) -> (T, H, D)."""
     return chunks.transpose(1, 2).flatten(0, 1).index_select(0, layout.slots)

@@ -1,11 +1,11 @@
-"""How tokens reach the ranks that hold their experts, where Megatron-Core's own dispatchers fall short.
+"""Token dispatchers for expert parallelism, for the cases that Megatron-Core's do not cover.
 
-``flex`` without DeepEP: Megatron-Core's flex dispatcher is a shell around DeepEP's kernels. `FlexDispatcher` keeps the
-idea on plain collectives: a token travels once to every rank that holds any of its experts, not once for each expert
-(``alltoall``) nor to every rank (``allgather``); there it is copied for its experts and their outputs are summed before
-it travels back. With 8 of 256 experts over 8 ranks that is 5.3 copies of a token where ``alltoall`` sends 8.
+``flex`` without DeepEP: Megatron-Core's flex dispatcher wraps DeepEP's kernels. `FlexDispatcher` does the same with
+plain collectives: it sends a token once to every rank that holds any of its experts, instead of once per expert
+(``alltoall``) or to every rank (``allgather``). That rank copies the token for its experts and sums their outputs
+before sending the result back. With 8 of 256 experts over 8 ranks, 5.3 copies of a token are sent instead of 8.
 
-``allgather`` with packs: Megatron-Core's wants equally many tokens on every rank; `AllGatherDispatcher` evens them out.
+``allgather`` with packs: Megatron-Core's needs equally many tokens on every rank; `AllGatherDispatcher` pads them.
 """
 
 import torch
@@ -21,7 +21,7 @@ from milepost.qwen3_5.copies import copy_rows, find_copies, sum_copies
 
 
 class FlexDispatcher(MoETokenDispatcher):
-    """Dispatch over the ranks of expert times expert-tensor parallelism, whatever the split between the two."""
+    """Dispatch over all expert x expert-tensor parallel ranks."""
 
     def __init__(
         self,
@@ -34,16 +34,16 @@ class FlexDispatcher(MoETokenDispatcher):
         self.num_local_experts = num_local_experts
 
     def dispatch_preprocess(self, tokens: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Copy every token for each rank that it visits: (S, 1, hidden), (S, experts) to (sent, hidden), (sent, E).
+        """Copy every token for each rank it visits: (S, 1, hidden), (S, experts) -> (sent, hidden), (sent, E).
 
-        Of the E experts of the rank that a row is for, those that the token did not choose have probability -1.
+        Of the receiving rank's E experts, those that the token did not choose get probability -1.
         """
         self.shape = tokens.shape
-        # Expert-tensor ranks hold cuts of the same experts, so each of them is sent the same.
+        # Expert-tensor ranks hold shards of the same experts, so each of them receives the same tokens.
         chosen = self._by_rank(routing_map)  # (S, ranks, E)
         visits = chosen.any(-1)  # (S, ranks)
-        # How many tokens go to each rank and how many copies it makes of them, there and here: the one wait of the
-        # layer for the GPU. Sizes known, nothing else has to be asked of it.
+        # Exchange how many tokens go to each rank and how many copies it makes of them. This is the layer's only GPU
+        # sync: with the sizes known on the host, nothing else has to wait.
         there = torch.stack([visits.sum(0), chosen.sum((0, 2))], dim=1)  # (ranks, 2)
         here = torch.empty_like(there)
         dist.all_to_all_single(here, there, group=self.tp_ep_group)
@@ -57,30 +57,32 @@ class FlexDispatcher(MoETokenDispatcher):
         return copy_rows(tokens.reshape(number, -1), self.travellers), weights.index_select(0, places)
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Exchange: (sent, hidden), (sent, E) to (received, hidden), (received, E)."""
+        """Exchange: (sent, hidden), (sent, E) -> (received, hidden), (received, E)."""
         return self._exchange(hidden_states), self._exchange(probs)
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Copy every token for its experts here, sorted by expert: (n, hidden), tokens per expert (E,), (n,)."""
-        wanted, local = ~(probs < 0), self.num_local_experts  # (received, E); NaN was sent, and so is wanted
+        """Copy every token for its experts on this rank: rows (n, hidden) sorted by expert, tokens per expert (E,),
+        and probabilities (n,).
+        """
+        wanted, local = ~(probs < 0), self.num_local_experts  # (received, E); NaN counts as chosen
         expert, self.visitors = find_copies(wanted, self.visitor_count, min(local, self.config.moe_router_topk))
         chosen = probs.flatten().index_select(0, self.visitors.owners * local + expert)
         return copy_rows(hidden_states, self.visitors), wanted.sum(0), chosen
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
-        """Sum the outputs of a token's experts here: (n, hidden) to (received, hidden)."""
+        """Sum the outputs of a token's experts on this rank: (n, hidden) -> (received, hidden)."""
         return sum_copies(hidden_states, self.visitors)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
-        """Exchange back: (received, hidden) to (sent, hidden)."""
+        """Exchange back: (received, hidden) -> (sent, hidden)."""
         return all_to_all(self.tp_ep_group, hidden_states, self.sent, self.received)
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
-        """Sum what a token's ranks made of it: (sent, hidden) to (S, 1, hidden)."""
+        """Sum a token's results from all ranks: (sent, hidden) -> (S, 1, hidden)."""
         return sum_copies(hidden_states, self.travellers).view(self.shape)
 
     def _by_rank(self, values: Tensor) -> Tensor:
-        """(S, experts) to (S, ranks, E), ranks in the order of the group: expert-tensor rank fastest."""
+        """(S, experts) -> (S, ranks, E), ranks in the order of the group: expert-tensor rank fastest."""
         by_rank = values.reshape(len(values), self.ep_size, 1, self.num_local_experts)
         return by_rank.expand(-1, -1, self.tp_size, -1).flatten(1, 2)
 
@@ -89,10 +91,10 @@ class FlexDispatcher(MoETokenDispatcher):
 
 
 class AllGatherDispatcher(MoEAllGatherTokenDispatcher):
-    """Every rank sees every token, after rows that visit no expert have made all ranks' shares equally long."""
+    """Megatron-Core's dispatcher, with rows that visit no expert added until all ranks have equally many."""
 
     def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """(S, 1, hidden) and (S, experts) to (longest S, hidden) and (longest S, experts)."""
+        """(S, 1, hidden) and (S, experts) -> (longest S, hidden) and (longest S, experts)."""
         self.tokens = len(hidden_states)
         longest = torch.tensor(self.tokens, device=hidden_states.device)
         dist.all_reduce(longest, dist.ReduceOp.MAX, group=self.tp_ep_group)
@@ -104,5 +106,5 @@ class AllGatherDispatcher(MoEAllGatherTokenDispatcher):
         )
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
-        """(longest S, hidden) to (S, 1, hidden)."""
+        """(longest S, hidden) -> (S, 1, hidden)."""
         return super().combine_postprocess(hidden_states)[: self.tokens]

@@ -1,4 +1,4 @@
-"""Mixture of experts: Megatron-Core's router, shared expert and dispatchers around routed experts of our own."""
+"""Mixture of experts: Megatron-Core's router, shared expert and dispatchers, with grouped routed experts."""
 
 from functools import partial
 from typing import Any, Literal
@@ -23,7 +23,7 @@ OWN_DISPATCHERS = {"allgather": AllGatherDispatcher, "flex": FlexDispatcher}
 
 
 class MoELayer(MegatronMoELayer):
-    """Megatron-Core's layer with a dispatcher of ours, for the names in `OWN_DISPATCHERS`, and a router to be told."""
+    """Megatron-Core's layer with the dispatchers in `OWN_DISPATCHERS` and a router whose choice can be replayed."""
 
     def __init__(self, *args: Any, dispatcher: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -38,11 +38,11 @@ class MoELayer(MegatronMoELayer):
 
 
 class Experts(MegatronModule):
-    """The routed experts of this rank, their weights stacked: one matrix product over all of them.
+    """This rank's routed experts with stacked weights, computed by one grouped matrix product.
 
-    Parameters are ``linear_fc1.weight`` (E, 2 F, hidden), each expert's gate rows before its up rows, and
-    ``linear_fc2.weight`` (E, hidden, F): E experts of this rank, F their width over the expert-tensor ranks. In a
-    distributed checkpoint they have the names and shapes that Megatron-Core's experts have.
+    The parameters are ``linear_fc1.weight`` (E, 2 F, hidden), each expert's gate rows before its up rows, and
+    ``linear_fc2.weight`` (E, hidden, F), for E experts on this rank and F their width divided by the expert-tensor
+    ranks. Distributed checkpoints use the names and shapes of Megatron-Core's experts.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class Experts(MegatronModule):
         self.load: Tensor | None = None  # (E,) tokens since `take_expert_load`
 
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probabilities: Tensor) -> tuple[Tensor, None]:
-        """Tokens sorted by expert, (N, hidden), to their outputs times ``probabilities`` (N,)."""
-        if torch.is_grad_enabled():  # what trains, once: a pass that will be recomputed runs without gradients first
+        """Tokens sorted by expert (N, hidden) -> their outputs (N, hidden), scaled by ``probabilities`` (N,)."""
+        if torch.is_grad_enabled():  # count once: under recomputation the first pass runs without gradients
             visits = tokens_per_expert.detach().long()
             self.load = visits.clone() if self.load is None else self.load + visits
         product = grouped_product(tokens_per_expert, tokens.device)
@@ -79,7 +79,7 @@ class Experts(MegatronModule):
         keys = {name: f"{prefix}experts.{name}.weight" for name in ("linear_fc1", "linear_fc2")}
         fc1, fc2 = self.linear_fc1.weight, self.linear_fc2.weight
         return {
-            # The gate and the up rows are cut over the expert-tensor ranks each for itself.
+            # Gate and up rows are split over the expert-tensor ranks separately.
             f"{prefix}linear_fc1.weight": ShardedTensorFactory(
                 keys["linear_fc1"], fc1, partial(_gate_and_up, build), partial(torch.cat, dim=1), replica
             ),
@@ -88,7 +88,7 @@ class Experts(MegatronModule):
 
 
 class StackedWeight(nn.Module):
-    """One matrix an expert, in one parameter (experts, rows, columns)."""
+    """One matrix per expert, in one parameter (experts, rows, columns)."""
 
     def __init__(self, config: TransformerConfig, experts: int, rows: int, columns: int, partition_dim: int) -> None:
         super().__init__()
@@ -99,14 +99,14 @@ class StackedWeight(nn.Module):
 
 
 def is_expert(parameter: Tensor) -> bool:
-    """Whether ranks that share all other weights hold different ones of it (Megatron-Core's mark)."""
+    """Whether a parameter belongs to routed experts, which differ between data-parallel ranks."""
     return not getattr(parameter, "allreduce", True)
 
 
 def take_expert_load(model: nn.Module) -> Tensor | None:
-    """Tokens that visited each expert in training since the last call, over all ranks: (layers, experts).
+    """How many tokens visited each expert in training since the last call, over all ranks: (layers, experts).
 
-    None for a dense model. Layers that did not run meanwhile are left out.
+    None for a dense model. Layers that have not run since are left out.
     """
     here = [module for module in model.modules() if isinstance(module, Experts) and module.load is not None]
     if not here:
@@ -116,13 +116,13 @@ def take_expert_load(model: nn.Module) -> Tensor | None:
     for row, experts in zip(load, here, strict=True):
         row[groups.ep.rank() * local :][:local] = experts.load.to(row.device)
         experts.load = None
-    # Ranks that hold cuts of one expert count the same tokens.
+    # Ranks that hold shards of one expert count the same tokens.
     dist.all_reduce(load)
     return load // groups.expt_tp.size()
 
 
 def grouped_product(tokens_per_expert: Tensor, device: torch.device):
-    """A function (tokens (N, K) sorted by expert, weight (E, M, K)) -> (N, M): each token by its expert's matrix."""
+    """Return a function: tokens (N, K) sorted by expert, weight (E, M, K) -> (N, M), each token by its expert."""
     if device.type == "cuda":
         ends = tokens_per_expert.to(device, non_blocking=True).cumsum(0, dtype=torch.int32)
         return lambda tokens, weight: F.grouped_mm(tokens, weight.transpose(1, 2), offs=ends)
@@ -143,7 +143,7 @@ def _shard_of_experts(
     part: int = 0,
     parts: int = 1,
 ) -> ShardedTensor:
-    """This rank's experts, and along ``axis`` its cut of part ``part`` of ``parts``, of all the layer's experts."""
+    """This rank's shard of a layer's experts; along ``axis`` its slice of part ``part`` of ``parts``."""
     before = len(offsets)
     return ShardedTensor.from_rank_offsets(
         key,

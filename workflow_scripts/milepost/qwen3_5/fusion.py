@@ -1,7 +1,7 @@
-"""Elementwise arithmetic as one kernel: torch compiles it for GPUs, and the CPU runs it as it stands.
+"""Fuse elementwise arithmetic into one kernel: torch compiles it for GPUs; on the CPU it runs eagerly.
 
-Operation by operation, half of a training step goes to arithmetic that moves memory and hardly computes. In one kernel
-a chain of it reads its input once and writes its result once, and what is fp32 in between never leaves the registers.
+Run operation by operation, memory-bound elementwise arithmetic takes half of a training step. A fused kernel reads its
+input once, writes its result once and keeps fp32 intermediates in registers.
 """
 
 import functools
@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Norms of several widths, with and without gradients, share a function; past the limit it would run unfused.
+# Norms of several widths, with and without gradients, share a function; past this limit it would run unfused.
 _VARIANTS = 64
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` of elementwise operations and reductions, in as few kernels as can be where its tensors are on CUDA.
+    """Decorate a function of elementwise operations and reductions: on CUDA it runs in as few kernels as possible.
 
-    Positional tensors have rows first, of which every call has another number; what is given by keyword keeps its shape
-    from call to call. The first call on CUDA compiles (seconds; from the cache on disk where it is warm).
+    The first dimension of positional tensors (rows) varies between calls; keyword arguments keep their shapes. The
+    first call on CUDA compiles, which takes seconds unless the on-disk cache is warm.
     """
 
     @functools.wraps(function)
@@ -36,8 +36,8 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    import torch._inductor.config  # slow, and of no use without a GPU
+    import torch._inductor.config  # slow to import, and useless without a GPU
 
     torch._dynamo.config.recompile_limit = _VARIANTS
-    torch._inductor.config.compile_threads = 1  # else every training process starts one a core, for a kernel or two
+    torch._inductor.config.compile_threads = 1  # else every training process starts one per core, for a kernel or two
     return torch.compile(function, dynamic=False)

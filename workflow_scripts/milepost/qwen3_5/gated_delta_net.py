@@ -1,4 +1,4 @@
-"""Gated DeltaNet, the linear attention of three layers in four."""
+"""Gated DeltaNet, the linear attention in three of every four layers."""
 
 from typing import Any
 
@@ -15,17 +15,17 @@ from milepost.qwen3_5.packed import Packed
 
 
 class GatedDeltaNet(MegatronGatedDeltaNet):
-    """Megatron-Core's layer (its parameters, shards and checkpoints) with a forward pass of ours for packs.
+    """Megatron-Core's layer (parameters, shards and checkpoints) with its own forward pass for packs.
 
-    Its own cuts every sequence separately for context parallelism, waits for the GPU in every layer to check
-    boundaries, and runs on CUDA alone. ``A_log`` is FP32 whatever the model's dtype: in bf16 its rounding changes
-    how long a head remembers.
+    Megatron-Core's forward pass splits every sequence separately for context parallelism, syncs with the GPU in every
+    layer to check boundaries, and runs only on CUDA. ``A_log`` is always fp32: in bf16 its rounding changes how long a
+    head remembers.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        narrow = self.A_log
-        self.A_log = nn.Parameter(narrow.detach().float())
+        in_model_dtype = self.A_log
+        self.A_log = nn.Parameter(in_model_dtype.detach().float())
         self.A_log.tensor_model_parallel, self.A_log.partition_dim = True, 0
 
     def _setup_variant_attrs(self) -> None:
@@ -33,7 +33,7 @@ class GatedDeltaNet(MegatronGatedDeltaNet):
         self.gated_delta_rule = kernels.gated_delta_rule
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        """Move or cast the module; casts leave ``A_log`` as it is."""
+        """Move or cast the module, but keep ``A_log`` in fp32."""
         exact = self.A_log.detach()
         super()._apply(fn, recurse)
         if self.A_log.dtype != torch.float32:
@@ -43,7 +43,7 @@ class GatedDeltaNet(MegatronGatedDeltaNet):
     def forward(
         self, hidden_states: Tensor, attention_mask: None, packed_seq_params: Packed, **_: Any
     ) -> tuple[Tensor, None]:
-        """(R / shards, 1, hidden) to the same shape; shards are context and, in between layers, sequence parallel."""
+        """(R / shards, 1, hidden) -> the same; shards: context parallel, times tensor parallel if sequence parallel."""
         projected, _ = self.in_proj(hidden_states)  # (R / cp, 1, features / tp)
         projected = self._gather_rows(projected)[:, 0]  # (R, features / tp / cp)
         qkv, gate, beta, alpha = projected.split(self.feat_dim_split, dim=-1)
@@ -71,14 +71,14 @@ class GatedDeltaNet(MegatronGatedDeltaNet):
         return packed.collect(attended)
 
     def _own_heads(self, parameter: Tensor, sections: list[int]) -> Tensor:
-        """Of each section of a parameter's rows, this context-parallel rank's share."""
+        """This context-parallel rank's share of each section of a parameter's rows."""
         if self.cp_size == 1:
             return parameter
         rank = self.pg_collection.cp.rank()
         return torch.cat([section.chunk(self.cp_size)[rank] for section in parameter.split(sections)])
 
     def _gather_rows(self, projected: Tensor) -> Tensor:
-        """Exchange heads for rows: every context-parallel rank gets all rows of its share of the heads."""
+        """All-to-all: every context-parallel rank receives all rows of its share of the heads."""
         if self.cp_size == 1:
             return projected
         order = _build_head_perm_for_split_sections(self.in_proj_split_sections, self.cp_size, projected.device)
@@ -87,11 +87,11 @@ class GatedDeltaNet(MegatronGatedDeltaNet):
         )
 
     def _scatter_rows(self, attended: Tensor) -> Tensor:
-        """The way back: all heads of this rank's rows."""
+        """The inverse of `_gather_rows`: this rank's rows with all heads."""
         return tensor_a2a_hp2cp(attended, 0, -1, self.pg_collection.cp, redo_attention_load_balancing=False)
 
 
 @fused
 def _log_decay_and_beta(alpha: Tensor, beta: Tensor, *, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The logarithm of the state's gate, in fp32, and the strength of the update: (T, Hv) each."""
+    """The log-decay of the state, in fp32, and the strength of the update: (T, Hv) each."""
     return -a_log.exp() * F.softplus(alpha.float() + dt_bias), beta.sigmoid()

@@ -1,8 +1,8 @@
-"""The kernels' door: attention, causal convolution, the gated delta rule and SwiGLU on packs, on CPU and on CUDA.
+"""Attention, causal convolution, the gated delta rule and SwiGLU on packs, on CPU and on CUDA.
 
-On CUDA they are torch's flash attention and flash-linear-attention's Triton kernels; on CPU they are batched torch
-operations, because a pack of a tiny model holds hundreds of short sequences and a Python loop over them would cost more
-than the arithmetic. No function lets a sequence see another one of its pack.
+CUDA uses torch's flash attention and flash-linear-attention's Triton kernels. The CPU uses batched torch operations: a
+tiny model's pack holds hundreds of short sequences, and a Python loop over them would cost more than the arithmetic.
+Sequences of a pack never see each other.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, packed: Packed) 
     """Causal softmax attention within each sequence of a pack.
 
     Args:
-        query: (T, Hq, D); key, value: (T, Hk, D), each key head serving Hq / Hk consecutive query heads.
+        query: (T, Hq, D); key, value: (T, Hk, D); Hq / Hk consecutive query heads share a key head.
 
     Returns:
         (T, Hq, D).
@@ -41,7 +41,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, packed: Packed) 
 
 
 def causal_convolution(x: Tensor, weight: Tensor, packed: Packed) -> Tensor:
-    """Depthwise causal convolution along each sequence, then SiLU: rows (R, C) and weight (C, K) to tokens (T, C)."""
+    """Depthwise causal convolution along each sequence, then SiLU: rows (R, C), weight (C, K) -> tokens (T, C)."""
     if x.is_cuda:
         from fla.modules.causal_conv1d import causal_conv1d
 
@@ -60,14 +60,14 @@ def causal_convolution(x: Tensor, weight: Tensor, packed: Packed) -> Tensor:
 def gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, beta: Tensor, packed: Packed
 ) -> Tensor:
-    """The gated delta rule over each sequence from a zero state, queries and keys scaled to unit length first.
+    """The gated delta rule over each sequence from a zero state; queries and keys are scaled to unit length first.
 
     With S the state (Dk, Dv) of a value head, for every token in turn (Yang et al. 2024, arXiv:2412.06464):
     S <- exp(log_decay) S; S <- S + beta k (v - S^T k)^T; output = S^T q / sqrt(Dk).
 
     Args:
-        query, key: (T, Hk, Dk); value: (T, Hv, Dv), each key head serving Hv / Hk consecutive value heads.
-        log_decay: (T, Hv) logarithm of the gate, at most 0, fp32; beta: (T, Hv).
+        query, key: (T, Hk, Dk); value: (T, Hv, Dv); Hv / Hk consecutive value heads share a key head.
+        log_decay: (T, Hv), logarithm of the gate, at most 0, in fp32; beta: (T, Hv).
 
     Returns:
         (T, Hv, Dv).
@@ -89,14 +89,14 @@ def gated_delta_rule(
 
 @fused
 def swiglu(gate_up: Tensor, scale: Tensor | None = None) -> Tensor:
-    """silu(gate) * up, times ``scale`` (N,): the input (N, ..., 2 F) holds gate and up side by side; to (N, ..., F)."""
+    """silu(gate) * up * ``scale`` (N,): (N, ..., 2 F), gate columns before up columns -> (N, ..., F)."""
     gate, up = gate_up.chunk(2, -1)
     activated = F.silu(gate) * up
     return activated if scale is None else (activated * scale[:, None]).to(gate_up.dtype)
 
 
 def _pad(x: Tensor, bucket: Bucket) -> Tensor:
-    """(T, H, D) to (B, H, L, D), zeros at the end of the shorter sequences, where causality keeps them unseen."""
+    """(T, H, D) -> (B, H, L, D), zero-padded at the end, where causality hides the padding."""
     rows = x if bucket.tokens is None else x[bucket.tokens]
     padded = x.new_zeros(bucket.count * bucket.length, *x.shape[1:]).index_copy(0, bucket.slots, rows)
     return padded.view(bucket.count, bucket.length, *x.shape[1:]).transpose(1, 2)
@@ -105,8 +105,8 @@ def _pad(x: Tensor, bucket: Bucket) -> Tensor:
 class _CausalConvolution(torch.autograd.Function):
     """The sum over k < K of weight[:, K - 1 - k] x[k tokens before], for x (R, C) and weight (C, K).
 
-    ``earlier`` (R,) for each k > 0 says which row that is; R stands for a row of zeros before the first token. Written
-    out, it saves no product for the backward pass.
+    ``earlier`` holds for each k > 0 the index (R,) of that row; index R means zeros, before the first token. Written as
+    one Function, it saves no products for the backward pass.
     """
 
     @staticmethod

@@ -1,6 +1,6 @@
-"""The model, and what a loss needs of it: final hidden states and the output weight instead of logits.
+"""The model, and access to its final hidden states and output weight, from which losses compute logits in chunks.
 
-The logits of one 9,216-token pack over 248,320 tokens of vocabulary are 9 GB in fp32, so nobody asks for all of them.
+The logits of one 9,216-token pack over a vocabulary of 248,320 would take 9 GB in fp32.
 """
 
 from typing import Any
@@ -13,10 +13,10 @@ from milepost.qwen3_5.packed import Packed
 
 
 class Qwen3_5(GPTModel):
-    """Megatron-Core's GPTModel, whose MTP layer runs only when it trains (`qwen3_5.mtp.mtp_loss`).
+    """Megatron-Core's GPTModel, whose MTP layer runs only in `qwen3_5.mtp.mtp_loss`.
 
-    ``model(input_ids (1, T), position_ids (1, T), None, packed_seq_params=packed)`` gives logits (1, T, V / tp), or on
-    an earlier pipeline stage the activations (T / shards, 1, hidden) for the next.
+    ``model(input_ids (1, T), position_ids (1, T), None, packed_seq_params=packed)`` returns logits (1, T, V / tp), or,
+    on an earlier pipeline stage, the activations (T / shards, 1, hidden) for the next stage.
     """
 
     def _postprocess(self, hidden_states: Tensor, *, output_processor: Any = None, **_: Any) -> Tensor:
@@ -28,15 +28,15 @@ class Qwen3_5(GPTModel):
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor, packed: Packed) -> Tensor:
-    """Final hidden states, after the last norm: (T / cp, hidden), whole on every tensor-parallel rank.
+    """Final hidden states, after the last norm: (T / cp, hidden), complete on every tensor-parallel rank.
 
-    The gradient that comes back must be whole too: a loss over a vocabulary that is cut by rank sums it first. On a
-    pipeline stage before the last the result is the activations (T / shards, 1, hidden) for the next stage.
+    Their gradient must be complete too: a vocabulary-parallel loss all-reduces it first. A pipeline stage before the
+    last returns the activations (T / shards, 1, hidden) for the next stage.
 
     Args:
-        model: of `build_model`, or a wrapper around it.
+        model: as `build_model` returns it, or wrapped.
         input_ids, position_ids: (1, T / cp), this context-parallel rank's run of tokens.
-        packed: of the whole pack.
+        packed: the whole pack's layout.
     """
     core = bare(model)
     hidden = model(input_ids, position_ids, None, packed_seq_params=packed, output_processor=True)
@@ -48,7 +48,7 @@ def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor, pac
 
 
 def output_weight(model: nn.Module) -> Tensor:
-    """The weight that turns hidden states to logits, this rank's rows of the vocabulary: (V / tp, hidden)."""
+    """The weight that maps hidden states to logits, this rank's rows of the vocabulary: (V / tp, hidden)."""
     core = bare(model)
     tied = core.share_embeddings_and_output_weights
     return core.shared_embedding_or_output_weight() if tied else core.output_layer.weight

@@ -1,7 +1,7 @@
-"""Multi-token prediction: Qwen3.5's layer that, from a token's hidden state and the next token, predicts the one after.
+"""Multi-token prediction: Qwen3.5's layer that predicts token t + 2 from t's hidden state and token t + 1.
 
-It trains on its own: trunk, embedding and output weight are detached, so that its loss moves nothing but its own
-parameters. (Megatron-Core's loss reaches the trunk where no labels are passed, as in RL.)
+Trunk, embedding and output weight are detached, so the loss trains only the layer's own parameters. (Megatron-Core's
+MTP loss reaches the trunk if no labels are passed, as in RL.)
 """
 
 from typing import Any
@@ -18,20 +18,20 @@ from milepost.qwen3_5.packed import Packed, context_shard, shift_left
 
 
 class MtpLayer(MultiTokenPredictionLayer):
-    """Megatron-Core's layer, handed the embeddings of the next tokens instead of shifting ids sequence by sequence."""
+    """Megatron-Core's layer, taking the next tokens' embeddings instead of shifting ids sequence by sequence."""
 
     def forward(self, hidden_states: Tensor, embeddings: Tensor, **context: Any) -> Tensor:
-        """Hidden states and next-token embeddings, both (T / shards, 1, hidden), to hidden states."""
+        """Hidden states and next-token embeddings, both (T / shards, 1, hidden) -> hidden states of the same shape."""
         if self.config.recompute_granularity == "full" and self.training:
             return self._checkpointed_forward(hidden_states=hidden_states, decoder_input=embeddings, **context)
         return self._proj_and_transformer_layer(hidden_states=hidden_states, decoder_input=embeddings, **context)
 
 
 def mtp_targets(input_ids: Tensor, response_mask: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
-    """What each position is to predict, and whether it counts: both (1, T), of the whole pack.
+    """The label of each position and whether it counts: both (1, T), for the whole pack.
 
-    Position t sees tokens up to t + 1 and predicts t + 2. It counts where t + 2 is a response token of the same
-    sequence: the mask moves with the labels, two places, no more.
+    Position t sees tokens up to t + 1 and predicts t + 2. It counts if t + 2 is a response token of the same sequence,
+    so the mask is shifted by two, like the labels.
     """
     return shift_left(input_ids, packed, 2), shift_left(response_mask, packed, 2).bool()
 
@@ -46,17 +46,17 @@ def mtp_loss(
     token_count: Tensor | int | None = None,
     chunk: int = 1024,
 ) -> Tensor:
-    """Cross-entropy of the MTP layer over response tokens, with gradients for its own parameters alone.
+    """Cross-entropy of the MTP layer over response tokens, with gradients only for its own parameters.
 
     Args:
         model: the last pipeline stage, built with an MTP layer.
-        hidden: what `hidden_states` gave for this pack: (T / cp, hidden).
+        hidden: (T / cp, hidden), from `hidden_states` for this pack.
         input_ids, response_mask: (1, T) of the whole pack, also under context parallelism.
-        token_count: what to divide the sum by; by default the counted tokens of this pack, which makes it the mean.
-        chunk: positions whose logits exist at one time.
+        token_count: divisor of the sum; by default the counted tokens of this pack, which gives the mean.
+        chunk: positions whose logits are in memory at once.
 
     Returns:
-        a scalar; 0 where no token counts. Under context parallelism each rank has its tokens' share of the sum.
+        A scalar, 0 if no token counts. Under context parallelism each rank returns its own tokens' part of the sum.
     """
     core = bare(model)
     labels, mask = mtp_targets(input_ids, response_mask, packed)
@@ -76,7 +76,7 @@ def _mtp_hidden_states(core: Qwen3_5, hidden: Tensor, input_ids: Tensor, packed:
     with torch.no_grad():
         embeddings = core.embedding(input_ids=next_ids, position_ids=None)
     predicted = core.mtp.layers[0](
-        # Recomputation gives gradients to parameters only if some input asks for one.
+        # Recomputation computes parameter gradients only if some input requires one.
         hidden_states=hidden.requires_grad_(),
         embeddings=embeddings,
         rotary_pos_emb=core.rotary_pos_emb(packed.max_seqlen_q, packed_seq=True),
@@ -88,7 +88,7 @@ def _mtp_hidden_states(core: Qwen3_5, hidden: Tensor, input_ids: Tensor, packed:
 
 
 def _cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-    """(T, hidden), this rank's rows of the output weight (V / tp, hidden), (T,) to losses (T,) in fp32."""
+    """Hidden (T, hidden), this rank's output weight (V / tp, hidden), labels (T,) -> losses (T,) in fp32."""
 
     def of_chunk(rows: Tensor, targets: Tensor) -> Tensor:
         return vocab_parallel_cross_entropy((rows @ weight.T).float()[:, None], targets[:, None])[:, 0]

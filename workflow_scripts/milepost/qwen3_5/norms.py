@@ -1,4 +1,4 @@
-"""Qwen3.5's norms as modules that Megatron-Core's layer specs expect."""
+"""Qwen3.5's norms, with the constructor that Megatron-Core's layer specs expect."""
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +9,10 @@ from milepost.qwen3_5.fusion import fused
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, x / rms(x) * weight, in fp32 inside and the input's dtype outside; (..., H) to (..., H).
+    """Root-mean-square norm, x / rms(x) * weight, computed in fp32, returned in x's dtype: (..., H) -> (..., H).
 
-    ``over_heads``: the input is one head's vector. Under tensor parallelism a rank then sees only its own heads, so
-    its gradient of the weight is a part of the whole, as it is for any norm under sequence parallelism.
+    ``over_heads``: the input is one head's vector. Under tensor parallelism a rank then sees only its own heads, so its
+    weight gradient is a partial sum, as for any norm under sequence parallelism.
     """
 
     offset = 0.0
@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(
             torch.full((hidden_size,), 1.0 - self.offset, dtype=config.params_dtype, device=device)
         )
-        # Megatron-Core's own name for "sum this gradient over the tensor-parallel ranks".
+        # Megatron-Core's flag for "sum this gradient over the tensor-parallel ranks".
         self.weight.sequence_parallel = config.tensor_model_parallel_size > 1 and (
             over_heads or config.sequence_parallel
         )
@@ -36,13 +36,13 @@ class RMSNorm(nn.Module):
 
 
 class ZeroCenteredRMSNorm(RMSNorm):
-    """The norm of Qwen3.5's hidden states, queries and keys: its weight is stored less one."""
+    """The norm of Qwen3.5's hidden states, queries and keys: it scales by 1 + weight."""
 
     offset = 1.0
 
 
 class GatedRMSNorm(RMSNorm):
-    """The norm of Gated DeltaNet's heads: x / rms(x) * weight * silu(gate), gate (..., H) like the input."""
+    """The norm of Gated DeltaNet's heads: x / rms(x) * weight * silu(gate), gate (..., H) like x."""
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         return _gated_norm(x, gate, weight=self.weight, eps=self.eps)

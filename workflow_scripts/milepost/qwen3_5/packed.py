@@ -1,11 +1,11 @@
-"""Packs: several sequences laid end to end in one row, so that no token of a batch is padding.
+"""Packs: several sequences concatenated into one row, so that a batch contains no padding.
 
-Sequences that begin alike, as the samples of one prompt do, can share the rows of their prefix: whatever looks at one
-token at a time (projections, norms, MLPs: nearly all of the work) then computes it once, and only the two kinds of
-attention spread the rows over the sequences. Without shared prefixes every token is a row.
+Sequences with a common prefix, such as the samples of one prompt, can share the rows of that prefix: tokenwise layers
+(projections, norms, MLPs: nearly all of the work) then compute it once, and only the two kinds of attention expand the
+rows to sequences. Without shared prefixes every token is a row.
 
-Under context parallelism the rows of a pack are cut into equal runs, one a rank, wherever the cut falls: both kinds
-of attention exchange rows for heads (all-to-all) and then see every sequence whole.
+Context parallelism splits a pack's rows into equal runs, one per rank, even within a sequence: both kinds of attention
+exchange rows for heads (all-to-all) and then see every sequence whole.
 """
 
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-WORTH_SHARING = 0.1  # of a pack's tokens; to spread the rows costs some copies
+WORTH_SHARING = 0.1  # the least share of a pack's tokens to save; expanding the rows costs copies
 
 
 @dataclass
 class ChunkLayout:
-    """Where the tokens of a pack go when each sequence is padded to whole chunks of ``size`` tokens.
+    """Where a pack's tokens go when each sequence is padded to a multiple of ``size`` tokens.
 
-    Chunks are ordered by their number within the sequence, and within one number by sequence, longest first: the
-    sequences that have a j-th chunk are the first ``counts[j]`` of those that have a (j-1)-th.
+    Chunks are ordered by their index within the sequence, then by sequence, longest first: the sequences that have a
+    j-th chunk are the first ``counts[j]`` of those that have a (j-1)-th.
     """
 
     size: int
@@ -34,7 +34,7 @@ class ChunkLayout:
 
 @dataclass
 class Bucket:
-    """Sequences of similar length, to be padded to the longest of them."""
+    """Sequences of similar length, padded to the longest of them."""
 
     count: int
     length: int
@@ -44,43 +44,43 @@ class Bucket:
 
 @dataclass
 class Packed(PackedSeqParams):
-    """The boundaries of a pack (of the whole pack, also under context parallelism), as Megatron-Core passes them on.
+    """The layout of a pack (the whole pack, also under context parallelism), as Megatron-Core hands it to layers.
 
-    Made by `pack`. T counts the tokens of the sequences, R <= T the rows. ``lengths`` and ``host_boundaries`` repeat
-    ``cu_seqlens_q`` on the host, so that no layer has to wait for the GPU; flash-linear-attention keeps what it works
-    out of ``boundaries`` for as long as it is the same tensor.
+    `pack` makes it. T is the number of tokens in the sequences, R <= T the number of rows. ``lengths`` and
+    ``host_boundaries`` repeat ``cu_seqlens_q`` on the host, so that no layer syncs with the GPU; flash-linear-attention
+    caches what it derives from ``boundaries`` by tensor identity.
     """
 
     lengths: tuple[int, ...] = ()
-    positions: Tensor | None = None  # (T,) place of every token in its sequence
-    boundaries: Tensor | None = None  # (S + 1,) cu_seqlens_q in 64 bits
+    positions: Tensor | None = None  # (T,) position of every token in its sequence
+    boundaries: Tensor | None = None  # (S + 1,) cu_seqlens_q as int64
     host_boundaries: Tensor | None = None  # (S + 1,) the same on the CPU
     row_of_token: Tensor | None = None  # (T,); None where every token is a row
-    token_of_row: Tensor | None = None  # (R,) the first token that a row stands for
+    token_of_row: Tensor | None = None  # (R,) the first token of each row
     _layouts: dict = field(default_factory=dict, repr=False, compare=False)
 
     def spread(self, rows: Tensor) -> Tensor:
-        """What is known of the rows, for every token: (R, ...) to (T, ...)."""
+        """Expand values of rows to tokens: (R, ...) -> (T, ...)."""
         return rows if self.row_of_token is None else rows.index_select(0, self.row_of_token)
 
     def collect(self, tokens: Tensor) -> Tensor:
-        """What is known of the tokens, for every row: (T, ...) to (R, ...)."""
+        """Pick the values of each row's first token: (T, ...) -> (R, ...)."""
         return tokens if self.token_of_row is None else tokens.index_select(0, self.token_of_row)
 
     def chunks(self, size: int) -> ChunkLayout:
-        """The layout in chunks of ``size`` tokens; worked out once."""
+        """The layout in chunks of ``size`` tokens; cached."""
         if ("chunks", size) not in self._layouts:
             self._layouts["chunks", size] = self._chunk_layout(size)
         return self._layouts["chunks", size]
 
     def buckets(self) -> list[Bucket]:
-        """The sequences by length: one bucket where its padding is modest, else one for every power of two."""
+        """The sequences by length: one bucket if its padding is modest, else one for every power of two; cached."""
         if "buckets" not in self._layouts:
             self._layouts["buckets"] = self._bucket_sequences()
         return self._layouts["buckets"]
 
     def earlier_rows(self, back: int) -> Tensor:
-        """For each row the one ``back`` tokens before it in its sequence, (R,); R where the sequence has none."""
+        """For each row, the row ``back`` tokens earlier in its sequence (R,); R if there is none."""
         if ("earlier", back) not in self._layouts:
             token = torch.arange(len(self.positions)) if self.token_of_row is None else self.token_of_row
             row = token if self.row_of_token is None else self.row_of_token
@@ -130,13 +130,13 @@ def pack(
     padding_id: int = 0,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor, Packed]:
-    """Lay sequences of token ids end to end: ``(input_ids (1, R), position_ids (1, R), packed)``.
+    """Concatenate sequences of token ids: ``(input_ids (1, R), position_ids (1, R), packed)``.
 
     Args:
-        prefixes: how many first tokens of each sequence to share with those that begin with the very same ones; no
-            more than it has less one. Without much to share nothing is.
-        multiple_of: what R has to be a multiple of (tensor times context parallel size). A further sequence of
-            ``padding_id`` fills up, which like any other is seen by nobody else; mask its tokens out of every loss.
+        prefixes: for each sequence, the number of leading tokens to share with sequences that start with the same ones;
+            less than its length. If sharing would save less than `WORTH_SHARING`, nothing is shared.
+        multiple_of: pad R to a multiple of this (tensor x context parallel size) with one more sequence, of
+            ``padding_id``. Other sequences don't see it; mask its tokens out of every loss.
     """
     rows = [torch.as_tensor(sequence, dtype=torch.long) for sequence in sequences]
     if not rows or any(len(row) == 0 for row in rows):
@@ -169,7 +169,7 @@ def pack(
 
 
 def _share_prefixes(sequences: list[Tensor], prefixes: Sequence[int]) -> Tensor | None:
-    """The row of every token (T,) when a prefix that several sequences have stands once; None where it saves little."""
+    """The row of every token (T,) when common prefixes are stored once; None if that saves too little."""
     shared: dict[bytes, Tensor] = {}
     rows, taken = [], 0
     for sequence, length in zip(sequences, prefixes, strict=True):
@@ -186,21 +186,21 @@ def _share_prefixes(sequences: list[Tensor], prefixes: Sequence[int]) -> Tensor 
 
 
 def _first_places(rows: Tensor) -> Tensor:
-    """For each row the first token that it stands for: (T,) to (R,)."""
+    """The first token of each row: (T,) -> (R,)."""
     first = torch.full((int(rows.max()) + 1,), len(rows))
     return first.scatter_reduce_(0, rows, torch.arange(len(rows)), "amin")
 
 
 def context_shard(values: Tensor, dim: int = -1) -> Tensor:
-    """This context-parallel rank's run of rows of anything that has one entry a row along ``dim``."""
+    """This context-parallel rank's part of ``values``, which have one entry per row along ``dim``."""
     size = parallel_state.get_context_parallel_world_size()
     return values.chunk(size, dim)[parallel_state.get_context_parallel_rank()] if size > 1 else values
 
 
 def shift_left(values: Tensor, packed: Packed, by: int = 1) -> Tensor:
-    """Entry t becomes entry t + ``by`` of the same sequence, and 0 where the sequence has none; (..., T).
+    """Replace entry t by entry t + ``by`` of the same sequence, or 0 past its end; (..., T).
 
-    The next token of a shared prefix's last one is not one: nothing may be shared.
+    Only for packs without shared prefixes, whose last token has several next tokens.
     """
     assert packed.row_of_token is None
     shifted = torch.zeros_like(values)

@@ -1,8 +1,8 @@
-"""Replaying a choice of experts, so that training computes what the rollout engine computed.
+"""Routing replay: train with the experts that the rollout engine chose.
 
-Engine and trainer round differently, and where two experts score nearly alike the one may choose the first and the
-other the second: another expert's output, not a rounding error. Told the engine's choice, the trainer's router only
-weighs the experts chosen, and its gradient goes through those weights.
+Engine and trainer round differently, so where two experts score nearly the same they may choose different ones: a
+different expert's output, not a rounding error. With replay, the trainer's router only weights the engine's choice, and
+its gradient flows through those weights.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,12 @@ from milepost.qwen3_5.model import bare
 
 
 class Replay:
-    """What Megatron-Core's router asks which experts a token visits: it may be told, or chooses as it would.
+    """Megatron-Core's hook into a router's top-k: replays a given choice, or lets the router choose.
 
     Attributes:
-        experts: (tokens, k) those to visit in the next passes; None leaves the choice to the router.
-        agreement: [choices that the router would have made as well, choices] since `take_routing_agreement`.
+        experts: (tokens, k), the experts to visit in the next passes; None lets the router choose.
+        agreement: [replayed choices that the router would have made too, replayed choices] since
+            `take_routing_agreement`.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,7 @@ class Replay:
         """Scores and indices (tokens, k) of the experts to visit."""
         if self.experts is None:
             return choose(scores, topk, num_groups=groups, group_topk=group_topk)
-        if torch.is_grad_enabled():  # what trains, once
+        if torch.is_grad_enabled():  # count once: under recomputation the first pass runs without gradients
             _, own = choose(scores, topk, num_groups=groups, group_topk=group_topk)
             same = (own[:, :, None] == self.experts[:, None]).any(-1)
             counts = torch.stack([same.sum(), torch.full_like(same.sum(), same.numel())])
@@ -42,9 +43,9 @@ class Replay:
 
 
 def replay_routing(model: nn.Module, routing: Tensor) -> None:
-    """Let the decoder's routers choose these experts from now on: (R / cp, layers, k), of this rank's rows.
+    """Make the decoder's routers use these experts from now on: (R / cp, layers, k), for this rank's rows.
 
-    Under sequence parallelism each tensor-parallel rank takes its run of them.
+    Under sequence parallelism each tensor-parallel rank takes its part of the rows.
     """
     replays = [layer.mlp.router.router_replay for layer in bare(model).decoder.layers]
     if model.config.sequence_parallel:
@@ -55,7 +56,7 @@ def replay_routing(model: nn.Module, routing: Tensor) -> None:
 
 
 def take_routing_agreement(model: nn.Module) -> float | None:
-    """The share of replayed choices that the routers would have made too, over all ranks, since the last call.
+    """The share of replayed choices that the routers would also have made since the last call, over all ranks.
 
     None if nothing was replayed.
     """

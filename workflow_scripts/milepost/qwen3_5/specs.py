@@ -1,4 +1,4 @@
-"""The model as Megatron-Core's layer specs: which module stands where."""
+"""Megatron-Core's layer specs of the model: which module is used where."""
 
 from functools import partial
 
@@ -55,7 +55,7 @@ ATTENTION: dict[LayerKind, ModuleSpec] = {
 
 
 class SwiGLU(nn.Module):
-    """silu(gate) * up, for an input that holds the gate first and then as many columns to be gated."""
+    """silu(gate) * up, for an input whose first half of columns is the gate and whose second half is up."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ _MLP = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLine
 
 
 def layer_spec(architecture: Architecture, kind: LayerKind, dispatcher: str) -> ModuleSpec:
-    """One decoder layer with the given attention; ``dispatcher`` as `qwen3_5.experts.MoELayer` takes it."""
+    """One decoder layer with the given attention; see `qwen3_5.experts.MoELayer` for ``dispatcher``."""
     if architecture.is_moe:
         shared = partial(SharedExpertMLP, submodules=_MLP)
         mlp = partial(
@@ -92,7 +92,7 @@ def layer_spec(architecture: Architecture, kind: LayerKind, dispatcher: str) -> 
 
 
 def decoder_spec(architecture: Architecture, layers: range, dispatcher: str) -> TransformerBlockSubmodules:
-    """The given layers of the decoder, those of one pipeline stage, and the final norm."""
+    """The decoder layers of one pipeline stage, and the final norm."""
     kinds = architecture.layer_kinds
     return TransformerBlockSubmodules(
         layer_specs=[layer_spec(architecture, kinds[layer], dispatcher) for layer in layers],
@@ -101,7 +101,7 @@ def decoder_spec(architecture: Architecture, layers: range, dispatcher: str) -> 
 
 
 def mtp_spec(architecture: Architecture, dispatcher: str) -> ModuleSpec:
-    """The one layer of multi-token prediction, with full attention."""
+    """The multi-token-prediction layer, with full attention."""
     layer = ModuleSpec(
         module=MtpLayer,
         submodules=MultiTokenPredictionLayerSubmodules(

@@ -1,1 +1,1 @@
-"""What a person reads: tables, plots and one page, made from the manifests of trainings and evaluations."""
+"""Tables, plots and the report page, made from the manifests of trainings and evaluations."""

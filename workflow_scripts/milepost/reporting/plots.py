@@ -1,4 +1,4 @@
-"""The plots: each is drawn twice, for a light page and for a dark one, on a transparent ground."""
+"""The plots, each drawn for light and for dark pages on a transparent background."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ VALIDATION = "validation_average"
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one drawing."""
+    """The colours of a drawing."""
 
     base: str
     trained: str
@@ -47,14 +47,14 @@ class Theme:
 
     @classmethod
     def dark(cls, settings: Plots) -> "Theme":
-        """The same hues, lighter, so that they stand out from a dark ground."""
+        """The same hues, lighter, so that they stand out on a dark background."""
         base, trained = _lighter(settings.color_base, 0.2), _lighter(settings.color_trained, 0.4)
         return cls(base, trained, "#e6edf3", "#9198a1", "#30363d")
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot that can be drawn: its file's stem, its title and caption, the model it is of (or all), and how."""
+    """A plot: its file's stem, title, caption, model (or all), and the function that draws it."""
 
     name: str
     title: str
@@ -84,7 +84,7 @@ class Plot:
 
 
 def all_plots(trainings: Sequence[Training], pairs: Sequence[Pair]) -> list[Plot]:
-    """Every plot that the data allows, in the order of the report."""
+    """All plots for which there is data, in the order of the report."""
     found = []
     if pairs:
         found.append(
@@ -251,7 +251,7 @@ def _paired_dots(pair: Pair, theme: Theme) -> Figure:
 
 
 def _curve(axes: Axes, values: pd.Series, color: str, label: str) -> None:
-    """Every value thin and pale, the trend over it; a short run is shown as it is."""
+    """Plot all values as a thin pale line and the trend on top; a short run has no trend."""
     if len(values) < 10:
         axes.plot(values.index, values, "o-", color=color, markersize=3, linewidth=1.4, label=label)
         return

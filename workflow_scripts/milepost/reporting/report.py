@@ -1,4 +1,4 @@
-"""One page that holds everything, numbers, plots, samples, settings, origins, and needs no network and no script."""
+"""The report: one self-contained HTML page with numbers, plots, samples, settings and sources, without scripts."""
 
 import base64
 import math
@@ -17,16 +17,16 @@ from milepost.reporting.plots import Theme
 from milepost.reporting.results import Pair, Score, Training
 from milepost.reporting.tables import amount, change, in_words, span, titled
 
-EACH = 3  # right samples, and as many wrong ones, of every group
-LAST_ROLLOUTS = 5  # whose samples are shown
-FIRST_ROLLOUTS = 3  # whose rewards are told where all are equal
-HEAD, TAIL = 12_000, 4_000  # characters of a long response that are shown
+EACH = 3  # correct samples, and as many incorrect ones, per group
+LAST_ROLLOUTS = 5  # rollouts whose samples are shown
+FIRST_ROLLOUTS = 3  # rollouts whose rewards are reported if all are equal
+HEAD, TAIL = 12_000, 4_000  # characters shown of a long response
 TEXT_COLUMNS = ("dataset", "weights")
 CHAT_MARKS = re.compile(r"<\|im_start\|>(system|user|assistant)?|<\|im_end\|>|</?think>")
 
 templates = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
-    autoescape=True,  # what a model wrote is hostile
+    autoescape=True,  # model output is untrusted
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -62,12 +62,12 @@ def report_page(
         versions=_versions(results),
         origins=[_origin(manifest) for manifest in [*sources, *results]],
     )
-    # A model may write a lone surrogate, which UTF-8 can't hold: a question mark takes its place.
+    # A model may write a lone surrogate, which UTF-8 can't encode: replace it by a question mark.
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def _model(name: str, scores: Sequence[Score], trainings: Sequence[Training]) -> dict[str, Any]:
-    """What the page says of one model alone."""
+    """The page's section on one model."""
     own = [score for score in scores if score.model == name]
     trained = [training for training in trainings if training.model == name]
     groups = [
@@ -83,7 +83,7 @@ def _model(name: str, scores: Sequence[Score], trainings: Sequence[Training]) ->
         if "samples" in training.manifest.facts
     ]
     settings: dict[str, Any] = {}
-    for result in [*own, *trained]:  # what both tell, the engine's settings, a training tells in full
+    for result in [*own, *trained]:  # trainings last: their engine settings are complete, and take precedence
         settings |= result.manifest.provenance["config"]
     return {
         "name": name,
@@ -94,7 +94,7 @@ def _model(name: str, scores: Sequence[Score], trainings: Sequence[Training]) ->
 
 
 def evaluation_samples(score: Score) -> list[dict[str, Any]]:
-    """A few right and wrong samples of an evaluation, spread evenly over its problems."""
+    """A few correct and incorrect samples of an evaluation, spread evenly over its problems."""
     correct = [problem["correct"] for problem in score.facts["per_problem"]]
     chosen: set[tuple[int, int]] = set()
     for wanted in (True, False):
@@ -139,13 +139,13 @@ def _spread[Item](items: list[Item]) -> list[Item]:
 
 
 def shortened(text: str) -> str:
-    """The text, or its beginning and its end where it is long."""
+    """The text, or only its beginning and end if it is long."""
     left_out = len(text) - HEAD - TAIL
     return text if left_out <= 0 else f"{text[:HEAD]}\n\n[… {left_out:,} characters left out …]\n\n{text[-TAIL:]}"
 
 
 def _training_facts(training: Training) -> list[tuple[str, str]]:
-    """A training in a few lines; a metric that was not logged is left out."""
+    """A training in a few lines, without metrics that were not logged."""
     facts, reward = training.manifest.facts, training.column("reward_mean")
     is_share = training.is_share
     unit = "%" if is_share else ""
@@ -174,7 +174,7 @@ def _training_facts(training: Training) -> list[tuple[str, str]]:
 
 
 def _gain(pair: Pair) -> dict[str, Any]:
-    """A tile: the difference, and a bar for each of the two scores, the shorter over the longer."""
+    """A tile with the difference and a bar for each of the two scores, the shorter on top of the longer."""
     difference, base, trained = pair.difference(), pair.base.facts["average"], pair.trained.facts["average"]
     is_share = pair.base.is_share
     whole = 1.0 if is_share else max(base, trained, 1e-9)  # of the longest bar
@@ -196,7 +196,7 @@ def _gain(pair: Pair) -> dict[str, Any]:
 
 
 def _protocol(scores: Sequence[Score]) -> str:
-    """The evaluations' protocols in words, each once."""
+    """The evaluations' protocols in words, each only once."""
     sentences = []
     for score in scores:
         used, facts = score.protocol, score.facts
@@ -226,7 +226,7 @@ def _embedded(plot: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _versions(manifests: Iterable[Manifest]) -> str:
-    """The packages that made the results; more than one version of one is said."""
+    """The versions of the packages that made the results; several if the results differ."""
     found: dict[str, set[str]] = {}
     for manifest in manifests:
         for package, version in manifest.versions.items():
@@ -235,7 +235,7 @@ def _versions(manifests: Iterable[Manifest]) -> str:
 
 
 def _origin(manifest: Manifest) -> dict[str, str]:
-    """A line of the origins: what a manifest vouches for and where it is from."""
+    """A line of the sources: what a manifest describes and where that comes from."""
     facts = manifest.facts
     if facts.get("repo"):
         source = f"{facts['repo']} at {facts['commit']}"
@@ -254,13 +254,13 @@ def _origin(manifest: Manifest) -> dict[str, str]:
 
 
 def _makers(manifest: Manifest) -> str:
-    """The commits that made a result, a training's in their order; digests of their code outside of git."""
+    """The commits that made a result, in order for a training; code digests outside git."""
     makers = manifest.facts.get("made_by") or [manifest.provenance]
     return ", ".join(dict.fromkeys(maker.get("commit") or maker.get("code") or "–" for maker in makers))
 
 
 def _table(table: pd.DataFrame) -> dict[str, Any]:
-    """A readable table as the templates take it."""
+    """A readable table in the form that the templates expect."""
     columns = list(table.columns)
     return {
         "columns": columns,

@@ -1,4 +1,4 @@
-"""Scores and trainings as their manifests tell them; where a result lies says which model and weights it is of."""
+"""Read scores and trainings from their manifests; a manifest's path says which model and weights it is about."""
 
 import json
 from collections.abc import Iterable
@@ -33,17 +33,17 @@ class Score:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the evaluation found; `evaluation.scores.scores` describes the keys."""
+        """The evaluation's results; see `evaluation.scores.scores` for the keys."""
         return self.manifest.facts
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """The settings that it was evaluated by."""
+        """The settings of the evaluation."""
         return self.manifest.provenance["config"]["evaluation"]
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95% interval of the average, not a number where one problem allows none."""
+        """The 95% interval of the average; NaN for a single problem."""
         return tuple(self.facts["interval"] or (np.nan, np.nan))
 
     def problem_means(self) -> np.ndarray:
@@ -56,7 +56,7 @@ class Score:
         return _reward(self.manifest).is_share
 
     def read_samples(self, wanted: set[tuple[int, int]]) -> list[dict[str, Any]]:
-        """The samples of the ``(problem, sample)`` that are wanted, with what the grader said of each."""
+        """The samples of the given ``(problem, sample)`` indices, with the grader's verdicts."""
         file = self.manifest.require(digests=True).root / next(iter(self.manifest.files))
         found = []
         for row in _json_lines(file):
@@ -87,7 +87,7 @@ class Pair:
         return paired_difference(*means, protocol["bootstrap_samples"], protocol["seed"], bounds=bounds)
 
     def made_by_others(self) -> list[str]:
-        """How the code or the versions that made the trained score differ from the base's, in words."""
+        """How the code or package versions of the two scores differ, in words."""
         base, trained = self.base.manifest.provenance, self.trained.manifest.provenance
         return staleness.makers(base, trained)
 
@@ -96,7 +96,7 @@ class Pair:
 class Training:
     """One training: ``results/{model}/grpo/{run}/train.json``.
 
-    ``metrics`` has a row a rollout (its index), and beside rollout 0 the validation of the starting weights.
+    ``metrics`` has one row per rollout (its index); row 0 is the validation of the starting weights.
     """
 
     model: str
@@ -106,7 +106,7 @@ class Training:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that it was trained with, by section."""
+        """The settings of the training, by section."""
         return self.manifest.provenance["config"]
 
     @property
@@ -120,12 +120,12 @@ class Training:
         return _reward(self.manifest).correct_from
 
     def column(self, name: str) -> pd.Series:
-        """One metric over the rollouts that have it; empty where none has."""
+        """One metric of the rollouts that have it; empty if none has."""
         return self.metrics[name].dropna() if name in self.metrics else pd.Series(dtype=float)
 
     def read_samples(self, last: int) -> list[dict[str, Any]]:
-        """The samples that were kept of the ``last`` rollouts."""
-        rows: list[dict[str, Any]] = []  # of a run of days there are gigabytes: never all of them at once
+        """The saved samples of the ``last`` rollouts."""
+        rows: list[dict[str, Any]] = []  # never all at once: a run of days has gigabytes
         for row in _json_lines(self.manifest.root / self.manifest.facts["samples"]):
             if rows and row["rollout"] != rows[-1]["rollout"]:
                 rows = [kept for kept in rows if kept["rollout"] > row["rollout"] - last]
@@ -134,7 +134,7 @@ class Training:
 
 
 def read_scores(paths: Iterable[Path]) -> list[Score]:
-    """Read evaluations in the order that they are given in."""
+    """Read evaluations, in the given order."""
     return [
         Score(path.parts[-4], path.parts[-2], path.stem, _read(path, "evaluate")) for path in map(Path.absolute, paths)
     ]
@@ -146,16 +146,16 @@ def read_trainings(paths: Iterable[Path]) -> list[Training]:
     for path in map(Path.absolute, paths):
         manifest = _read(path, "train")
         rows = pd.DataFrame(_json_lines(manifest.root / manifest.facts["metrics"]))
-        # A rollout and a validation after it are two lines of the log, and one row here; of two validations the last.
+        # A rollout and the validation after it are two log lines but one row here; of two validations the last counts.
         metrics = rows.groupby("rollout").last() if len(rows) else rows
         trainings.append(Training(path.parts[-4], path.parts[-2], manifest, metrics))
     return trainings
 
 
 def pairs(scores: Iterable[Score]) -> list[Pair]:
-    """Every trained score beside the base's of the same model and problem set; one without a base is left out.
+    """Pair every trained score with the base's of the same model and problem set, if there is one.
 
-    Two scores that were not measured alike can't be compared: a `UserError` that says what differs.
+    Scores that were not measured in the same way can't be compared: a `UserError` says what differs.
     """
     scores = list(scores)
     bases = {(score.model, score.dataset): score for score in scores if score.is_base}
@@ -175,7 +175,7 @@ def pairs(scores: Iterable[Score]) -> list[Pair]:
 
 
 def _measured_by(score: Score) -> dict[str, Any]:
-    """What two scores must share to be compared: protocol, engine, grader and problems."""
+    """What must be equal in two comparable scores: protocol, engine, grader and problems."""
     config = score.manifest.provenance["config"]
     return {
         **{f"{section} section": config.get(section) for section in ("evaluation", "engine", "reward")},
@@ -198,7 +198,7 @@ def _read(path: Path, kind: str) -> Manifest:
 
 
 def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
-    """The objects of a JSON-lines file; a line that a killed process left half written ends it."""
+    """The objects of a JSON-lines file, up to a line that a killed process left incomplete."""
     try:
         with path.open(encoding="utf-8", errors="surrogateescape") as file:
             for line in file:

@@ -1,4 +1,4 @@
-"""Two tables, the scores and the paired differences of trained and base: as numbers, and as a person reads them."""
+"""The tables of scores and of paired differences (trained minus base), as numbers and in readable form."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ def score_table(scores: Sequence[Score]) -> pd.DataFrame:
 
 
 def difference_table(pairs: Sequence[Pair]) -> pd.DataFrame:
-    """One row a pair: trained minus base, with the 95% t and BCa bootstrap intervals over problems."""
+    """One row per pair: trained minus base, with the 95% t and BCa bootstrap intervals over problems."""
     rows, unknown = [], (math.nan, math.nan)
     for pair in pairs:
         difference = pair.difference()
@@ -79,7 +79,7 @@ def readable_scores(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def readable_format(table: pd.DataFrame) -> pd.DataFrame:
-    """How the answers of `score_table` end, in percent of the samples, and how long they are."""
+    """How the responses of `score_table` end, in percent of the samples, and how long they are."""
     shown = table[["model", "dataset", "weights"]].astype(str)
     for name in ("truncated", "no </think>", "no box", "grading errors"):
         if table[name].isna().all():  # no reward here looks for it
@@ -105,7 +105,7 @@ def readable_differences(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def in_words(pair: Pair) -> str:
-    """The paired difference as a sentence that claims no more than the interval allows."""
+    """The paired difference as a sentence that claims no more than the interval supports."""
     difference, base, trained = pair.difference(), pair.base.facts["average"], pair.trained.facts["average"]
     is_share, who, gained = pair.base.is_share, pair.base.model, change(difference.value, pair.base.is_share)
     if is_share:
@@ -114,7 +114,7 @@ def in_words(pair: Pair) -> str:
         said = f"the mean reward of {who} went from {amount(base, False)} to {amount(trained, False)}: {gained}"
     text = f"On {pair.base.dataset}, {said}"
     if others := pair.made_by_others():
-        text = f"The two scores were not made alike ({', '.join(others)}). {text}"
+        text = f"The two scores were made with different code or versions ({', '.join(others)}). {text}"
     if difference.interval is None:
         return f"{text}. Without a spread over problems there is no interval."
     low, high = difference.interval
@@ -153,7 +153,7 @@ def percent(share: float) -> str:
 
 
 def points(share: float) -> str:
-    """A difference of shares in percentage points, with its sign; what rounds to 0 has none."""
+    """A difference of shares in percentage points, with its sign unless it rounds to 0."""
     if math.isnan(share):
         return "–"
     rounded = round(100 * share, 1)

@@ -1,1 +1,1 @@
-"""Rollouts: prompts to token ids, and the engines that sample answers to them."""
+"""Rollouts: encode prompts, and sample responses on the CPU or with SGLang."""

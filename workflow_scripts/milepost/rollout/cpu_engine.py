@@ -1,8 +1,8 @@
-"""The rollout engine that runs anywhere: continuous batching over `rollout.cpu_model`, in this process.
+"""The rollout engine for CPUs: continuous batching over `rollout.cpu_model`, in this process.
 
-The same call gives the same tokens and log-probs, bit for bit, on one machine with one number of threads. Between
-different batches the logits differ by the rounding of matrix products (about 1e-7 relative), which changes a token only
-where its draw falls that close to the border between two. The number of threads is the process's (``OMP_NUM_THREADS``).
+On one machine with one number of threads (``OMP_NUM_THREADS``), the same call returns the same tokens and log-probs,
+bit for bit. In a different batch the logits differ by the rounding of matrix products (about 1e-7 relative), which
+changes a token only if its draw falls that close to the border between two tokens.
 """
 
 from collections import deque
@@ -19,32 +19,32 @@ from milepost.rollout.cpu_model import CpuModel, ModelCache
 from milepost.rollout.engine import Completion, Request, SamplingParams
 from milepost.rollout.sampling import sample, seed_words, uniforms
 
-_MAX_RUNNING = 256  # sequences, where the settings name no number
-_PREFILL_TOKENS = 8192  # of one prefill, padding included
+_MAX_RUNNING = 256  # default number of running sequences
+_PREFILL_TOKENS = 8192  # per prefill, including padding
 
 
 def start(folder: Path, settings: Engine, logs: Path, max_requests: int | None = None) -> "CpuEngine":
-    """Load the checkpoint in ``folder``; `UserError` if it is no whole Qwen3.5. Memory is taken as requests come."""
+    """Load the checkpoint in ``folder``; `UserError` if it is not a complete Qwen3.5."""
     return CpuEngine(CpuModel(folder), settings.max_running_requests or _MAX_RUNNING)
 
 
 def share_weights(folder: Path, settings: Engine, named: Iterable[tuple[str, Tensor]]) -> None:
-    """Go through ``named``: its tensors are gathered from all processes, and the one with the engine has its own."""
+    """Iterate over ``named``, because gathering its tensors is collective; the driving process loads its own copy."""
     for _ in named:
         pass
 
 
 class CpuEngine:
-    """`rollout.engine.RolloutEngine` on the CPU; up to ``max_running`` sequences run at once."""
+    """`rollout.engine.RolloutEngine` on the CPU, with up to ``max_running`` sequences at once."""
 
     is_reproducible = True
     repeated = 0  # it runs in this process
 
     def __init__(self, model: CpuModel, max_running: int):
         self.model, self.max_running = model, max_running
-        self._cache: ModelCache | None = None  # kept between calls: its pages are warm
+        self._cache: ModelCache | None = None  # kept between calls, so that its pages stay allocated
         self._asleep = False
-        self.weights_wanted: Callable[[], None] | None = None  # never: this process is all there is
+        self.weights_wanted: Callable[[], None] | None = None  # never called: no workers that could fail
 
     @torch.inference_mode()
     def generate(
@@ -63,7 +63,7 @@ class CpuEngine:
             self._cache = ModelCache(rows, self.model.architecture)
         batch = _Batch(self.model, self._cache, rows, requests, params)
         while waiting or batch.count:
-            # Wait until an eighth of the rows is free: prompts read together are read faster.
+            # Wait until an eighth of the rows is free: prefilling several prompts at once is faster.
             if batch.count == 0 or rows - batch.count >= min(waiting.samples, max(1, rows // 8)):
                 while waiting and batch.count < rows:
                     batch.admit(*waiting.take(rows - batch.count))
@@ -74,11 +74,11 @@ class CpuEngine:
         return completions
 
     def load_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:
-        """Take new weights by their Hub names; the vision tower's and the MTP layer's are passed over."""
+        """Load new weights by Hub name; those of the vision tower and the MTP layer are ignored."""
         self.model.load(named)
 
     def check_weights(self, send: Callable[[], None]) -> None:
-        """Nothing can differ: what is sent is copied within this process."""
+        """Only call ``send``: tensors are copied within this process, so nothing can differ."""
         send()
 
     def sleep(self) -> None:
@@ -86,7 +86,7 @@ class CpuEngine:
         self._asleep, self._cache = True, None
 
     def wake(self) -> None:
-        """Allow generating again; the next call makes its caches anew."""
+        """Allow `generate` again; it allocates new caches."""
         self._asleep = False
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class CpuEngine:
 
 @dataclass
 class _ReadPrompt:
-    """A prompt's row in the cache of its prefill, the logits that follow it, and the requests that still want it."""
+    """A prefilled prompt: its row in the prefill's cache, the next token's logits, and the requests waiting for it."""
 
     cache: ModelCache
     row: int
@@ -106,7 +106,7 @@ class _ReadPrompt:
 
 
 class _WaitingPrompts:
-    """The requests that do not run yet, by prompt: equal prompts are read once, a few prompts ahead of need."""
+    """The waiting requests, grouped by prompt: equal prompts are prefilled once, a few prompts ahead of need."""
 
     def __init__(self, model: CpuModel, requests: Sequence[Request]):
         self._model = model
@@ -123,7 +123,7 @@ class _WaitingPrompts:
         return self.samples > 0
 
     def take(self, limit: int) -> tuple[_ReadPrompt, list[int]]:
-        """The next prompt and up to ``limit`` of the requests that want it; there must be one."""
+        """The next prompt and up to ``limit`` of its requests; there must be one waiting."""
         if not self._read:
             self._prefill(limit)
         prompt = self._read[0]
@@ -134,7 +134,7 @@ class _WaitingPrompts:
         return prompt, indices
 
     def _prefill(self, samples: int) -> None:
-        """Read the next prompts: as many as ``samples`` requests want, within the bound on tokens, at least one."""
+        """Prefill the next prompts: enough for ``samples`` requests, within `_PREFILL_TOKENS`, but at least one."""
         chosen, longest = [], 0
         while self._unread and sum(len(wanted) for _, wanted in chosen) < samples:
             longest = max(longest, len(self._unread[0][0]))
@@ -155,8 +155,8 @@ class _Batch:
         self._model, self._cache, self._params = model, cache, params
         self._all_seeds = seed_words([request.seed for request in requests])
         self._stop_ids = np.array(params.stop_token_ids, dtype=np.int64)
-        self._indices = np.zeros(rows, dtype=np.int64)  # of the requests
-        self._produced = np.zeros(rows, dtype=np.int64)  # tokens
+        self._indices = np.zeros(rows, dtype=np.int64)  # index of each row's request
+        self._produced = np.zeros(rows, dtype=np.int64)  # tokens so far
         self._tokens = np.zeros((rows, params.max_new_tokens), dtype=np.int64)
         self._log_probs = np.zeros((rows, params.max_new_tokens), dtype=np.float32)
         vocabulary = model.architecture.vocab_size if params.presence_penalty else 0
@@ -174,7 +174,7 @@ class _Batch:
         self.count += len(indices)
 
     def step(self) -> list[tuple[int, Completion]]:
-        """Sample one token a sequence; give back those that are finished, and compute the logits of the others."""
+        """Sample one token per sequence, return the finished ones, and compute the next logits of the others."""
         n = self.count
         indices, produced = self._indices[:n], self._produced[:n]
         draws = torch.from_numpy(uniforms(self._all_seeds[indices], produced))
@@ -202,7 +202,7 @@ class _Batch:
         )
 
     def _remove(self, finished: np.ndarray) -> None:
-        """Close the gaps that finished rows leave with the last of the others."""
+        """Fill the gaps left by finished rows with the last running rows."""
         self.count -= int(finished.sum())
         holes = np.flatnonzero(finished[: self.count])
         movers = self.count + np.flatnonzero(~finished[self.count :])

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from milepost.qwen3_5.architecture import Architecture
 
-_CHUNK = 64  # tokens of a prompt that Gated DeltaNet takes at a time
+_CHUNK = 64  # tokens per chunk of Gated DeltaNet's prefill
 _CACHE_BLOCK = 128  # tokens by which the key-value cache grows
 _L2_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
 class Destination:
-    """The part of a layer's buffer that holds one Hub tensor, and what is done to its values on the way there."""
+    """The part of a layer's buffer that holds one Hub tensor, and the transform applied on loading."""
 
     tensor: Tensor
     transform: Callable[[Tensor], Tensor] = lambda tensor: tensor
@@ -35,17 +35,17 @@ def one_plus(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """What all attention layers share when n sequences take one token each."""
+    """The inputs that all attention layers share in one decoding step of n sequences."""
 
     rows: Tensor  # (n,) 0 ... n-1
-    positions: Tensor  # (n,) of the token that is fed in
+    positions: Tensor  # (n,) of the input token
     cos: Tensor  # (n, 1, rotary / 2)
     sin: Tensor  # (n, 1, rotary / 2)
     mask: Tensor  # (n, 1, 1, L) 0 up to the position, -inf beyond
 
 
 class DeltaNetCache:
-    """Gated DeltaNet's memory of each sequence: the recurrent state and the last W - 1 inputs of the convolution."""
+    """Gated DeltaNet's cache: each sequence's recurrent state and the last W - 1 inputs of the convolution."""
 
     def __init__(self, rows: int, architecture: Architecture):
         a = architecture
@@ -56,7 +56,7 @@ class DeltaNetCache:
         channels = (
             2 * a.linear_num_key_heads * a.linear_key_head_dim + a.linear_num_value_heads * a.linear_value_head_dim
         )
-        # Oldest first. All sequences step together, so a step renames the buffers instead of shifting their content.
+        # Oldest first. All sequences step together, so a step rotates the buffers instead of shifting their content.
         self.inputs = [torch.empty(rows, channels) for _ in range(a.linear_conv_kernel_dim - 1)]
 
     def reserve(self, length: int) -> None:
@@ -78,7 +78,7 @@ class AttentionCache:
     """Keys (after norm and rotation) and values, (rows, G, capacity, D)."""
 
     def __init__(self, rows: int, architecture: Architecture):
-        # Zeros, for what is masked must still be finite.
+        # Zeros, since masked values must still be finite.
         self.keys = torch.zeros(rows, architecture.num_query_groups, 0, architecture.head_dim)
         self.values = torch.zeros_like(self.keys)
 
@@ -119,7 +119,7 @@ class GatedDeltaNet:
         self.dt_bias = torch.empty(self.value_heads)
         self.norm = torch.empty(self.value_dim)
         self.out_proj = torch.empty(a.hidden_size, values)
-        # The L2 norm is an RMS norm times 1 / sqrt(Dk); queries carry another 1 / sqrt(Dk) as the softmax scale does.
+        # The L2 norm is an RMS norm times 1 / sqrt(Dk); queries get another 1 / sqrt(Dk), the attention scale.
         self.query_key_scale = torch.tensor([1 / self.key_dim, self.key_dim**-0.5]).view(2, 1, 1)
 
     def destinations(self) -> dict[str, Destination]:
@@ -138,7 +138,7 @@ class GatedDeltaNet:
         }
 
     def decode(self, x: Tensor, cache: DeltaNetCache, step: Step) -> Tensor:
-        """One token of each of n sequences, (n, H) -> (n, H); the first n rows of the cache advance by it."""
+        """One token for each of n sequences, (n, H) -> (n, H); advances the cache's first n rows."""
         n = len(x)
         qkv, z, beta, alpha = F.linear(x, self.in_proj).split(self.parts, -1)
         query_key, value = self._queries_keys_values(self._convolve_step(qkv, cache))
@@ -154,7 +154,7 @@ class GatedDeltaNet:
         return self._project_out(output.reshape(n, self.value_heads, self.value_dim), z)
 
     def prefill(self, x: Tensor, lengths: Tensor, cache: DeltaNetCache) -> Tensor:
-        """Whole prompts, (P, T, H) -> (P, T, H); the cache's P rows take their states after ``lengths`` (P,) tokens."""
+        """Whole prompts, (P, T, H) -> (P, T, H); the cache's P rows get the states after ``lengths`` (P,) tokens."""
         count, tokens, _ = x.shape
         qkv, z, beta, alpha = F.linear(x, self.in_proj).split(self.parts, -1)
         width = len(self.conv)
@@ -164,7 +164,7 @@ class GatedDeltaNet:
         mixed = sum(padded[:, shift : shift + tokens] * self.conv[shift] for shift in range(width))
         query_key, value = self._queries_keys_values(F.silu(mixed))
         query, key = query_key.repeat_interleave(self.repeats, 3).unbind(2)  # (P, T, V, Dk) each
-        # A padding token that neither decays nor writes leaves the state as it was.
+        # A padding token neither decays the state nor writes to it.
         real = (torch.arange(tokens) < lengths[:, None])[..., None]  # (P, T, 1)
         output, state = chunked_delta_rule(
             query, key, value, self._log_decay(alpha) * real, beta.sigmoid() * real
@@ -193,7 +193,7 @@ class GatedDeltaNet:
         return F.softplus(alpha + self.dt_bias).mul_(self.decay_rate)
 
     def _wide(self, per_head: Tensor) -> Tensor:
-        """(n, V) -> (n K, 1, R Dv): a value for every column of the state."""
+        """(n, V) -> (n K, 1, R Dv): one value for every column of the state."""
         wide = per_head[..., None].expand(-1, -1, self.value_dim)
         return wide.reshape(len(per_head) * self.key_heads, 1, self.repeats * self.value_dim)
 
@@ -206,7 +206,7 @@ class GatedDeltaNet:
 def chunked_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gated delta rule over whole sequences from an empty state, a chunk of tokens at a time.
+    """The gated delta rule over whole sequences from a zero state, chunk by chunk.
 
     Within a chunk the writes depend on each other through a unit lower triangular system (the WY form of Yang et al.
     2024, arXiv 2412.06464, section 3.3); from chunk to chunk only the state is carried.
@@ -234,7 +234,7 @@ def chunked_delta_rule(
 
     system = (key @ key.mT).mul_(between).mul_(beta)
     right = torch.cat([value, key_from_start], -1).mul_(beta)
-    # Only what is below the diagonal is read; the diagonal counts as ones.
+    # The solver reads only the part below the diagonal and assumes ones on it.
     writes, reads = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split(
         (value.shape[-1], key.shape[-1]), -1
     )
@@ -256,12 +256,12 @@ def _in_chunks(tensor: Tensor, size: int) -> Tensor:
 
 
 def _decay(logarithm: Tensor) -> Tensor:
-    """Its exponential, and 0 where that is below 1e-26: on the way to 0 lie denormal numbers, 100 times as slow."""
+    """exp(logarithm), or 0 below 1e-26: smaller values approach denormal numbers, which are 100 times slower."""
     return torch.where(logarithm > -60, logarithm, -torch.inf).exp_()
 
 
 class GatedAttention:
-    """Full attention with grouped keys and values, norms on queries and keys, and a sigmoid gate on its output."""
+    """Full attention with grouped queries, norms on queries and keys, and a sigmoid output gate."""
 
     def __init__(self, architecture: Architecture):
         a = architecture
@@ -286,12 +286,12 @@ class GatedAttention:
         }
 
     def decode(self, x: Tensor, cache: AttentionCache, step: Step) -> Tensor:
-        """One token of each of n sequences, (n, H) -> (n, H); it joins the first n rows of the cache."""
+        """One token for each of n sequences, (n, H) -> (n, H); appended to the cache's first n rows."""
         n, length = len(x), step.mask.shape[-1]
         query, gate, key, value = self._project_in(x, step.cos, step.sin)
         cache.keys[step.rows, :, step.positions] = key
         cache.values[step.rows, :, step.positions] = value
-        # The query heads of a group stand where the tokens would: no copy of keys and values for each of them.
+        # The query heads of a group take the token dimension, so keys and values need not be repeated for them.
         output = F.scaled_dot_product_attention(
             query.view(n, self.groups, -1, self.head_dim),
             cache.keys[:n, :, :length],
@@ -301,7 +301,7 @@ class GatedAttention:
         return self._project_out(output.reshape(n, self.heads, self.head_dim), gate)
 
     def prefill(self, x: Tensor, cos: Tensor, sin: Tensor, cache: AttentionCache) -> Tensor:
-        """Whole prompts, (P, T, H) -> (P, T, H), into the cache's P rows. Padding comes last, so nothing sees it."""
+        """Whole prompts, (P, T, H) -> (P, T, H), into the cache's P rows. No token sees the padding at the end."""
         tokens = x.shape[1]
         query, gate, key, value = self._project_in(x, cos, sin)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -324,7 +324,7 @@ class GatedAttention:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first dims of every head, (..., heads, D), by their position's angles (..., 1, rotary / 2)."""
+    """Rotate the first dims of every head (..., heads, D) by their position's angles (..., 1, rotary / 2)."""
     half = cos.shape[-1]
     first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
@@ -352,7 +352,7 @@ class DenseMlp:
 
 
 class ExpertMlp:
-    """A softmax router over experts, their weights normalised over the chosen, and a gated expert that all share."""
+    """A mixture of experts: softmax router, weights normalised over the chosen experts, gated shared expert."""
 
     def __init__(self, architecture: Architecture):
         a = architecture

@@ -1,4 +1,4 @@
-"""Qwen3.5's text model for generation on the CPU: weights by Hub names, prompts in, next-token logits out."""
+"""Qwen3.5's text model for generation on the CPU: loads weights by Hub name, returns next-token logits."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,11 +24,11 @@ from milepost.rollout.cpu_layers import (
 )
 
 _TEXT = "model.language_model."
-_IGNORED = ("model.visual.", "mtp.")  # parts of a checkpoint that answer no text prompt by themselves
+_IGNORED = ("model.visual.", "mtp.")  # not needed to generate text
 
 
 class ModelCache:
-    """The memory of up to ``rows`` sequences: a cache for each layer, and the tokens that each row holds."""
+    """The caches of up to ``rows`` sequences: one per layer, and each row's number of tokens."""
 
     def __init__(self, rows: int, architecture: Architecture):
         kinds = {"linear_attention": DeltaNetCache, "full_attention": AttentionCache}
@@ -56,7 +56,7 @@ class ModelCache:
 
 
 class Layer:
-    """A decoder layer: token mixer and MLP, each after a norm and added to what came in."""
+    """A decoder layer: token mixer and MLP, each with a pre-norm and a residual connection."""
 
     def __init__(self, kind: str, architecture: Architecture):
         a = architecture
@@ -65,7 +65,7 @@ class Layer:
         self.mixer_norm, self.mlp_norm = torch.empty(a.hidden_size), torch.empty(a.hidden_size)
 
     def destinations(self) -> dict[str, Destination]:
-        """Hub name within the layer -> its place."""
+        """Hub name within the layer -> destination."""
         return {
             "input_layernorm.weight": Destination(self.mixer_norm, one_plus),
             "post_attention_layernorm.weight": Destination(self.mlp_norm, one_plus),
@@ -75,7 +75,7 @@ class Layer:
 
 
 class CpuModel:
-    """The text model's weights in fp32, and the two ways through it: `prefill` and `decode`.
+    """The text model in fp32, with its two forward passes, `prefill` and `decode`.
 
     Args:
         folder: a checkpoint in the Hub's format (config.json and \\*.safetensors).
@@ -104,9 +104,9 @@ class CpuModel:
             raise UserError(f"{folder}: no tensor {min(missing)} ({len(missing)} missing): download the model again")
 
     def load(self, named: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Copy tensors to their places by Hub name and return the names taken.
+        """Copy tensors into the model by Hub name and return the names loaded.
 
-        The vision tower's and the MTP layer's are passed over; ValueError for any other unknown name or a wrong shape.
+        The vision tower's and the MTP layer's are ignored; another unknown name or a wrong shape raises a ValueError.
         """
         taken = set()
         for name, tensor in _expert_by_expert(named):
@@ -124,7 +124,7 @@ class CpuModel:
 
     @torch.inference_mode()
     def prefill(self, prompts: list[list[int]]) -> tuple[Tensor, ModelCache]:
-        """Read P whole prompts: the logits of their next tokens (P, vocabulary), and a cache with a row for each."""
+        """Read P prompts; return their next tokens' logits (P, vocabulary) and a cache with a row for each."""
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         tokens = int(lengths.max())
         ids = torch.tensor([prompt + [0] * (tokens - len(prompt)) for prompt in prompts])  # (P, T)
@@ -144,7 +144,7 @@ class CpuModel:
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, cache: ModelCache) -> Tensor:
-        """Add one token (n,) to each of the cache's first n sequences: the next tokens' logits (n, vocabulary)."""
+        """Append one token (n,) to each of the cache's first n sequences; return the next logits (n, vocabulary)."""
         n = len(tokens)
         step = self._step(cache.lengths[:n])
         cache.lengths[:n] += 1
@@ -163,7 +163,7 @@ class CpuModel:
         return Step(torch.arange(len(positions)), positions, cos, sin, mask)
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions (N,), each (N, 1, rotary / 2)."""
+        """Cosines and sines for positions (N,), each (N, 1, rotary / 2)."""
         angles = (positions[:, None] * self.frequencies)[:, None]
         return angles.cos(), angles.sin()
 
@@ -175,7 +175,7 @@ class CpuModel:
 
 
 def _expert_by_expert(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Take apart the tensors that hold all experts of a layer, as the Hub's do; others pass as they are."""
+    """Split tensors that hold all experts of a layer, as the Hub's do; pass on the others unchanged."""
     for name, tensor in named:
         prefix, _, packed = name.rpartition(".")
         if not (prefix.endswith(".mlp.experts") and packed in ("gate_up_proj", "down_proj")):

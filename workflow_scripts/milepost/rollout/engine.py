@@ -1,7 +1,7 @@
-"""The rollout engine: what samples answers, however and wherever it does so.
+"""The interface of rollout engines.
 
-Each kind of engine lives in a module of its own, ``rollout/{kind}_engine.py``, whose ``start`` returns a running
-`RolloutEngine`. Nothing else knows the kinds, so a change of one engine touches no run that uses another.
+Each kind of engine is a module ``rollout/{kind}_engine.py`` whose ``start`` returns a running `RolloutEngine`. No other
+code depends on a kind, so a change of one engine leaves runs with another untouched.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ class SamplingParams:
         temperature: the logits are divided by it; 0 takes the most likely token.
         top_p: keep the most likely tokens until their probabilities sum to this; 1 keeps all.
         top_k: keep this many of the most likely tokens; -1 keeps all.
-        presence_penalty: taken off the logit of each token that the response already holds (the prompt does not count).
-        stop_token_ids: a response ends with the first of these that is sampled.
-        with_routing: say which experts every token visited; for an engine with ``replay_routing``.
+        presence_penalty: subtracted from the logit of each token already in the response (the prompt does not count).
+        stop_token_ids: a response ends with the first of these.
+        with_routing: also return the experts that every token visited; for engines with ``replay_routing``.
     """
 
     max_new_tokens: int
@@ -42,9 +42,9 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One response to sample. Weights, prompt, seed and `SamplingParams` decide it, not what else is asked for.
+    """One response to sample. It depends on weights, prompt, seed and `SamplingParams`, not on other requests.
 
-    SGLang keeps this promise, and heeds the seed, only under ``enable_deterministic_inference``.
+    SGLang guarantees this, and uses the seed, only under ``enable_deterministic_inference``.
     """
 
     prompt_ids: list[int]
@@ -53,11 +53,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Drafting:
-    """How a response came about where a smaller model drafts (speculative decoding).
+    """Statistics of speculative decoding for one response.
 
     Attributes:
-        passes: forward passes of the model itself; one gives a token of its own and keeps the drafts that fit.
-        drafted, accepted: tokens that were drafted, and of them those that were kept.
+        passes: forward passes of the model; each accepts fitting drafts and adds one token of its own.
+        drafted, accepted: the number of drafted tokens, and of those accepted.
     """
 
     passes: int
@@ -70,13 +70,13 @@ class Completion:
     """One sampled response.
 
     Attributes:
-        token_ids: the sampled tokens; the stop token included when one was sampled.
-        log_probs: natural log-probability of each, after temperature (1 where it is 0) and presence penalty, before
+        token_ids: the sampled tokens, including the stop token if there is one.
+        log_probs: natural log-probability of each, after temperature (1 if it is 0) and presence penalty, before
             top-p and top-k.
-        finish: ``stop`` when a stop token was sampled, ``length`` when ``max_new_tokens`` ran out.
-        drafting: None where nothing drafts.
-        routing: (P + R - 1, layers x k) the experts that each token but the last visited, layer after layer; None
-            unless it was asked for.
+        finish: ``stop`` if a stop token was sampled, ``length`` if ``max_new_tokens`` was reached.
+        drafting: None without speculative decoding.
+        routing: (P + R - 1, layers x k), the experts that each token but the last visited, layer by layer, for P prompt
+            and R response tokens; None unless ``with_routing``.
     """
 
     token_ids: list[int]
@@ -87,7 +87,7 @@ class Completion:
 
 
 class RolloutEngine(Protocol):
-    """A model that is ready to answer.
+    """A model that is ready to sample.
 
     Attributes:
         is_reproducible: whether a `Request` decides its response, so that it can be asked for again.
@@ -106,32 +106,32 @@ class RolloutEngine(Protocol):
         params: SamplingParams,
         on_done: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
-        """Sample one response a request, in the requests' order.
+        """Sample one response per request, in the requests' order.
 
-        ``on_done(index, completion)`` is called as each is finished, in the order of finishing.
+        ``on_done(index, completion)`` is called as each one finishes.
         """
 
     def load_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:
-        """Take new weights by their Hub names; each replaces the whole tensor of that name.
+        """Load new weights by Hub name; each replaces the whole tensor of that name.
 
-        Where several processes train, the others call `share_weights` with the same tensors at the same time.
+        With several training processes, the others call `share_weights` with the same tensors at the same time.
         """
 
     def check_weights(self, send: Callable[[], None]) -> None:
-        """Make sure that the engine holds what ``send`` sends, all of it and nothing else; RuntimeError if not."""
+        """Check that ``send`` delivers every weight of the engine correctly; RuntimeError if not."""
 
     def sleep(self) -> None:
-        """Give memory back while others work; nothing is generated until `wake`."""
+        """Release memory for other work; `generate` must not be called until `wake`."""
 
     def wake(self) -> None:
-        """Take the memory again. An engine may need all weights anew (`load_weights`) before it generates."""
+        """Allocate the memory again. An engine may need all weights again (`load_weights`) before it generates."""
 
     def close(self) -> None:
-        """End the engine and whatever it started."""
+        """Stop the engine and every process it started."""
 
 
 def request_seed(*key: int) -> int:
-    """The seed of a request, 31 bits that depend on all of ``key`` and on nothing else."""
+    """The seed of a request: 31 bits derived from ``key``."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
@@ -142,15 +142,15 @@ def start_engine(
     """Start the engine of kind ``settings.kind`` with the checkpoint in ``folder`` (in the Hub's format).
 
     Args:
-        logs: a folder for the words of processes that the engine starts; it is made if there are any.
-        max_requests: what one `RolloutEngine.generate` will bring at most, if that is known. An engine that sets memory
-            aside for each request has more for their tokens then.
+        logs: a folder for the output of processes that the engine starts; created if there are any.
+        max_requests: the most requests that one `RolloutEngine.generate` will get, if known. An engine that reserves
+            memory per request then has more left for their tokens.
     """
     return _module(settings).start(Path(folder), settings, Path(logs), max_requests)
 
 
 def share_weights(folder: Path | str, settings: Engine, named: Iterable[tuple[str, Tensor]]) -> None:
-    """The part in `RolloutEngine.load_weights` of the training processes that do not drive the engine."""
+    """Called by the training processes that do not drive the engine, while the one that does is in `load_weights`."""
     _module(settings).share_weights(Path(folder), settings, named)
 
 

@@ -1,4 +1,4 @@
-"""Chat messages to token ids and back, as the checkpoint's own tokenizer and chat template say."""
+"""Convert chat messages to token ids and back, with the checkpoint's own tokenizer and chat template."""
 
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,15 @@ from milepost.common.files import read_json
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint in the Hub's format, from its own files alone.
+    """Load the tokenizer of a checkpoint in the Hub's format, from local files only.
 
-    `UserError` if there is none, or if it has no chat template.
+    A missing tokenizer or chat template is a `UserError`.
     """
     try:
-        # The Hub's tokenizer_config.json names Qwen2Tokenizer, which splits words by a pattern of its own, without
-        # combining marks: not by tokenizer.json's, by which the model was trained.
+        # tokenizer_config.json names Qwen2Tokenizer, which splits words by its own pattern, without combining marks,
+        # instead of tokenizer.json's, with which the model was trained.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # for a broken file the tokenizers package raises no narrower class
+    except Exception as error:  # the tokenizers package raises plain Exception for a broken file
         raise UserError(f"{folder}: no usable tokenizer ({_first_line(error)}): download the model again") from None
     if not tokenizer.chat_template:
         raise UserError(f"{folder}: the tokenizer has no chat template: use a chat model's checkpoint")
@@ -28,7 +28,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], enable_thinking: bool
 ) -> list[int]:
-    """Token ids of a chat up to where the assistant's answer begins; ``enable_thinking`` goes to the template."""
+    """Token ids of a chat up to the start of the assistant's answer; ``enable_thinking`` goes to the template."""
     encoded = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, enable_thinking=enable_thinking
     )
@@ -36,9 +36,9 @@ def encode_prompt(
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of sampled tokens, without the end-of-turn and end-of-text tokens that close it.
+    """The text of sampled tokens, without trailing end-of-turn and end-of-text tokens.
 
-    All else stays, special tokens too: what a model said in the wrong place must be seen, and not be graded away.
+    Other special tokens are kept, so that graders and readers see what the model really said.
     """
     end = len(ids)
     while end and ids[end - 1] in (tokenizer.eos_token_id, tokenizer.pad_token_id):
@@ -47,9 +47,9 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def stop_token_ids(folder: Path | str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end an answer, ascending.
+    """The tokens that end a response, in ascending order.
 
-    They are the tokenizer's end of turn (``<|im_end|>``) and padding (``<|endoftext|>``), and whatever else
+    They are the tokenizer's end of turn (``<|im_end|>``) and padding (``<|endoftext|>``), and any others that
     ``generation_config.json`` names.
     """
     path = Path(folder) / "generation_config.json"

@@ -1,7 +1,7 @@
-"""Drawing the next token of every running sequence, each from random numbers of its own.
+"""Sample the next token of every running sequence, with random numbers that depend only on the sequence.
 
-The random number of a sequence's n-th token is a hash of (seed, n): no generator state is kept, so a sequence's draws
-do not depend on what else is in the batch, and a resumed run draws what the interrupted one would have drawn.
+The random number of a sequence's n-th token is a hash of (seed, n). There is no generator state, so a sequence's draws
+do not depend on the rest of the batch, and a resumed run draws what the interrupted one would have drawn.
 """
 
 import numpy as np
@@ -15,14 +15,14 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def seed_words(seeds: list[int]) -> np.ndarray:
-    """Seeds, any Python integers, as the 64-bit words that `uniforms` takes (equal modulo 2^64, equal words)."""
+    """Convert seeds (any Python integers, taken modulo 2^64) to the 64-bit words that `uniforms` takes."""
     return np.array([seed % 2**64 for seed in seeds], dtype=np.uint64)
 
 
 def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """One uniform number in [0, 1) for each pair of a seed word (n, uint64) and a position (n): (n,) float64.
+    """One uniform number in [0, 1) for each pair of seed word (n, uint64) and position (n): (n,) float64.
 
-    SplitMix64 (Steele, Lea and Flood 2014): its stream for the start value mix(seed), at the given position. The seed
+    SplitMix64 (Steele, Lea and Flood 2014): the stream that starts at mix(seed), at the given position. The seed
     is mixed first because neighbouring seeds would otherwise share most of their streams.
     """
     hashed = _mix(_mix(seeds + _GOLDEN) + (positions.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
@@ -38,13 +38,13 @@ def _mix(word: np.ndarray) -> np.ndarray:
 def sample(
     logits: Tensor, uniform: Tensor, params: SamplingParams, present: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token a row.
+    """Draw one token per row.
 
     Args:
-        logits: (n, V) float32; changed in place where there is a presence penalty or a temperature.
-        uniform: (n,) float64 in [0, 1), one draw a row.
+        logits: (n, V) float32; modified in place if there is a presence penalty or a temperature.
+        uniform: (n,) float64 in [0, 1), one draw per row.
         params: temperature, top-p, top-k and presence penalty.
-        present: (n, V) bool, the tokens that a row's response already holds; needed with a presence penalty.
+        present: (n, V) bool, the tokens already in a row's response; needed for a presence penalty.
 
     Returns:
         Tokens (n,) int64 and their log-probs (n,) float32 as `rollout.engine.Completion` defines them.
@@ -52,15 +52,15 @@ def sample(
     Raises:
         UserError: a row of logits holds NaN or infinity.
 
-    Top-k and top-p are both measured on the full distribution, as SGLang does: a token stays when fewer than k tokens
-    and less than p of the probability come before it.
+    As in SGLang, top-k and top-p both apply to the full distribution: a token is kept if fewer than k tokens and less
+    than p of the probability come before it.
     """
     if params.presence_penalty:
         logits.add_(present, alpha=-params.presence_penalty)
     if params.temperature not in (0, 1):
         logits.div_(params.temperature)
     log_probs = logits.log_softmax(-1)
-    if log_probs[:, 0].isnan().any():  # one NaN or infinity spreads over its row
+    if log_probs[:, 0].isnan().any():  # one NaN or infinity spreads over its whole row
         raise UserError("the model's logits are not finite: its weights are damaged, or its training went wrong")
     if params.temperature == 0:
         tokens = log_probs.argmax(-1)
@@ -72,10 +72,10 @@ def sample(
 
 
 def _draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Invert the cumulative distribution of ``probs`` (n, V), which need not sum to 1, at ``uniform`` (n,)."""
+    """Invert the cumulative distribution of ``probs`` (n, V), not necessarily normalized, at ``uniform`` (n,)."""
     cumulative = probs.cumsum(-1)
     total = cumulative[:, -1]
-    # Rounding could carry the product up to the total, beyond the last token.
+    # Rounding could raise the product to the total, past the last token.
     target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
 

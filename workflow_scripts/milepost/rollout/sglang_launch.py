@@ -1,6 +1,6 @@
-"""The process of an SGLang server, run as a module: it reads SGLang's arguments as one line of JSON.
+"""The process of an SGLang server, run as a module: it reads SGLang's arguments as one line of JSON from stdin.
 
-They come on the standard input, which stays open: its end is the end of whoever started the server.
+Stdin stays open; when it closes, the process that started the server has ended, and so does the server.
 """
 
 import dataclasses
@@ -10,12 +10,12 @@ import signal
 import sys
 import threading
 
-# Names that SGLang has given to one and the same argument, the newest first.
+# The names of one argument in different versions of SGLang, the newest first.
 CUDA_GRAPH_BATCH_SIZES = ("cuda_graph_bs_decode", "cuda_graph_bs")
 
 
 def main() -> None:
-    """Become the server."""
+    """Run the server in this process."""
     arguments = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_the_trainer, daemon=True).start()
     from sglang.srt.entrypoints.http_server import launch_server

@@ -1,4 +1,4 @@
-"""One SGLang server: a process of its own on the loopback interface, and the calls that the engine makes of it."""
+"""One SGLang server: its process, which listens on the loopback interface, and the HTTP calls to it."""
 
 import base64
 import contextlib
@@ -31,27 +31,27 @@ START_SECONDS = 1800  # a cold start compiles kernels
 KINDS_OF_MEMORY = ("kv_cache", "weights", "cuda_graph")
 SCRIPTS = Path(__file__).parents[2]
 
-# What a launcher such as torchrun sets for its processes is not meant for theirs.
+# A launcher such as torchrun sets these for its own processes, not for SGLang's.
 NOT_INHERITED = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*|MILEPOST_.*)"
 )
-# What SGLang's processes say when another of them has failed.
+# Error messages of SGLang processes that another one's failure caused.
 CONSEQUENCE = re.compile(r"EOFError|scheduler died|Initialization failed|error messages above", re.IGNORECASE)
 
 
 class ServerDown(Exception):
-    """The server's process ended, or no longer answers."""
+    """The server's process has ended or no longer answers."""
 
 
 class Server:
-    """A server that can be started, asked, killed and started anew.
+    """A server that can be started, queried, killed and restarted.
 
     Attributes:
         name: for messages.
-        starts: how often it was started, so that late news of an earlier process can be told apart.
-        has_answered: a request, since its last start; until then it may be compiling kernels.
-        holds_weights: its weights are the ones it should answer with.
-        log: the output of all its starts; the previous server's log is kept next to it.
+        starts: how often it was started, so that late errors of an earlier process can be recognized.
+        has_answered: whether it has answered a request since its last start; until then it may be compiling kernels.
+        holds_weights: whether it has the current weights.
+        log: the output of all its starts; the previous run's log is kept next to it.
     """
 
     def __init__(self, folder: Path, settings: Engine, index: int, logs: Path):
@@ -66,11 +66,11 @@ class Server:
 
     @property
     def alive(self) -> bool:
-        """Whether its process runs; it may still not answer."""
+        """Whether its process is running; it may still not answer."""
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Start the process and wait until it answers; `UserError` with the reason if it does not."""
+        """Start the process and wait until it answers; a `UserError` gives the reason if it does not."""
         if not self.starts:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             if self.log.exists():
@@ -79,19 +79,19 @@ class Server:
         self.has_answered = False
         self._port = _free_port()
         arguments = self._arguments | {"port": self._port, "api_key": self._key}
-        # New for every start: a store that a killed process left is useless to the next. What was killed may be dying.
+        # New for every start: the next process can't use a killed one's store, which may even still be in use.
         self._private = tempfile.TemporaryDirectory(prefix="milepost-sglang-", ignore_cleanup_errors=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", sglang_launch.__name__],
-                stdin=subprocess.PIPE,  # stays open: its end is the end of the server
+                stdin=subprocess.PIPE,  # stays open; the server ends when it closes
                 bufsize=0,
                 stdout=log,
                 stderr=log,
                 env=self._environment(),
-                start_new_session=True,  # an interrupt from the keyboard is the trainer's to handle
+                start_new_session=True,  # Ctrl-C is for the trainer to handle
             )
-        with contextlib.suppress(BrokenPipeError):  # its log says why
+        with contextlib.suppress(BrokenPipeError):  # the process has ended; its log says why
             self._process.stdin.write(json.dumps(arguments).encode() + b"\n")
         deadline = time.monotonic() + START_SECONDS
         while not self._answers():
@@ -102,7 +102,7 @@ class Server:
             time.sleep(0.5)
 
     def kill(self) -> None:
-        """End the process and all that it started, at once."""
+        """Kill the process and all its children."""
         self.holds_weights = False
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -113,11 +113,11 @@ class Server:
             self._private.cleanup()
 
     def call(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
-        """POST ``body`` (GET where there is none) and return the JSON of the answer.
+        """POST ``body`` (GET if None) and return the response's JSON.
 
         Raises:
-            ServerDown: no answer, or not within ``timeout`` seconds.
-            RuntimeError: the server refuses.
+            ServerDown: no response within ``timeout`` seconds, or a status of 500 or more.
+            RuntimeError: another error status.
         """
         connection = http.client.HTTPConnection(HOST, self._port, timeout=timeout)
         headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
@@ -136,11 +136,11 @@ class Server:
         return json.loads(content) if "json" in response.headers.get("Content-Type", "") else None
 
     def capacity(self, timeout: float | None = None) -> int:
-        """How many requests it answers at once."""
+        """How many requests it runs at once."""
         return self.state(timeout)["effective_max_running_requests_per_dp"]
 
     def state(self, timeout: float | None = None) -> dict[str, Any]:
-        """What its scheduler says of itself; a scheduler that hangs does not answer."""
+        """The scheduler's state; a hanging scheduler does not answer."""
         return self.call("/server_info", timeout=timeout)["internal_states"][0]
 
     def answer(self, request: Request, params: SamplingParams) -> Completion | None:
@@ -152,8 +152,8 @@ class Server:
             "top_k": params.top_k,
             "presence_penalty": params.presence_penalty,
             "stop_token_ids": list(params.stop_token_ids),
-            "ignore_eos": not params.stop_token_ids,  # true makes SGLang ignore stop_token_ids, too
-            "sampling_seed": request.seed % 2**31,  # heeded under enable_deterministic_inference
+            "ignore_eos": not params.stop_token_ids,  # true would make SGLang ignore stop_token_ids too
+            "sampling_seed": request.seed % 2**31,  # used only under enable_deterministic_inference
         }
         body = {"input_ids": request.prompt_ids, "sampling_params": sampling, "return_logprob": True}
         if params.with_routing:
@@ -165,14 +165,14 @@ class Server:
         if reason == "abort":
             return None
         tokens = answer["output_ids"]
-        if reason == "length" and len(tokens) < params.max_new_tokens:  # SGLang shortens what it has no room for
+        if reason == "length" and len(tokens) < params.max_new_tokens:  # SGLang truncates what its memory can't hold
             raise UserError(
-                f"{self.name}: its memory holds an answer of {len(tokens)} tokens, not of {params.max_new_tokens}:"
+                f"{self.name}: its memory holds a response of {len(tokens)} tokens, not of {params.max_new_tokens}:"
                 " raise mem_fraction_static, or lower engine.max_running_requests"
             )
-        scored = information["output_token_logprobs"][: len(tokens)]  # (log-prob, token, text) each
+        scored = information["output_token_logprobs"][: len(tokens)]  # (log-prob, token, text) per token
         if [token for _, token, _ in scored] != tokens:
-            raise RuntimeError(f"{self.name}: the log-probs of an answer are of other tokens than the answer's")
+            raise RuntimeError(f"{self.name}: the log-probs of a response belong to other tokens than the response")
         return Completion(
             token_ids=tokens,
             log_probs=[log_prob for log_prob, _, _ in scored],
@@ -182,35 +182,35 @@ class Server:
         )
 
     def abort(self, timeout: float) -> None:
-        """End all requests as they are."""
+        """Abort all requests."""
         self.call("/abort_request", {"rid": "", "abort_all": True}, timeout)
 
     def flush(self) -> None:
-        """Forget what is cached, once nothing runs any more."""
+        """Clear the prefix cache, once no request is running."""
         self.call("/flush_cache?timeout=60", {}, timeout=120)
 
     def release(self, *kinds: str) -> None:
-        """Give memory back; weights and caches are lost."""
+        """Release memory of these `KINDS_OF_MEMORY`; its content is lost."""
         if "weights" in kinds:
             self.holds_weights = False
         self.call("/release_memory_occupation", {"tags": list(kinds)}, timeout=600)
 
     def resume(self, *kinds: str) -> None:
-        """Take memory again, its content undefined."""
+        """Allocate memory of these `KINDS_OF_MEMORY` again; its content is undefined."""
         self.call("/resume_memory_occupation", {"tags": list(kinds)}, timeout=600)
 
     def _environment(self) -> dict[str, str]:
-        """The environment of SGLang's processes: they meet in a private folder and listen on loopback alone."""
+        """The environment of SGLang's processes, which meet in a private folder and listen only on loopback."""
         inherited = {name: value for name, value in os.environ.items() if not NOT_INHERITED.fullmatch(name)}
         return (
             inherited
             | loopback.INTERFACE
             | {
                 "PYTHONPATH": os.pathsep.join(filter(None, [str(SCRIPTS), inherited.get("PYTHONPATH")])),
-                "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",  # a check of health must not be a request
-                # Otherwise its processes meet at a TCPStore, which listens on every interface.
+                "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",  # else every health check generates a token
+                # Otherwise its processes use a TCPStore, which listens on every interface.
                 "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{self._private.name}/group",
-                "TMPDIR": self._private.name,  # for the sockets by which its processes talk
+                "TMPDIR": self._private.name,  # for the sockets between its processes
             }
         )
 
@@ -223,7 +223,7 @@ class Server:
 
 
 def server_arguments(folder: Path, settings: Engine, index: int) -> dict[str, Any]:
-    """SGLang's arguments for the ``index``-th server, by the names of its ``ServerArgs``; None where it may choose."""
+    """SGLang's arguments for the ``index``-th server, by the names of its ``ServerArgs``, without unset ones."""
     speculation = settings.speculation
     arguments: dict[str, Any] = {
         "model_path": str(folder),
@@ -235,16 +235,16 @@ def server_arguments(folder: Path, settings: Engine, index: int) -> dict[str, An
         sglang_launch.CUDA_GRAPH_BATCH_SIZES[0]: settings.cuda_graph_batch_sizes,
         "max_running_requests": settings.max_running_requests,
         "enable_memory_saver": True,
-        # It keeps up to five states of linear attention a request, which are large: a fifth of the requests would run.
+        # The radix cache keeps up to five large linear-attention states per request: a fifth of the requests would run.
         "disable_radix_cache": True,
-        # Half a minute of every start, and a prompt is read once where thousands of tokens are written.
+        # Capture takes half a minute per start, and prefill is a small part of long responses.
         "disable_prefill_cuda_graph": True,
-        # SGLang's own choices are flashinfer's, not tried. Without top-p and top-k it samples through torch anyway.
+        # SGLang's defaults use flashinfer, untested here. Without top-p and top-k it samples with torch anyway.
         "sampling_backend": "pytorch",
         "enforce_disable_flashinfer_allreduce_fusion": True,
         "skip_tokenizer_init": True,
         "enable_multimodal": False,
-        "mm_attention_backend": "sdpa",  # of the vision tower, which never runs
+        "mm_attention_backend": "sdpa",  # for the vision tower, which never runs
         "grammar_backend": "none",
         "log_level_http": "warning",
     }
@@ -259,7 +259,7 @@ def server_arguments(folder: Path, settings: Engine, index: int) -> dict[str, An
         arguments["enable_return_routed_experts"] = True
     arguments |= settings.server_arguments
     if arguments.get("random_seed") is not None:
-        arguments["random_seed"] += index  # or all servers would draw alike
+        arguments["random_seed"] += index  # or all servers would draw the same samples
     return {name: value for name, value in arguments.items() if value is not None}
 
 
@@ -274,7 +274,7 @@ def _drafting(information: dict[str, Any]) -> Drafting | None:
 
 
 def _routing(information: dict[str, Any], tokens: int) -> Tensor:
-    """SGLang's int32 in base64, as int16."""
+    """Decode SGLang's base64 of int32 to an int16 tensor (tokens, layers x k)."""
     experts = np.frombuffer(base64.b64decode(information["routed_experts"]), dtype=np.int32)
     return torch.from_numpy(experts.astype(np.int16)).view(tokens, -1)
 
@@ -286,8 +286,8 @@ def _free_port() -> int:
 
 
 def _reason(log: Path) -> str:
-    """The line of the log that says best why the process ended: the last error of its own, else the last line."""
+    """The log line that best explains why the process ended: its last own error, else its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()[-400:] if line.strip()]
     errors = [line for line in lines if re.match(r"(\[[^]]*\] *)?[\w.]*(Error|Exception)\b|error: ", line)]
     own = [line for line in errors if not CONSEQUENCE.search(line)]
-    return (own or errors or lines or ["it ended without a word"])[-1][:400]
+    return (own or errors or lines or ["it ended without output"])[-1][:400]

@@ -1,8 +1,8 @@
-"""Weights from the training processes' GPUs into the servers on the same GPUs, through CUDA IPC.
+"""Send weights from the training processes to the SGLang servers on the same GPUs, through CUDA IPC.
 
-Every training process packs the same tensors in the same order into flat buckets on its own GPU. What goes to a server
-is a handle to that memory: the server's process on a GPU reads the bucket that lies there, so nothing crosses to
-another GPU. Two buckets take turns: one is filled while the servers read the other.
+Every training process packs the same tensors in the same order into flat buckets on its own GPU and sends a handle to
+that memory. Each server process reads the bucket on its own GPU, so no data moves between GPUs. There are two buckets:
+one is filled while the servers read the other.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,15 +15,15 @@ from torch import Tensor
 from milepost.checkpoints.safetensors_io import HubCheckpoint
 
 BUCKET_BYTES = 2**30
-ALIGNMENT = 256  # bytes; a tensor of any type may begin there
+ALIGNMENT = 256  # bytes; enough for a tensor of any dtype
 
 
 def with_constants(
     named: Iterable[tuple[str, Tensor]], hub: HubCheckpoint, prefixes: tuple[str, ...]
 ) -> Iterator[tuple[str, Tensor]]:
-    """``named``, then those tensors of ``hub`` that were not among them and whose names start with a prefix.
+    """Yield ``named``, then the tensors of ``hub`` that start with one of ``prefixes`` and were not in ``named``.
 
-    A server that has slept remembers nothing: what never changes must be sent as well.
+    A server loses all weights when it sleeps, so those that never change must be sent too.
     """
     sent = set()
     for name, tensor in named:
@@ -39,11 +39,11 @@ def send(
     deliver: Callable[[list[str]], None] | None = None,
     readers: Callable[[], Iterable[int]] | None = None,
 ) -> None:
-    """Hand ``named`` over, bucket by bucket; all training processes call this together, rank 0 with the functions.
+    """Send ``named`` bucket by bucket; all training processes call this together, rank 0 with the two functions.
 
-    ``deliver(handles)`` gets one handle a training process, in the order of ranks, and returns when the bucket has
-    been read. ``readers()`` says whose buckets will be: PyTorch keeps the memory behind a handle until it was opened,
-    so the others get the text "" instead of one.
+    ``deliver(handles)`` gets one handle per training process, in rank order, and returns when the bucket has been read.
+    ``readers()`` returns the ranks whose buckets will be read: PyTorch keeps the memory behind a handle until that is
+    opened, so the other ranks send "" instead.
     """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     under_way: Future | None = None
@@ -56,7 +56,7 @@ def send(
                 under_way.result()
             if deliver is not None:
                 under_way = pool.submit(deliver, handles)
-            will_be_read = _meet(ranks, readers)  # the bucket before this one may be filled anew
+            will_be_read = _meet(ranks, readers)  # the previous bucket may be overwritten
         if under_way is not None:
             under_way.result()
     _meet(ranks, readers)
@@ -64,9 +64,9 @@ def send(
 
 
 def _buckets(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[list[tuple[str, Tensor, int]], Tensor]]:
-    """Buckets as (name, tensor's place and type, first byte) of what they hold, and the memory itself.
+    """Yield buckets: a list of (name, tensor in the bucket, first byte), and the bucket's memory.
 
-    The memory is written again two buckets later. A tensor that is larger than a bucket has one of its own.
+    The memory is overwritten two buckets later. A tensor larger than a bucket gets its own.
     """
     device = torch.device("cuda", torch.cuda.current_device())
     buffers = [torch.empty(BUCKET_BYTES, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -78,7 +78,7 @@ def _buckets(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[list[tuple[s
         if tensor.nbytes > BUCKET_BYTES:
             own = tensor.detach().to(device).contiguous().view(-1).view(torch.uint8)
             yield [(name, tensor, 0)], own
-            # The one under way is `own`, and both buffers have been read when the next bucket is handed over.
+            # The bucket being read is `own`; both buffers have been read when the next bucket is sent.
             continue
         place = buffers[turn][used : used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         place.copy_(tensor, non_blocking=True)
@@ -89,12 +89,12 @@ def _buckets(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[list[tuple[s
 
 
 def _handle(tensors: list[tuple[str, Tensor, int]], buffer: Tensor) -> str:
-    """What lets another process on this machine open ``buffer`` and find the tensors in it, as text."""
+    """A text with which another process on this machine can open ``buffer`` and find the tensors in it."""
     from sglang.srt.utils import MultiprocessingSerializer
     from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
     from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorMetadata
 
-    monkey_patch_torch_reductions()  # handles name a GPU by its UUID: processes number them differently
+    monkey_patch_torch_reductions()  # use GPU UUIDs in handles: processes number GPUs differently
     metadata = [
         FlattenedTensorMetadata(
             name=name,
@@ -119,9 +119,9 @@ def _gathered(handle: str, ranks: int) -> list[str]:
 
 
 def _meet(ranks: int, readers: Callable[[], Iterable[int]] | None) -> bool:
-    """All processes wait for one another; whether rank 0 says that this one's next bucket will be read.
+    """Synchronize all processes; return whether this rank's next bucket will be read, which rank 0 decides.
 
-    The GPU is left alone: a sum of numbers on the CPU goes over gloo.
+    The all-reduce is on the CPU, over gloo, so it does not wait for the GPU.
     """
     read = torch.zeros(ranks, dtype=torch.int32)
     if readers is not None:

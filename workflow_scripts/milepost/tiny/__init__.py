@@ -1,1 +1,1 @@
-"""A tiny Qwen3.5 of the true architecture, and arithmetic for it to learn: the whole path on a laptop's CPU."""
+"""A tiny Qwen3.5 of the real architecture, and sums for it to learn: the whole pipeline on a laptop's CPU."""

@@ -1,7 +1,7 @@
-"""The tiny model's weights and its files, in the names, dtypes and layout of a Qwen3.5 repository on the Hub.
+"""The tiny model's weights and files, with the names, dtypes and layout of a Qwen3.5 repository on the Hub.
 
-The text model and the vision tower are built by Transformers, which knows nothing of this pipeline; the MTP layer,
-which Transformers drops, is added here under the Hub's names.
+Transformers builds the text model and the vision tower, independently of this pipeline; the MTP layer, which it drops,
+is added here under the Hub's names.
 """
 
 import copy
@@ -21,19 +21,19 @@ from milepost.common.files import atomic_write, write_json
 from milepost.configuration.schema import TinyModel
 from milepost.tiny.tokenizer import END_OF_TEXT, TURN_END, VOCABULARY, token_id, write_tokenizer
 
-# Where flash-linear-attention is installed Transformers would take its norm, which runs on GPUs only.
+# With flash-linear-attention installed, Transformers would use its norm, which runs only on GPUs.
 modeling_qwen3_5.FusedRMSNormGated = modeling_qwen3_5_moe.FusedRMSNormGated = None
 
 FULL_ATTENTION_INTERVAL = 4  # three Gated DeltaNet layers, then one of gated attention
-SHARDS = 2  # small enough for one file, but the real ones come in several with an index
+SHARDS = 2  # one would do, but real checkpoints have several files with an index
 FLOAT32_TENSORS = (
     ".linear_attn.A_log",
     ".linear_attn.norm.weight",
-)  # the Hub keeps these two in FP32, all else in BF16
+)  # fp32 on the Hub; all other tensors are bf16
 
 
 def model_config(tiny: TinyModel, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of config.json: every key that a real Qwen3.5 has, with small numbers."""
+    """The content of config.json: every key of a real Qwen3.5, with small sizes."""
     dense = tiny.kind == "dense"
     family = "qwen3_5" if dense else "qwen3_5_moe"
     feed_forward = (
@@ -121,9 +121,9 @@ def model_config(tiny: TinyModel, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def random_model(tiny: TinyModel, config: dict[str, Any]) -> PreTrainedModel:
-    """Transformers' model for ``config`` in FP32, vision tower included, drawn with the settings' seed."""
+    """Transformers' randomly initialized model for ``config`` in fp32, including the vision tower."""
     torch.manual_seed(tiny.seed)
-    config = copy.deepcopy(config)  # Transformers moves keys about in the dictionaries that it is given
+    config = copy.deepcopy(config)  # Transformers modifies the dictionaries that it is given
     if tiny.kind == "dense":
         model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(**config)).float()
     else:
@@ -136,10 +136,10 @@ def random_model(tiny: TinyModel, config: dict[str, Any]) -> PreTrainedModel:
 
 @torch.no_grad()
 def lengthen_memory(linear_attention: nn.Module) -> None:
-    """Draw ``dt_bias`` so that states last for tens to thousands of tokens; Transformers' start forgets within one.
+    """Initialize ``dt_bias`` so that states last tens to thousands of tokens; Transformers' last less than one.
 
-    A state decays by exp(-A softplus(a + dt_bias)) a token, with A up to 16 and a near 0 at first. As in Mamba, the
-    time step softplus(dt_bias) is drawn between 0.001 and 0.1, evenly in its logarithm.
+    A state decays by exp(-A softplus(a + dt_bias)) per token, with A up to 16 and a near 0 at first. As in Mamba, the
+    time step softplus(dt_bias) is drawn log-uniformly between 0.001 and 0.1.
     """
     step = torch.empty_like(linear_attention.dt_bias).uniform_(math.log(0.001), math.log(0.1)).exp()
     linear_attention.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
@@ -147,7 +147,7 @@ def lengthen_memory(linear_attention: nn.Module) -> None:
 
 
 def hub_tensors(tiny: TinyModel, model: PreTrainedModel) -> dict[str, Tensor]:
-    """All tensors under the Hub's names in the Hub's dtypes: the model's own, and an untrained MTP layer."""
+    """All tensors with the Hub's names and dtypes: the model's own, and an untrained MTP layer."""
     tensors = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
@@ -159,7 +159,7 @@ def hub_tensors(tiny: TinyModel, model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _mtp_tensors(tiny: TinyModel, model: PreTrainedModel) -> dict[str, Tensor]:
-    """The multi-token prediction layer: a fusing projection, and one layer of gated attention; freshly drawn."""
+    """A randomly initialized MTP layer: the projection of (embedding, hidden), and one layer of full attention."""
     torch.manual_seed(tiny.seed + 1)
     config, hidden = model.config.text_config, tiny.hidden
     text_model = type(model.model.language_model)
@@ -176,7 +176,7 @@ def _mtp_tensors(tiny: TinyModel, model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _unpacked_experts(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """The Hub stores the trunk's experts packed, but those of the MTP layer one by one; other tensors pass."""
+    """Split packed experts, which the Hub stores one by one in the MTP layer; other tensors pass unchanged."""
     prefix, _, last = name.rpartition(".")
     if not prefix.endswith(".mlp.experts"):
         return {name: tensor}
@@ -192,13 +192,13 @@ def _unpacked_experts(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Tokenizer) -> None:
-    """Write every file of the repository into ``folder``."""
+    """Write all files of the repository into ``folder``."""
     write_side_files(folder, config, tokenizer)
     _write_shards(folder, tensors)
 
 
 def write_side_files(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Write what is not weights."""
+    """Write all files but the weights."""
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", _generation_config(tokenizer))
     write_json(folder / "preprocessor_config.json", _preprocessor_config("Qwen2VLImageProcessorFast"))
@@ -207,7 +207,7 @@ def write_side_files(folder: Path, config: dict[str, Any], tokenizer: Tokenizer)
 
 
 def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write the tensors, in order, to shards of about one size, and the index that says which holds which."""
+    """Write the tensors, in order, to shards of about equal size, and the index."""
     total = sum(tensor.nbytes for tensor in tensors.values())
     files = [f"model.safetensors-{shard + 1:05d}-of-{SHARDS:05d}.safetensors" for shard in range(SHARDS)]
     weight_map, written = {}, 0
@@ -234,7 +234,7 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _preprocessor_config(processor: str) -> dict[str, Any]:
-    """How images or videos become patches; the pipeline only hands this file on."""
+    """How images or videos become patches; the pipeline only passes this file on."""
     kind = "video_processor_type" if "Video" in processor else "image_processor_type"
     return {
         "size": {"longest_edge": 16777216, "shortest_edge": 65536},

@@ -1,7 +1,7 @@
-"""Sums of two two-digit numbers: a problem set that a tiny model can learn, in the schema of the real ones.
+"""Sums of two two-digit numbers: problem sets that a tiny model can learn, in the format of the real ones.
 
-Whether a pair of operands is for training or for evaluation depends on the pair alone, in either order and for every
-seed. So no choice of seeds or sizes lets a training set, or a warm-up, touch an evaluation problem.
+Whether a pair of operands is for training or evaluation depends only on the pair, not on its order or any seed. So no
+choice of seeds or sizes lets a training set or the warm-up contain an evaluation problem.
 """
 
 import random
@@ -12,7 +12,7 @@ from milepost.common.errors import UserError
 from milepost.configuration.schema import Problems
 
 OPERANDS = range(10, 100)
-EVALUATION_SHARE = 8  # one unordered pair in so many is for evaluation
+EVALUATION_SHARE = 8  # one in this many unordered pairs is for evaluation
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Addition:
 
     @property
     def split(self) -> str:
-        """``train`` or ``evaluation``: a fixed property of the two operands, whatever their order."""
+        """``train`` or ``evaluation``: depends only on the two operands, not on their order."""
         pair = f"{min(self.left, self.right)}+{max(self.left, self.right)}"
         return "train" if zlib.crc32(pair.encode()) % EVALUATION_SHARE else "evaluation"
 
@@ -42,18 +42,18 @@ class Addition:
         return str(self.left + self.right)
 
     def row(self, prompt_key: str, label_key: str) -> dict:
-        """The problem as a line of a dataset: chat messages and a label."""
+        """The problem as a row of a data set: chat messages and a label."""
         return {prompt_key: [{"role": "user", "content": self.question}], label_key: self.label}
 
 
 def computed(addition: Addition) -> str:
-    """What an assistant says after ``<think>`` and a line break when it works the sum out: 37 + 58 is 15+80."""
+    """The assistant's text after ``<think>`` and a line break when it computes the sum: 37 + 58 is 15+80."""
     units, tens = addition.partial_sums
     return _response(f"{units}+{tens}", units + tens)
 
 
 def estimated(addition: Addition) -> str:
-    """The same when it drops the units, which is wrong for all but 1 sum in 100: 37 + 58 is about 80."""
+    """The assistant's text when it drops the units, which is wrong for 99 sums in 100: 37 + 58 is about 80."""
     _, tens = addition.partial_sums
     return _response(f"~{tens}", tens)
 
@@ -69,7 +69,7 @@ def all_additions(split: str) -> list[Addition]:
 
 
 def draw(problems: Problems) -> list[Addition]:
-    """``problems.rows`` different problems of a split, drawn with its seed; more than there are is a `UserError`."""
+    """Draw ``problems.rows`` different problems of a split with its seed; a `UserError` if there are fewer."""
     additions = all_additions(problems.split)
     if problems.rows > len(additions):
         raise UserError(

@@ -1,7 +1,7 @@
-"""A byte-level tokenizer in Qwen3.5's format: any text can be written in it, and the demo's own text is short.
+"""A byte-level BPE tokenizer in Qwen3.5's format that encodes any text, and the demo's chats in few tokens.
 
-Its alphabet is the 256 bytes. Merges are learned from the problems' chat, so that each of its words is one token;
-digits stay single, as they do in Qwen's own tokenizer.
+Its alphabet is the 256 bytes. Merges are learned from the problems' chats, so that each of their words is one token;
+digits stay single tokens, as in Qwen's own tokenizer.
 """
 
 import json
@@ -23,8 +23,8 @@ CONTROL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-THINK_TOKENS = ("<think>", "</think>")  # single tokens, but text: they stay when special tokens are skipped
-VOCABULARY = 512  # rows of the embedding; as in the real models, the last ones belong to no token
+THINK_TOKENS = ("<think>", "</think>")  # single tokens, but not special: decoding keeps them
+VOCABULARY = 512  # rows of the embedding; as in the real models, the last ones are unused
 
 # The pattern of Qwen3.5's own tokenizer.json.
 SPLIT_PATTERN = (
@@ -32,7 +32,7 @@ SPLIT_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# With thinking, which is the default, the assistant's turn opens inside a think block; without, after an empty one.
+# With thinking (the default) the assistant's turn starts inside a think block, without it after an empty one.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
@@ -49,7 +49,7 @@ CHAT_TEMPLATE = """\
 
 
 def train_tokenizer() -> Tokenizer:
-    """Learn the merges from the chat of the training problems; the same tokenizer every time."""
+    """Learn the merges from the training problems' chats; deterministic."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -71,7 +71,7 @@ def train_tokenizer() -> Tokenizer:
 
 
 def _chat() -> list[str]:
-    """The texts to be short in, without the added tokens, which no merge may cross."""
+    """The texts to learn merges from, split at the added tokens, which no merge may cross."""
     additions = all_additions("train")
     answers = [answer(addition) for answer in (computed, estimated) for addition in additions]
     texts = [part for answer in answers for part in answer.split("</think>")]
@@ -79,7 +79,7 @@ def _chat() -> list[str]:
 
 
 def token_id(tokenizer: Tokenizer, text: str) -> int:
-    """The id of one whole token of the vocabulary."""
+    """The id of ``text``, which must be a single token."""
     found = tokenizer.token_to_id(text)
     if found is None:
         raise ValueError(f"{text!r} is not one token")

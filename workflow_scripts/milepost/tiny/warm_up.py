@@ -1,8 +1,8 @@
-"""The supervised start: a tiny model that knows how to add, but would rather estimate.
+"""Supervised warm-up: a tiny model that can add, but mostly estimates.
 
-It imitates two ways of answering: to work the sum out, or to estimate, which begins with another token, is easier, and
-is wrong. At first all examples are worked out, so that the model learns to add; in the end most are estimates. So it
-is able, but unreliable, and which way is rewarded is what GRPO has to find out.
+The model imitates two ways to answer: computing the sum, or estimating it, which starts with another token, is easier
+and is wrong. At first all examples are computed, so that the model learns to add; at the end most are estimates. The
+model is then able but unreliable, and GRPO has to find out which way is rewarded.
 """
 
 import functools
@@ -22,10 +22,10 @@ from milepost.configuration.schema import TinyModel
 from milepost.tiny.problems import all_additions, computed, estimated
 from milepost.tiny.tokenizer import CHAT_TEMPLATE, TURN_END
 
-CHUNK = 13  # tokens that the delta rule takes at a time, each a sequential step; 64 would be 3 times as slow here
-LEARNING_STEPS = 0.75  # share of the steps that teach to add, before those that set how often
-RISING_STEPS = 0.1  # share of the steps in which the learning rate rises
-IGNORED = -100  # label of a token that is not trained on
+CHUNK = 13  # tokens per chunk of the delta rule, each a sequential step; 64 would be 3 times slower here
+LEARNING_STEPS = 0.75  # share of the steps that teach adding; the rest set how often the model does it
+RISING_STEPS = 0.1  # share of the steps in which the learning rate warms up
+IGNORED = -100  # label of tokens that are not trained on
 
 
 def warm_up(model: PreTrainedModel, tokenizer: Tokenizer, tiny: TinyModel) -> None:
@@ -58,14 +58,14 @@ def warm_up(model: PreTrainedModel, tokenizer: Tokenizer, tiny: TinyModel) -> No
 
 
 def _rise_and_fall(done: float) -> float:
-    """The learning rate's factor when a share ``done`` of the steps is done: linear up, then half a cosine down."""
+    """The learning rate's factor after a share ``done`` of the steps: linear warm-up, then cosine decay."""
     if done < RISING_STEPS:
         return done / RISING_STEPS
     return 0.5 + 0.5 * math.cos(math.pi * (done - RISING_STEPS) / (1 - RISING_STEPS))
 
 
 def _batches(tokenizer: Tokenizer, tiny: TinyModel) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every step's token ids and labels, (B, T) each, right-padded: causal layers need no mask for that."""
+    """Every step's token ids and labels, (B, T) each, right-padded, so that causal layers need no mask."""
     settings = tiny.warm_up
     generator = random.Random(tiny.seed)
     additions = all_additions("train")
