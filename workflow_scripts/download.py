@@ -55,7 +55,7 @@ def download(arguments: argparse.Namespace) -> None:
             max_bad_share=0.0 if arguments.job["every_row"] else dataset.max_bad_share,
         )
         for kind in kinds_of(bad):
-            print(f"warning: {path}: set aside: {kind}", file=sys.stderr)
+            print(f"warning: {path}: skipped: {kind}", file=sys.stderr)
         if asks := READERS[labels].asks:
             print(boxes(arguments.name, problems, dataset.instruction, asks), file=sys.stderr)
         facts = {

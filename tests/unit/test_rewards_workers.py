@@ -28,12 +28,12 @@ ATTACKS = {
     "signal another process": "os.kill(parent, 0)",
     "raise its limits": "resource.setrlimit(resource.RLIMIT_AS, resource.getrlimit(resource.RLIMIT_AS))",
     "limit another process": "resource.prlimit(parent, resource.RLIMIT_CPU)",
-    "take memory": "bytearray(1200 * 2**20)",
+    "take memory": "mmap.mmap(-1, 1200 * 2**20)",  # asked for, not touched: that takes seconds on some machines
     "fill a file": "os.write(written, b'x')",
     "compute without end": "any(iter(int, unconfined))",
 }
 HIJACKED = """
-import os, resource, signal, socket, subprocess, sys
+import mmap, os, resource, signal, socket, subprocess, sys
 sys.path.append({sources!r})
 from milepost.rewards import confinement, symbolic, sympy_worker
 attacks, unconfined, parent = {attacks!r}, 1, os.getppid()
