@@ -83,7 +83,7 @@ def test_a_clone_whose_name_no_search_path_can_hold_is_refused(snakemake, tmp_pa
     done = snakemake("-n", "--", "train_tiny", cwd=clone(tmp_path / "a:b"))
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith(
-        "a:b: a colon ends a folder's name in PATH and PYTHONPATH: move the clone"
+        "a:b: PATH and PYTHONPATH can't hold a folder with a colon in its name: move the clone"
     )
 
 
