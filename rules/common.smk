@@ -114,7 +114,7 @@ def of_model(wildcards):
     return settings.models[wildcards.model]
 
 
-# ---- what a result depends on (milepost/configuration/provenance.py) ------------------------------------------------------
+# ---- what a result depends on (milepost/configuration/provenance.py) ---------------------------------------------
 
 
 def which(wildcards):
@@ -208,7 +208,7 @@ if workflow.is_main_process:
     logger.addFilter(watch)
 
 
-# ---- a job's resources --------------------------------------------------------------------------------------------
+# ---- a job's resources -------------------------------------------------------------------------------------------
 
 
 def gpus(wildcards):
@@ -259,7 +259,7 @@ def conversion_launch(wildcards):
     return launched(conversion.launcher, conversion.processes)
 
 
-# ---- paths --------------------------------------------------------------------------------------------
+# ---- paths -------------------------------------------------------------------------------------------------------
 
 
 def training_data(wildcards):
@@ -289,13 +289,10 @@ def scores(model):
 
 def sources(model):
     """The starting weights and all problem sets that a model is trained, validated and evaluated on."""
-    used = settings.models[model]
-    datasets = {used.training.dataset, *used.evaluation.datasets}
-    if used.validation.interval:
-        datasets.add(used.validation.dataset)
+    datasets = sorted(settings.models[model].problem_sets)
     return [
         f"{RESULTS}/{model}/download.json",
-        *(f"{RESULTS}/data/{dataset}.json" for dataset in sorted(datasets)),
+        *(f"{RESULTS}/data/{dataset}.json" for dataset in datasets),
     ]
 
 

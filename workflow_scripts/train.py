@@ -239,6 +239,7 @@ def start_lead(
 ) -> Lead:
     """Start what rank 0 alone has: prompts, engine, grader, validation, logs."""
     training, validation, data = settings.training, settings.validation, read_manifest(arguments.data)
+    validation_set = read_manifest(arguments.validation) if validation.interval else None
     tokenizer = load_tokenizer(source.hub.root)
     stops = stop_token_ids(source.hub.root, tokenizer)
     prompts, intake = load_prompts(data.require(digests=True), tokenizer, settings.sampling, settings.reward.labels)
@@ -246,9 +247,8 @@ def start_lead(
     cursor = PromptCursor(prompts, training.seed)
     if progress.cursor:
         cursor.restore(progress.cursor)
-    validated_by = settings.validation_reward or settings.reward
-    problems = load_problems(read_manifest(arguments.validation), validated_by.labels) if validation.interval else []
-    if problems and (shared := overlap(data, read_manifest(arguments.validation))):
+    problems = load_problems(validation_set, settings.validated_by.labels) if validation_set else []
+    if validation_set and (shared := overlap(data, validation_set)):
         metrics.warn(shared)
 
     max_requests = max(
@@ -259,7 +259,7 @@ def start_lead(
     engine.sleep()
     engine.wake()  # as in every step: its caches, which are not needed yet, leave their room for what sends the weights
     grader = stack.enter_context(Grader(settings.reward))
-    validation_grader = stack.enter_context(Grader(validated_by)) if settings.validation_reward else grader
+    validation_grader = stack.enter_context(Grader(settings.validated_by)) if settings.validation_reward else grader
     log = metrics.RunLog(arguments.work, progress.rollout + 1, training.wandb_project)
     stack.callback(log.close)
     bar = tqdm(total=training.rollouts, initial=progress.rollout, desc="train", unit="rollout", mininterval=1)
@@ -305,7 +305,7 @@ def validation_protocol(arguments: argparse.Namespace, settings: Settings) -> di
         "enable_thinking": settings.sampling.enable_thinking,
         "problems": sha256_of_all(problems.files),
         "prompts": problems.provenance["config"]["dataset"],  # how they are made of the problems
-        "reward": (settings.validation_reward or settings.reward).model_dump(mode="json"),
+        "reward": settings.validated_by.model_dump(mode="json"),
         "reward_code": settings.validation_reward_code if settings.validation_reward else settings.reward_code,
     }
 

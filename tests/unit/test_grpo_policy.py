@@ -216,10 +216,10 @@ def test_the_reference_stays_where_the_policy_began():
 
 def test_mtp_trains_beside_the_policy_and_leaves_its_gradient_alone():
     batch = sequences(SHAPES)
-    rounded, alone, beside = (models("dense", 1, dtype)[1] for dtype in (torch.float32, torch.float64, torch.float64))
+    rounded, alone, with_mtp = (models("dense", 1, dtype)[1] for dtype in (torch.float32, torch.float64, torch.float64))
     _, reference = learned(rounded, batch, entropy_metric=True)
     _, exact = learned(alone, batch, entropy_metric=True)
-    report, found = learned(beside, batch, mtp=True)
+    report, found = learned(with_mtp, batch, mtp=True)
     assert report["mtp_loss"] > 1.0  # of random weights: log(96) = 4.6 would be guessing
     of_mtp = [name for name in found if name.startswith("mtp.")]
     assert of_mtp and all(found[name].norm() > 0 for name in of_mtp)

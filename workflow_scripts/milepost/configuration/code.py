@@ -15,7 +15,7 @@ NOT_COMPUTING = {
 }
 # Calls whose texts are for people, by the last part of their name. `print` to stderr is one, too.
 TELLING = {
-    *("UserError", "error", "exit", "say", "tqdm", "warn", "_warn"),
+    *("UserError", "error", "exit", "say", "tqdm", "warn"),
     *("debug", "info", "warning", "critical", "exception", "add_argument", "ArgumentParser"),
 }
 TELLING_KEYWORDS = {"help", "description", "desc", "epilog"}

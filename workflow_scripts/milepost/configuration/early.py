@@ -14,7 +14,7 @@ from milepost.common.problems import load_problem_set
 from milepost.configuration import runs
 from milepost.configuration.loading import Configuration, nearest
 from milepost.configuration.provenance import Provenance
-from milepost.configuration.rewards import Function
+from milepost.configuration.rewards import Function, Reward
 from milepost.configuration.schema import Dataset
 
 Job = tuple[str, dict[str, str]]  # its rule, its wildcards
@@ -40,11 +40,10 @@ def check_inputs(jobs: Sequence[Job], configuration: Configuration, provenance: 
     def check_rows(dataset: str, max_bad_share: float, labels: str) -> None:
         _check_rows(configuration.datasets[dataset], max_bad_share, labels)
 
-    def check_reward(model: str, dataset: str) -> str:
-        """How the reward reads labels, once its own files are checked."""
+    def labels_of(model: str, dataset: str) -> str:
+        """How the reward of a model's responses reads labels, once the reward's own files are checked."""
         reward = configuration.reward(model, dataset)
-        for function in reward.functions:
-            check_function(function)
+        check_functions(reward)
         return reward.labels
 
     for rule, wildcards in jobs:
@@ -57,18 +56,17 @@ def check_inputs(jobs: Sequence[Job], configuration: Configuration, provenance: 
         elif rule == "train":
             settings = configuration.models[wildcards["model"]]
             trained_on = configuration.datasets[settings.training.dataset]
-            labels = check_reward(wildcards["model"], settings.training.dataset)
+            labels = labels_of(wildcards["model"], settings.training.dataset)
             check_rows(settings.training.dataset, trained_on.max_bad_share, labels)
             if settings.validation.interval:
-                labels = check_reward(wildcards["model"], settings.validation.dataset)
+                labels = labels_of(wildcards["model"], settings.validation.dataset)
                 check_rows(settings.validation.dataset, 0.0, labels)
             _check_training(wildcards["model"], configuration, provenance)
         elif rule == "evaluate":
-            check_rows(wildcards["dataset"], 0.0, check_reward(wildcards["model"], wildcards["dataset"]))
+            check_rows(wildcards["dataset"], 0.0, labels_of(wildcards["model"], wildcards["dataset"]))
         elif rule == "check_reward":
             for reward in configuration.rewards():
-                for function in reward.functions:
-                    check_function(function)
+                check_functions(reward)
             if configuration.answers is None:
                 raise UserError("give the file of answers to grade: --config 'answers=answers.jsonl'")
 
@@ -86,6 +84,12 @@ def _check_rows(dataset: Dataset, max_bad_share: float, labels: str) -> None:
     """Of a local set; a score, unlike a training, needs every row."""
     if dataset.folder and (file := Path(dataset.folder).expanduser() / dataset.file).is_file():
         load_problem_set(file, dataset, labels, max_bad_share=max_bad_share)
+
+
+def check_functions(reward: Reward) -> None:
+    """`check_function` of each of a reward's functions."""
+    for function in reward.functions:
+        check_function(function)
 
 
 def check_function(function: Function) -> None:

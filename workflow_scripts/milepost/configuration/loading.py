@@ -82,9 +82,7 @@ class Configuration:
     @property
     def scored(self) -> set[str]:
         """The problem sets that listed models are evaluated or validated on: each row of these must be usable."""
-        models = [self.models[name] for name in self.listed]
-        validated = {model.validation.dataset for model in models if model.validation.interval}
-        return validated.union(*(model.evaluation.datasets for model in models))
+        return set().union(*(self.models[name].scored_sets for name in self.listed))
 
     def reward(self, model: str, dataset: str) -> Reward:
         """What a model's responses to a problem set are graded by: the set's own reward, or else the model's."""
@@ -92,19 +90,17 @@ class Configuration:
 
     def rewards(self) -> list[Reward]:
         """Each reward that grades a listed model's responses, once."""
-        used = [self.reward(name, dataset) for name in self.listed for dataset in sorted(_sets(self.models[name]))]
+        used = [
+            self.reward(name, dataset) for name in self.listed for dataset in sorted(self.models[name].problem_sets)
+        ]
         return [reward for number, reward in enumerate(used) if reward not in used[:number]]
 
     def labels(self, dataset: str) -> Labels:
         """How the labels of a problem set are read while it is fetched: by the least strict reward that grades it."""
-        read = {self.reward(name, dataset).labels for name, model in self.models.items() if dataset in _sets(model)}
+        read = {
+            self.reward(name, dataset).labels for name, model in self.models.items() if dataset in model.problem_sets
+        }
         return next((labels for labels in ("any", "exact", "choice") if labels in read), "math")
-
-
-def _sets(model: Model) -> set[str]:
-    """The problem sets that a model is trained, validated and evaluated on."""
-    validated = [model.validation.dataset] if model.validation.interval else []
-    return {model.training.dataset, *validated, *model.evaluation.datasets}
 
 
 def load(

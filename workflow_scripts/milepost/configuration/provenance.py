@@ -35,6 +35,7 @@ TRAIN_SECTIONS = (
     "engine",
     "experts",
 )
+DRAWN_AGAIN = "its samples are drawn again"
 # Where the manifest of each result lies in the results folder.
 MANIFESTS = {
     "dataset": "data/{name}.json",
@@ -186,27 +187,21 @@ class Provenance:
 
     def _of_samples(self, before: dict[str, Any], model: str, **which: str) -> str:
         """Whether an evaluation that is made again keeps its samples."""
-        again = "its samples are drawn again"
         if before.get("sampler") != self._sampler(model):
-            return again
-        conditions = []
-        for name, (of, its) in self._parts("evaluate", model=model, **which).upstream.items():
-            state = self.state(of, **its)
-            same = state.fresh and content_of(state.made) == before["inputs"].get(name)
-            if name == "dataset" and not same:
-                conditions.append("prompts")
-            elif not state.fresh:
-                conditions.append("weights")
-            elif not same:
-                return again
+            return DRAWN_AGAIN
+        others, again = self._other_inputs(before, "evaluate", model=model, **which)
+        if {*others} - {"dataset"}:
+            return DRAWN_AGAIN
+        unknown = ["weights"] if {*again} - {"dataset"} else []
+        unknown += ["prompts"] if "dataset" in (*others, *again) else []
         kept = "its samples are kept"
-        return f"{kept} if the {' and the '.join(conditions)} stay the same" if conditions else kept
+        return f"{kept} if the {' and the '.join(unknown)} stay the same" if unknown else kept
 
     def _on_code_change(self, model: str) -> str:
         return self._configuration.models[model].training.on_code_change
 
-    def _changed_inputs(self, before: dict[str, Any], stage: str, **which: str) -> list[str]:
-        """The inputs that have changed since a result was made, in words."""
+    def _other_inputs(self, before: dict[str, Any], stage: str, **which: str) -> tuple[list[str], list[str]]:
+        """The names of the inputs whose content has changed since, and of those that are to be made again."""
         others, again = [], []
         upstream = self._parts(stage, **which).upstream
         for name, (of, its) in upstream.items():
@@ -215,7 +210,11 @@ class Provenance:
                 again.append(name)
             elif content_of(state.made) != before["inputs"].get(name):
                 others.append(name)
-        others += [name for name in before["inputs"] if name not in upstream]
+        return [*others, *(name for name in before["inputs"] if name not in upstream)], again
+
+    def _changed_inputs(self, before: dict[str, Any], stage: str, **which: str) -> list[str]:
+        """The inputs that have changed since a result was made, in words."""
+        others, again = self._other_inputs(before, stage, **which)
         return [
             *([f"another result of {staleness.few(others, ' and ')}"] if others else []),
             *([f"{staleness.few(again, ' and ')} made again"] if again else []),

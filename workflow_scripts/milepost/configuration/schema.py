@@ -8,7 +8,7 @@ Other modules import every section from here:
     section.py      the base class of sections, and types of values
     rewards.py      what a response earns
     sources.py      where models and problem sets come from
-    training.py     layout, optimizer, rollouts, sampling, validation
+    training.py     layout, algorithm, optimizer, rollouts, sampling, validation
     machine.py      hardware, engine, conversion
     evaluation.py   scores, plots
 """
@@ -21,13 +21,18 @@ from pydantic import AfterValidator, Field
 from milepost.configuration.evaluation import Evaluation, Plots
 from milepost.configuration.machine import OWN_SERVER_ARGUMENTS, Conversion, Engine, Hardware, Speculation
 from milepost.configuration.rewards import Reward
-from milepost.configuration.section import NAME, EachOnce, Name, NonNegative, Section
+from milepost.configuration.section import NAME, EachOnce, Name, Section
 from milepost.configuration.sources import Architecture, Dataset, ModelSource, Problems, Source, TinyModel, WarmUp
 from milepost.configuration.training import (
+    Advantage,
+    Aggregation,
+    Algorithm,
     Experts,
+    KlType,
     Mtp,
     Optimizer,
     Parallel,
+    PolicyLoss,
     Recompute,
     Sampling,
     Training,
@@ -35,35 +40,11 @@ from milepost.configuration.training import (
 )
 
 __all__ = [
-    "NAME", "OWN_SERVER_ARGUMENTS", "Algorithm", "Architecture", "Conversion", "Dataset", "Engine", "Evaluation",
-    "Experts", "Hardware", "Model", "ModelSource", "Mtp", "Optimizer", "Parallel", "Plots", "Problems", "Recompute",
-    "Reward", "Root", "Sampling", "Section", "Source", "Speculation", "TinyModel", "Training", "Validation", "WarmUp",
+    "NAME", "OWN_SERVER_ARGUMENTS", "Advantage", "Aggregation", "Algorithm", "Architecture", "Conversion", "Dataset",
+    "Engine", "Evaluation", "Experts", "Hardware", "KlType", "Model", "ModelSource", "Mtp", "Optimizer", "Parallel",
+    "Plots", "PolicyLoss", "Problems", "Recompute", "Reward", "Root", "Sampling", "Section", "Source", "Speculation",
+    "TinyModel", "Training", "Validation", "WarmUp",
 ]  # fmt: skip
-
-
-# The names of the functions in grpo/advantages.py, losses.py and aggregations.py.
-Advantage = Literal["grpo"]
-PolicyLoss = Literal["ppo"]
-KlType = Literal["low_var_kl"]
-Aggregation = Literal["mean_of_response_means", "token_mean"]
-
-
-class Algorithm(Section):
-    """Advantages and losses: GRPO as the recipes run it."""
-
-    advantage: Advantage = Field(description="how rewards become advantages; a function in grpo/advantages.py")
-    loss: PolicyLoss = Field(description="the policy loss; a function in grpo/losses.py")
-    std_epsilon: NonNegative = Field(description="added to the standard deviation of a group's rewards")
-    clip: NonNegative = Field(description="the ratio is clipped below at 1 - clip")
-    clip_high: NonNegative = Field(description="the ratio is clipped above at 1 + clip_high")
-    use_kl_loss: bool = Field(description="add the KL divergence from the starting weights to the loss")
-    kl_coefficient: NonNegative = Field(description="weight of the KL loss")
-    kl_type: KlType = Field(description="estimator of the KL divergence; a function in grpo/losses.py")
-    entropy_coefficient: float = Field(description="weight of the entropy, which is subtracted from the loss")
-    loss_aggregation: Aggregation = Field(description="how tokens are averaged; a function in grpo/aggregations.py")
-    reference_forward: bool = Field(description="compute the KL metric even if its coefficient is 0")
-    old_log_prob_forward: bool = Field(description="recompute old log-probs even with one step per rollout")
-    entropy_metric: bool = Field(description="compute the entropy even if its coefficient is 0")
 
 
 class Model(Section):
@@ -85,6 +66,16 @@ class Model(Section):
     reward: Reward = Field(Reward(), description="how answers are graded")
     evaluation: Evaluation = Field(description="the final scores")
 
+    @property
+    def scored_sets(self) -> set[str]:
+        """The problem sets that it is evaluated on, and validated on if there is a validation."""
+        return {*self.evaluation.datasets, *([self.validation.dataset] if self.validation.interval else [])}
+
+    @property
+    def problem_sets(self) -> set[str]:
+        """The problem sets that it is trained, validated and evaluated on."""
+        return {self.training.dataset, *self.scored_sets}
+
 
 def _not_base(name: str) -> str:
     if name == "base":
@@ -99,7 +90,7 @@ def _without_braces(folder: str) -> str:
 
 
 class Root(Section):
-    """What stands in config.yaml beside the sections that all models share."""
+    """The keys of config.yaml outside the sections that all models share."""
 
     models: Annotated[list[Name], EachOnce] = Field(
         min_length=1, description="the models that download_all ... eval_all and the report cover"

@@ -8,6 +8,11 @@ from milepost.configuration.section import Name, NonNegative, Section, Share, To
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Recompute = Literal["full", "selective", "none"]
+# The names of the functions in grpo/advantages.py, losses.py and aggregations.py.
+Advantage = Literal["grpo"]
+PolicyLoss = Literal["ppo"]
+KlType = Literal["low_var_kl"]
+Aggregation = Literal["mean_of_response_means", "token_mean"]
 
 
 class Parallel(Section):
@@ -19,6 +24,24 @@ class Parallel(Section):
     expert: PositiveInt = Field(1, description="processes that share the routed experts")
     expert_tensor: PositiveInt = Field(1, description="processes that share each expert's matrices")
     sequence: bool = Field(True, description="shard activations between tensor-parallel regions; no effect at tensor 1")
+
+
+class Algorithm(Section):
+    """Advantages and losses: GRPO as the recipes run it."""
+
+    advantage: Advantage = Field(description="how rewards become advantages; a function in grpo/advantages.py")
+    loss: PolicyLoss = Field(description="the policy loss; a function in grpo/losses.py")
+    std_epsilon: NonNegative = Field(description="added to the standard deviation of a group's rewards")
+    clip: NonNegative = Field(description="the ratio is clipped below at 1 - clip")
+    clip_high: NonNegative = Field(description="the ratio is clipped above at 1 + clip_high")
+    use_kl_loss: bool = Field(description="add the KL divergence from the starting weights to the loss")
+    kl_coefficient: NonNegative = Field(description="weight of the KL loss")
+    kl_type: KlType = Field(description="estimator of the KL divergence; a function in grpo/losses.py")
+    entropy_coefficient: float = Field(description="weight of the entropy, which is subtracted from the loss")
+    loss_aggregation: Aggregation = Field(description="how tokens are averaged; a function in grpo/aggregations.py")
+    reference_forward: bool = Field(description="compute the KL metric even if its coefficient is 0")
+    old_log_prob_forward: bool = Field(description="recompute old log-probs even with one step per rollout")
+    entropy_metric: bool = Field(description="compute the entropy even if its coefficient is 0")
 
 
 class Experts(Section):

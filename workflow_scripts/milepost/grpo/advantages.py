@@ -1,7 +1,7 @@
 """Advantages by name: how much better a response is than the others to the same prompt.
 
 A new one is a function ``(rewards (G, n), settings) -> (G, n)`` here, with its name in `ADVANTAGES` and in
-`configuration.schema.Advantage`.
+`configuration.training.Advantage`.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Aggregations by name: what one token weighs in the loss of an optimizer step.
 
 A new one is a function ``(response_length, responses, tokens) -> weight`` here, with its name in `AGGREGATIONS` and in
-`configuration.schema.Aggregation`. Its arguments count tokens of the token's own response, and responses and response
+`configuration.training.Aggregation`. Its arguments count tokens of the token's own response, and responses and response
 tokens of the whole step over all ranks, so that a step weighs the same however it is packed.
 """
 

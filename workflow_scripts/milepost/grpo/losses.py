@@ -1,7 +1,7 @@
 """Losses by name: what each response token adds to the loss of an optimizer step.
 
 A new policy loss is a function like `ppo` here, with its name in `POLICY_LOSSES` and in
-`configuration.schema.PolicyLoss`; likewise an estimate of the KL divergence.
+`configuration.training.PolicyLoss`; likewise an estimate of the KL divergence.
 
 Every token carries its weight in the step's mean (`aggregations`), worked out from global counts before anything is
 packed. The loss of a pack is then a plain weighted sum, and sums over packs and data-parallel ranks add up to the same

@@ -20,3 +20,8 @@ class Settings(schema.Section):
     validation_reward: schema.Reward | None = None  # where it is another one
     validation_reward_code: dict[str, str] | None = None
     hardware: schema.Hardware
+
+    @property
+    def validated_by(self) -> schema.Reward:
+        """The reward of the validation during training."""
+        return self.validation_reward or self.reward
