@@ -21,8 +21,9 @@ from milepost.common.working_folder import claim
 from milepost.configuration.cgroups import usable_cores, usable_memory
 from milepost.configuration.early import check_inputs, mistyped
 from milepost.configuration.gpus import visible_gpus
+from milepost.configuration.layers import user_layers
 from milepost.configuration.layout import processes
-from milepost.configuration.loading import load, user_layers
+from milepost.configuration.loading import load
 from milepost.configuration.preflight import check_jobs, table
 from milepost.configuration.provenance import Provenance
 

@@ -14,7 +14,7 @@ import convert
 import train
 from milepost.checkpoints.manifest import write_manifest
 from milepost.common.errors import UserError
-from milepost.configuration.loading import merge
+from milepost.configuration.layers import merge
 from milepost.configuration.schema import TinyModel
 from milepost.rewards.base import Verdict
 from milepost.rewards.grader import Grader

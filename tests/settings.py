@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from milepost.configuration.loading import merge, read_yaml
+from milepost.configuration.layers import merge, read_yaml
 from milepost.configuration.schema import Algorithm, Model, Root, Section
 from milepost.grpo.settings import Settings
 

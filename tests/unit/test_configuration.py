@@ -10,7 +10,8 @@ import yaml
 
 from milepost.common.errors import UserError
 from milepost.configuration.json_schema import derived
-from milepost.configuration.loading import SHARED, load, merge, user_layers
+from milepost.configuration.layers import merge, user_layers
+from milepost.configuration.loading import SHARED, load
 from milepost.configuration.memory import estimate, rescaled_engine
 from milepost.configuration.preflight import Machine, check_jobs, shortcomings
 from milepost.configuration.provenance import Provenance

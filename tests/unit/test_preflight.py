@@ -13,7 +13,8 @@ import pytest
 
 from milepost.common.errors import UserError
 from milepost.common.files import write_json
-from milepost.configuration.loading import load, read_yaml
+from milepost.configuration.layers import read_yaml
+from milepost.configuration.loading import load
 from milepost.configuration.memory import GIB, disk_gib, host_gib
 from milepost.configuration.preflight import Machine, check_jobs, hub_cache, shortcomings, table
 from milepost.configuration.provenance import Provenance

@@ -10,7 +10,8 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from milepost.common.files import atomic_write
-from milepost.configuration.loading import SHARED, read_yaml
+from milepost.configuration.layers import read_yaml
+from milepost.configuration.loading import SHARED
 from milepost.configuration.rewards import Part
 from milepost.configuration.schema import Model, Root
 
