@@ -28,7 +28,7 @@ from milepost.common.files import hold, sha256_of_all
 from milepost.common.interrupts import Interrupts
 from milepost.common.jobs import job_parser
 from milepost.configuration import runs, schema
-from milepost.configuration.layout import shape_fault
+from milepost.configuration.layout import processes, shape_fault
 from milepost.configuration.memory import GIB, estimate, rescaled_engine
 from milepost.evaluation.overlap import overlap
 from milepost.evaluation.problems import load_problems
@@ -96,6 +96,7 @@ def main() -> None:
         parser.error("validation.interval is set, but no --validation set is given: give one, or set interval: 0")
 
     initialize(settings.parallel, settings.training.seed)
+    check_processes(settings)
     try:
         with ExitStack() as stack:
             checkpoint = train(arguments, settings, stack)
@@ -108,6 +109,17 @@ def main() -> None:
     if dist.get_rank() == 0:
         write_result(arguments, checkpoint)
     finalize()
+
+
+def check_processes(settings: Settings) -> None:
+    """Refuse (`UserError`) another number of processes than configured, for which memory is estimated."""
+    started, configured = dist.get_world_size(), processes(settings.hardware)
+    if started != configured:
+        raise UserError(
+            f"hardware.processes: {started} training processes were started, but {configured} are configured (without"
+            f" this key one per GPU, or one on the CPU): start {configured} (`python -m milepost.launch.torchrun"
+            f" --standalone --nproc-per-node={configured}`), or set hardware.processes: {started}"
+        )
 
 
 def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -> Path:
