@@ -72,6 +72,24 @@ def _rules(model: Model) -> Iterator[Rule]:
         "needs kind: sglang, whose choice of experts is replayed",
         engine.replay_routing and engine.kind != "sglang",
     )
+    yield (
+        "sampling.over_sampling",
+        f"{model.sampling.over_sampling:g} groups for each that a rollout takes would wait longer than sampling.max_age"
+        f" {model.sampling.max_age} allows: at most {model.sampling.max_age + 1}",
+        model.sampling.over_sampling > model.sampling.max_age + 1,
+    )
+    yield (
+        "sampling.over_sampling",
+        "more than 1 compares new log-probs with the engine's, which are those of the full distribution: use top_p: 1"
+        " and top_k: -1",
+        model.sampling.over_sampling > 1 and (model.sampling.top_p != 1 or model.sampling.top_k != -1),
+    )
+    yield (
+        "sampling.over_sampling",
+        "more than 1 can't replay the experts of a response that several weights sampled: use engine.replay_routing:"
+        " false",
+        model.sampling.over_sampling > 1 and engine.replay_routing,
+    )
     for stage in ("sampling", "evaluation"):
         yield (
             f"{stage}.enable_thinking",

@@ -90,6 +90,14 @@ class Training(Section):
     )
     prompts_per_rollout: PositiveInt = Field(description="prompts that each rollout samples answers to")
     samples_per_prompt: Annotated[int, Field(ge=2)] = Field(description="answers to each prompt: one group")
+    dynamic_sampling: bool = Field(
+        False, description="replace groups whose answers all earn the same, which teach nothing, by new ones"
+    )
+    max_prompts_factor: Annotated[float, Field(ge=1)] = Field(
+        3.0,
+        description="dynamic_sampling: replace at most this factor - 1 times prompts_per_rollout groups in a rollout;"
+        " then it learns from what there is",
+    )
     global_batch: PositiveInt = Field(
         description="answers per optimizer step; as many as a rollout has makes one step per rollout"
     )
@@ -144,6 +152,15 @@ class Training(Section):
 
 class Sampling(Section):
     """How a rollout samples answers."""
+
+    over_sampling: Annotated[float, Field(ge=1)] = Field(
+        1.0,
+        description="groups under way over those that a rollout takes; unfinished answers go on in the next rollout, so"
+        " that none waits for the longest",
+    )
+    max_age: PositiveInt = Field(
+        2, description="over_sampling: rollouts after its own in which a group may be learned from; one waits for it"
+    )
 
     max_response_tokens: PositiveInt = Field(description="tokens after which an answer is cut off")
     max_prompt_tokens: PositiveInt = Field(description="longer prompts are left out of the training")

@@ -1,26 +1,17 @@
-"""One rollout: prompts in, graded samples with advantages out. Rank 0 draws it, and every rank learns from it.
+"""A rollout's graded samples, the advantages that training takes from them, and their metrics."""
 
-Token ids go in and token ids come out; nothing is tokenised again.
-"""
-
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from milepost.common.interrupts import Interrupted, Interrupts
 from milepost.grpo.advantages import ADVANTAGES, has_spread
-from milepost.grpo.data import Prompt, PromptCursor
+from milepost.grpo.data import Prompt
 from milepost.grpo.settings import Settings
-from milepost.rewards.base import Response, Verdict
-from milepost.rewards.grader import Grader
-from milepost.rollout.engine import Completion, Request, RolloutEngine, SamplingParams, request_seed
-from milepost.rollout.prompts import decode
+from milepost.rewards.base import Verdict
+from milepost.rollout.engine import Completion
 
 
 @dataclass(frozen=True)
@@ -85,85 +76,22 @@ class Rollout:
 
     Attributes:
         samples: in groups, each with its own prompt.
-        sequences: what training needs of them, in the same order.
+        generated: those of all groups that were finished meanwhile, also of replaced ones, for the metrics.
+        sequences: what training needs of ``samples``, in the same order.
+        flow: metrics of groups that were replaced or carried over.
         seconds: by phase.
     """
 
     samples: list[Sample]
+    generated: list[Sample]
     sequences: list[TrainingSequence]
+    flow: dict[str, float]
     seconds: dict[str, float]
 
     @property
     def tokens(self) -> int:
         """Tokens of all prompts and responses."""
         return sum(len(sequence.ids) for sequence in self.sequences)
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """Draws rollouts: takes prompts, samples a group of responses to each, grades them and compares them."""
-
-    settings: Settings
-    engine: RolloutEngine
-    tokenizer: PreTrainedTokenizerBase
-    stop_token_ids: tuple[int, ...]
-    graders: Mapping[str, Grader]  # by training set
-    cursor: PromptCursor
-    interrupts: Interrupts
-
-    def draw(self, number: int) -> Rollout | None:
-        """Draw rollout ``number``, from 1; None if the process was asked to end meanwhile."""
-        began, training = time.perf_counter(), self.settings.training
-        prompts = self.cursor.take(training.prompts_per_rollout)
-        asked = [prompt for prompt in prompts for _ in range(training.samples_per_prompt)]
-        requests = [
-            # ``place`` in the rollout, not the prompt's own: a small data set may hold a prompt at several.
-            Request(prompt.ids, request_seed(training.seed, number, place, sample))
-            for place, prompt in enumerate(prompts)
-            for sample in range(training.samples_per_prompt)
-        ]
-        progress = tqdm(total=len(requests), desc=f"rollout {number}", unit="sample", leave=False, mininterval=1)
-        try:
-            with progress, self.interrupts.abandonable():
-                completions = self.engine.generate(requests, self._params(), lambda *_: progress.update())
-                samples = self._graded(asked, completions)
-        except Interrupted:
-            return None
-        sampled = time.perf_counter()
-        self.engine.sleep()
-        slept = time.perf_counter()
-        sequences = to_training(samples, self.settings)
-        return Rollout(samples, sequences, {"rollout": sampled - began, "sleep_wake": slept - sampled})
-
-    def _params(self) -> SamplingParams:
-        sampling = self.settings.sampling
-        return SamplingParams(
-            max_new_tokens=sampling.max_response_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            stop_token_ids=self.stop_token_ids,
-            with_routing=self.settings.engine.replay_routing,
-        )
-
-    def _graded(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Sample]:
-        texts = [decode(self.tokenizer, completion.token_ids) for completion in completions]
-        verdicts: list[Verdict | None] = [None] * len(texts)
-        for grader in dict.fromkeys(self.graders.values()):
-            its = [place for place, prompt in enumerate(prompts) if self.graders[prompt.dataset] is grader]
-            responses = [
-                Response.of(
-                    prompts[place],
-                    texts[place],
-                    completions[place].finish,
-                    len(completions[place].token_ids),
-                    grader.settings.think_block,
-                )
-                for place in its
-            ]
-            for place, verdict in zip(its, grader.grade(responses), strict=True):
-                verdicts[place] = verdict
-        return [Sample(*parts) for parts in zip(prompts, completions, texts, verdicts, strict=True)]
 
 
 def to_training(samples: Sequence[Sample], settings: Settings) -> list[TrainingSequence]:
