@@ -71,7 +71,7 @@ class Sampler:
         samples = samples_of(draw.taken)
         return Rollout(
             samples=samples,
-            generated=samples_of(draw.generated),
+            generated=[*samples, *samples_of(draw.replaced)],
             sequences=to_training(samples, self.settings),
             flow=draw.flow(),
             seconds={"rollout": sampled - began, "sleep_wake": slept - sampled},
@@ -112,7 +112,7 @@ class Draw:
     Attributes:
         taken: the groups to learn from, once it has ended.
         waiting: the groups that go on in the next rollout.
-        generated: the groups that were finished in this rollout, whether taken or not.
+        replaced: the groups that were dropped since they had no spread.
     """
 
     def __init__(self, sampler: Sampler, number: int) -> None:
@@ -123,9 +123,8 @@ class Draw:
         self.begun = 0
         self._groups = dict(enumerate(sampler.waiting))  # by a number that rises with age
         self._asked: list[tuple[int, int]] = []  # of each request the group, and the place in it
-        self._finished: dict[int, Group] = {}  # in this rollout
-        self._replaced = 0
         self.taken: list[Group] = []
+        self.replaced: list[Group] = []
 
     def begin(self) -> list[Request]:
         """Top up the groups under way; returns the requests for all unfinished responses, the oldest first."""
@@ -143,9 +142,8 @@ class Draw:
         if self.training.dynamic_sampling:
             (group,) = self.sampler.graded([self._groups[key]], settle=False)
             self._groups[key] = group
-            if not group.has_spread and self._replaced < self.replaceable:
-                self._finished[key] = self._groups.pop(key)
-                self._replaced += 1
+            if not group.has_spread and len(self.replaced) < self.replaceable:
+                self.replaced.append(self._groups.pop(key))
                 return self._new_group()
         return PAUSE if self._is_enough() else None
 
@@ -154,27 +152,21 @@ class Draw:
         for index, completion in enumerate(completions):
             if completion.finish == "paused":
                 self._continue(index, completion)
-        asked = {key for key, _ in self._asked}
         ungraded = [key for key, group in self._groups.items() if group.finished and not group.graded]
         graded = self.sampler.graded([self._groups[key] for key in ungraded], settle=True)
         self._groups |= zip(ungraded, graded, strict=True)
-        finished = {key: group for key, group in self._groups.items() if group.finished}
-        self._finished |= {key: group for key, group in finished.items() if key in asked}
-        self.taken = [self._groups.pop(key) for key in list(finished)[: self.wanted]]
+        finished = [key for key, group in self._groups.items() if group.finished]
+        self.taken = [self._groups.pop(key) for key in finished[: self.wanted]]
 
     @property
     def waiting(self) -> tuple[Group, ...]:
         return tuple(self._groups.values())
 
-    @property
-    def generated(self) -> list[Group]:
-        return [self._finished[key] for key in sorted(self._finished)]
-
     def flow(self) -> dict[str, float]:
         """Metrics of replaced and carried groups, where the settings allow any. The age of a token counts rollouts."""
         metrics: dict[str, float] = {}
         if self.training.dynamic_sampling:
-            metrics |= {"replaced_groups": self._replaced, "prompts_begun": self.begun}
+            metrics |= {"replaced_groups": len(self.replaced), "prompts_begun": self.begun}
         if self.sampling.over_sampling > 1:
             answers = [answer for group in self.taken for answer in group.answers]
             ages = [self._mean_age(answer) for answer in answers]

@@ -76,7 +76,8 @@ class Rollout:
 
     Attributes:
         samples: in groups, each with its own prompt.
-        generated: those of all groups that were finished meanwhile, also of replaced ones, for the metrics.
+        generated: ``samples``, and those of replaced groups: the metrics are of both, or they would be of groups with
+            spread alone.
         sequences: what training needs of ``samples``, in the same order.
         flow: metrics of groups that were replaced or carried over.
         seconds: by phase.
