@@ -100,8 +100,8 @@ def main() -> None:
     try:
         with ExitStack() as stack:
             checkpoint = train(arguments, settings, stack)
-    except MemoryError as error:  # the host's, of this rank perhaps alone
-        raise UserError(f"rank {dist.get_rank()}: {error}") from error
+    except MemoryError as error:  # host memory, perhaps on this rank alone
+        raise UserError(f"rank {dist.get_rank()}: {error or 'out of host memory: free some, and run again'}") from error
     except RuntimeError as error:  # the allocator's, NCCL's or the driver's
         if "out of memory" not in str(error).lower():
             raise

@@ -38,13 +38,13 @@ def kept(download, mode: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "line"),
     [
-        ({"HF_ENDPOINT": ""}, "HF_ENDPOINT is empty: an address such as https://huggingface.co is expected"),
-        ({"HF_ENDPOINT": "huggingface.co"}, "HF_ENDPOINT is 'huggingface.co': an address such as https://"),
+        ({"HF_ENDPOINT": ""}, "HF_ENDPOINT is empty: set it to an address such as https://huggingface.co"),
+        ({"HF_ENDPOINT": "huggingface.co"}, "HF_ENDPOINT is 'huggingface.co': set it to an address such as https://"),
         ({"HF_ENDPOINT": f"http://me:{TOKEN}@hub:port"}, "HF_ENDPOINT is 'http://hub:port'"),
         ({"HTTP_PROXY": "socks5://127.0.0.1:9"}, "HTTP_PROXY is 'socks5://127.0.0.1:9', a SOCKS proxy, which needs"),
         ({"all_proxy": "socks5h://127.0.0.1:9"}, "all_proxy is 'socks5h://127.0.0.1:9', a SOCKS proxy"),
-        ({"HTTPS_PROXY": f"http://me:{TOKEN}@[::1"}, "HTTPS_PROXY is 'http://[::1': not the address of a proxy"),
-        ({"HTTP_PROXY": "ftp://127.0.0.1:9"}, "HTTP_PROXY is 'ftp://127.0.0.1:9': not the address of a proxy"),
+        ({"HTTPS_PROXY": f"http://me:{TOKEN}@[::1"}, "HTTPS_PROXY is 'http://[::1': set it to the address of a proxy"),
+        ({"HTTP_PROXY": "ftp://127.0.0.1:9"}, "HTTP_PROXY is 'ftp://127.0.0.1:9': set it to the address of a proxy"),
         ({"NO_PROXY": "[::1"}, "NO_PROXY is '[::1'"),
         ({"SSL_CERT_FILE": "/nowhere"}, "SSL_CERT_FILE is '/nowhere', which can't be read as certificates"),
         ({"HF_OIDC_RESOURCE": "x"}, "HF_OIDC_RESOURCE is set but yields no token"),
@@ -69,7 +69,7 @@ def test_a_setting_that_the_client_can_t_be_imported_with_is_named(download, nam
     environment = os.environ | {"PYTHONPATH": str(SCRIPTS), name: "1.5"}
     download.fails(
         subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120),
-        f"{name} is '1.5': a whole number of seconds is expected",
+        f"{name} is '1.5': set it to a whole number of seconds, or unset it",
     )
 
 

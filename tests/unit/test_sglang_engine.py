@@ -302,7 +302,9 @@ def test_a_restart_slower_than_all_responses_is_awaited_in_the_next_batch(start)
 
 
 def test_a_server_that_fails_at_the_start_says_why_in_one_line(start):
-    with pytest.raises(UserError, match="CUDA out of memory, as it were; its log is ") as caught:
+    with pytest.raises(
+        UserError, match="CUDA out of memory, as it were: fix that and run again; its log is "
+    ) as caught:
         start(1, random_seed=13)
     assert "\n" not in str(caught.value)
 

@@ -94,7 +94,7 @@ def pinned(size: int) -> Tensor:
         try:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
         except torch.cuda.CudaError as error:
-            raise MemoryError(f"pinning {size / 2**30:.1f} GiB of host memory failed ({error}): free some") from None
+            raise MemoryError(f"can't pin {size / 2**30:.1f} GiB of host memory ({error}): free some") from None
     return memory
 
 

@@ -42,14 +42,15 @@ def read_answers(file: Path, reward: Reward) -> list[tuple[int, Response]]:
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"answers: {file}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+        reason = f"{error.strerror}: correct the path" if isinstance(error, OSError) else "not UTF-8: save it as UTF-8"
+        raise UserError(f"answers: {file}: {reason}") from None
     found = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 found.append((number, _read(json.loads(line), reward)))
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{file}, line {number}: {error}") from None
+                raise UserError(f"{file}, line {number}: {error}: correct that line") from None
     if not found:
         raise UserError(f'{file}: holds no answer: give one a line, {{"response": "...", "label": "..."}}')
     return found

@@ -135,4 +135,4 @@ class _Worker(LineProcess):
         error = json.loads(line).get("error") if line else "it took too long" if line is None else "its process ended"
         if error:
             self.stop()
-            raise UserError(f"{function.file} can't be loaded: {error}")
+            raise UserError(f"{function.file} can't be loaded: {error}: correct the file")
