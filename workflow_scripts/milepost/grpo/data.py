@@ -1,4 +1,4 @@
-"""The prompts of a run: read strictly, shuffled once an epoch, handed out by a cursor that is part of the run state."""
+"""The prompts of a run: validated, shuffled every epoch, and drawn by a cursor that is part of the run state."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ class Prompt:
     """One training problem.
 
     Attributes:
-        line: where it stands in the file, from 1.
+        line: its line in the file, from 1.
         ids: its chat as token ids.
-        label: the answer that earns the reward; None where the reward needs none.
+        label: the answer that earns the reward; None if the reward needs none.
         messages: its chat, for the reward.
-        row: the data set's whole row, for the reward.
+        row: its whole row of the data set, for the reward.
     """
 
     line: int
@@ -35,7 +35,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Intake:
-    """How many rows a data set gave, and how many were set aside for what reason."""
+    """How many rows of a data set are used, and how many are skipped and why."""
 
     used: int
     bad: int
@@ -50,9 +50,9 @@ def load_prompts(
 ) -> tuple[list[Prompt], Intake]:
     """Read and encode the problems of a data set, their labels as ``labels`` says (`common.labels.READERS`).
 
-    Rows that are no problem and prompts of more than ``sampling.max_prompt_tokens`` tokens are set aside and counted.
-    A larger share of bad rows than the data set's ``max_bad_share``, another number of rows than it names, or no usable
-    row is a `UserError`.
+    Bad rows and prompts of more than ``sampling.max_prompt_tokens`` tokens are skipped and counted. More bad rows than
+    the data set's ``max_bad_share`` allows, another number of rows than its ``rows``, or no usable row is a
+    `UserError`.
     """
     file = data.root / data.facts["file"]
     settings = Dataset.model_validate(data.provenance["config"]["dataset"])
@@ -76,9 +76,9 @@ def load_prompts(
 
 
 class PromptCursor:
-    """Hands out every prompt once an epoch, in an order of the epoch's own that the seed decides.
+    """Draws every prompt once per epoch, in an order that depends on seed and epoch.
 
-    The state is a few numbers, so that a resumed run goes on with the very next prompt.
+    Its state is a few numbers, with which a resumed run continues at the next prompt.
     """
 
     def __init__(self, prompts: list[Prompt], seed: int) -> None:
@@ -87,7 +87,7 @@ class PromptCursor:
         self._order = self._shuffled()
 
     def take(self, number: int) -> list[Prompt]:
-        """The next ``number`` prompts; a new epoch begins wherever one ends."""
+        """The next ``number`` prompts, across the ends of epochs."""
         taken = []
         for _ in range(number):
             if self.position == len(self.prompts):
@@ -98,11 +98,11 @@ class PromptCursor:
         return taken
 
     def state(self) -> dict[str, Any]:
-        """Where the cursor stands, and among how many prompts."""
+        """The cursor's epoch and position, and the number of prompts."""
         return {"epoch": self.epoch, "position": self.position, "prompts": len(self.prompts)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go to where `state` was taken; other data than it was taken from is a `UserError`."""
+        """Continue from what `state` returned; another number of prompts is a `UserError`."""
         if state["prompts"] != len(self.prompts):
             raise UserError(
                 f"the run was begun with {state['prompts']} prompts, the data set now has {len(self.prompts)}:"
