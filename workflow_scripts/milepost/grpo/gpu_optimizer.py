@@ -82,7 +82,7 @@ class GpuAdam:
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = learning_rate, self.settings.weight_decay * group["wd_mult"]
         if self.stay and not any(master in states for _, master, states in self._slots()):
-            # The first step allocates the moments. In cached blocks of freed activations they would pin all of those.
+            # The first step allocates the moments; inside cached blocks they would keep whole blocks from being freed.
             torch.cuda.empty_cache()
         self.optimizer.step_with_ready_grads()
         return norm
