@@ -264,7 +264,9 @@ def conversion_launch(wildcards):
 
 
 def training_data(wildcards):
-    return f"{RESULTS}/data/{of_model(wildcards).training.dataset}.json"
+    return [
+        f"{RESULTS}/data/{name}.json" for name in of_model(wildcards).training.datasets
+    ]
 
 
 def validation_data(wildcards):

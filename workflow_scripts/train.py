@@ -86,7 +86,7 @@ def main() -> None:
     parser = job_parser(__doc__)
     parser.add_argument("--hub", type=Path, required=True, help="the download's manifest")
     parser.add_argument("--weights", type=Path, required=True, help="the conversion's manifest")
-    parser.add_argument("--data", type=Path, required=True, help="the training set's manifest")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="the training sets' manifests")
     parser.add_argument("--validation", type=Path, help="the validation set's manifest")
     parser.add_argument("--work", type=Path, required=True, help="folder of the run: checkpoints, metrics, samples")
     parser.add_argument("--manifest", type=Path, required=True, help="the trained weights' manifest, written last")
@@ -179,8 +179,12 @@ def check_source(arguments: argparse.Namespace, settings: Settings) -> Source:
     architecture = Architecture.from_folder(hub.root)
     if fault := shape_fault(architecture, settings.parallel, settings.experts, on_gpu=settings.hardware.gpus > 0):
         raise UserError(str(fault))
-    prompts = read_manifest(arguments.data)
-    inputs = {"weights": sha256_of_all(hub.files), "prompts": sha256_of_all(prompts.files)}
+    prompts = {
+        f"{path.stem}/{name}" if len(arguments.data) > 1 else name: entry
+        for path in arguments.data
+        for name, entry in read_manifest(path).files.items()
+    }
+    inputs = {"weights": sha256_of_all(hub.files), "prompts": sha256_of_all(prompts)}
     return Source(hub, weights, architecture, inputs)
 
 
@@ -249,19 +253,23 @@ def start_lead(
     interrupts: Interrupts,
     stack: ExitStack,
 ) -> Lead:
-    """Start what rank 0 alone has: prompts, engine, grader, validation, logs."""
-    training, validation, data = settings.training, settings.validation, read_manifest(arguments.data)
+    """Start what rank 0 alone has: prompts, engine, graders, validation, logs."""
+    training, validation = settings.training, settings.validation
     validation_set = read_manifest(arguments.validation) if validation.interval else None
     tokenizer = load_tokenizer(source.hub.root)
     stops = stop_token_ids(source.hub.root, tokenizer)
-    prompts, intake = load_prompts(data.require(digests=True), tokenizer, settings.sampling, settings.reward.labels)
-    print(f"{training.dataset}: {intake}", file=sys.stderr)
-    cursor = PromptCursor(prompts, training.seed)
+    prompts = {}
+    for name, path in zip(training.datasets, arguments.data, strict=True):
+        data, labels = read_manifest(path).require(digests=True), settings.graded_by(name).labels
+        prompts[name], intake = load_prompts(name, data, tokenizer, settings.sampling, labels)
+        print(f"{name}: {intake}", file=sys.stderr)
+    cursor = PromptCursor(prompts, training.seed, training.weights)
     if progress.cursor:
         cursor.restore(progress.cursor)
     problems = load_problems(validation_set, settings.validated_by.labels) if validation_set else []
-    if validation_set and (shared := overlap(data, validation_set)):
-        metrics.warn(shared)
+    for path in arguments.data if validation_set else ():
+        if shared := overlap(read_manifest(path), validation_set):
+            metrics.warn(shared)
 
     max_requests = max(
         training.prompts_per_rollout * training.samples_per_prompt, len(problems) * validation.samples_per_problem
@@ -270,8 +278,16 @@ def start_lead(
     stack.callback(engine.close)
     engine.sleep()
     engine.wake()  # as in every step: its caches, which are not needed yet, leave their room for what sends the weights
-    grader = stack.enter_context(Grader(settings.reward))
-    validation_grader = stack.enter_context(Grader(settings.validated_by)) if settings.validation_reward else grader
+    started: list[Grader] = []
+
+    def grader(reward: schema.Reward) -> Grader:
+        """The one grader of a reward, which may be that of several sets."""
+        if not (same := [one for one in started if one.settings == reward]):
+            started.append(stack.enter_context(Grader(reward)))
+        return same[0] if same else started[-1]
+
+    graders = {name: grader(settings.graded_by(name)) for name in training.datasets}
+    validation_grader = grader(settings.validated_by)
     log = metrics.RunLog(arguments.work, progress.rollout + 1, training.wandb_project)
     stack.callback(log.close)
     bar = tqdm(total=training.rollouts, initial=progress.rollout, desc="train", unit="rollout", mininterval=1)
@@ -286,7 +302,7 @@ def start_lead(
         return {f"validation_{name}": scores[name] for name in ("average", "truncated_share", "mean_tokens")}
 
     return Lead(
-        sampler=Sampler(settings, engine, tokenizer, stops, grader, cursor, interrupts),
+        sampler=Sampler(settings, engine, tokenizer, stops, graders, cursor, interrupts),
         validation=Validation(validation.interval, validate, log, interrupts),
         logs=Logs(settings, log, bar, tokenizer),
     )

@@ -190,7 +190,7 @@ def _model(name: str, own: Layer, kept: Sequence[Layer], user: Sequence[Layer], 
         said = fault.message if where.endswith(f": {fault.key}") else str(fault)
         raise UserError(f"{where}: {said} (of {name}; settings of one model alone belong to per_model)")
     for key, names in (
-        (("training", "dataset"), [model.training.dataset]),
+        (("training", "dataset"), model.training.datasets),
         (("validation", "dataset"), [model.validation.dataset]),
         (("evaluation", "datasets"), model.evaluation.datasets),
     ):
