@@ -180,7 +180,7 @@ def test_a_finished_training_goes_on_when_rollouts_grow_and_refuses_when_they_sh
     grpo_run.run(grpo_run.arguments(prepared, work))
     assert_same_run(work, prepared / "straight")
     (tmp_path / "run.json").unlink()
-    grpo_run.run(grpo_run.arguments(prepared, work))  # nothing to do but to vouch for it again
+    grpo_run.run(grpo_run.arguments(prepared, work))  # only its manifest is written again
     read_manifest(tmp_path / "run.json").require(digests=True)
     assert "holds 4 rollouts, training.rollouts is 3" in mistake(
         grpo_run.arguments(prepared, work, training={"rollouts": 3})
