@@ -237,7 +237,7 @@ def test_a_second_save_replaces_the_first_and_leaves_nothing_beside_it(tmp_path,
     assert not (tmp_path / "weights" / "left-over").exists()
 
 
-def test_a_write_that_fails_leaves_the_checkpoint_before_it(tmp_path, model_in_one_process):
+def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, model_in_one_process):
     make_tiny_hub(tmp_path / "hub")
     model = model_in_one_process(Architecture.from_folder(tmp_path / "hub"))
     torch_dist.save(model, tmp_path / "weights")

@@ -122,7 +122,7 @@ def test_a_token_s_file_that_can_t_be_read_is_named(hub, download, content, word
         (407, {}, "check the proxy, its user and its password"),
     ],
 )
-def test_a_refusal_says_what_may_be_the_matter(hub, download, status, environment, words):
+def test_a_refusal_suggests_the_cause(hub, download, status, environment, words):
     hub.faults.append(Fault("GET /api", status, times=99))
     download.fails(download.model(**environment), words)
 
@@ -142,7 +142,7 @@ PAGE = b"<html>Accept our terms</html>"
     ],
     ids=["page", "coded", "pages for files", "list", "no commit", "no sizes"],
 )
-def test_an_answer_that_is_no_hub_s_is_called_so(hub, download, request_, headers, content):
+def test_a_response_that_no_hub_gives_is_reported_as_such(hub, download, request_, headers, content):
     """The answer of a network's login page, or of another kind of server."""
     hub.faults.append(Fault(request_, 200, headers, content=content, times=99))
     download.fails(download.model(), hub.address, "as a Hub does: check HF_ENDPOINT")
@@ -166,7 +166,7 @@ def test_a_server_without_tls_is_asked_once(hub, download):
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl, to make a certificate")
-def test_a_certificate_that_is_not_trusted_is_said_to_be_at_fault(tmp_path):
+def test_an_untrusted_certificate_is_named_as_the_cause(tmp_path):
     """The certificate of an intercepting proxy, or any with a wrong clock."""
     certificate = tmp_path / "certificate.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
@@ -213,7 +213,7 @@ def test_a_file_of_the_cache_that_can_t_be_read_is_named(download):
     download.fails(download.model(), "config.json: Permission denied: check who may read and write it")
 
 
-def test_a_damaged_file_that_can_t_be_removed_is_not_said_to_be(download):
+def test_a_damaged_file_that_can_t_be_removed_is_not_reported_as_removed(download):
     kept(download, "u+w")
     (blob,) = [path.resolve() for path in download.home.rglob("snapshots/*/config.json")]
     blob.write_bytes(MODEL["config.json"].replace(b"5", b"6"))

@@ -374,7 +374,7 @@ def test_a_server_sets_memory_aside_for_its_share_of_the_requests(package, tmp_p
     assert [server._arguments["max_running_requests"] for server in engine.servers] == [expected] * 2
 
 
-def test_what_drafts_remember_is_part_of_the_engine_s_memory(package, tmp_path, monkeypatch):
+def test_the_drafts_cache_is_part_of_the_engine_s_memory(package, tmp_path, monkeypatch):
     """SGLang ignores the drafts' cache: with one full-attention layer of four, it would take nearly twice its share."""
     monkeypatch.setenv("PYTHONPATH", str(package))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
