@@ -192,7 +192,7 @@ def plan_memory(architecture: Architecture, settings: Settings, say: Callable[[s
     """Decide what to recompute and what stays on the GPU, for all ranks by rank 0's GPU."""
     gpu_gib = from_rank_0(gpu_memory_gib())
     memory = estimate(architecture, settings, gpu_gib)
-    stay = memory.lasts_beside_engine(gpu_gib)
+    stay = memory.fits_beside_engine(gpu_gib)
     if settings.training.recompute == "auto":
         say(f"recompute: {memory.recompute}, the least that fits {gpu_gib:.0f} GiB a GPU")
     say(f"while the engine generates weights and Adam's states {'stay on the GPU' if stay else 'wait on the host'}")

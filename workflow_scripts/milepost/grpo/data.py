@@ -47,7 +47,7 @@ class Intake:
     too_long: int
 
     def __str__(self) -> str:
-        return f"{self.used} prompts ({self.bad} bad rows and {self.too_long} too long prompts set aside)"
+        return f"{self.used} prompts ({self.bad} bad rows and {self.too_long} too long prompts skipped)"
 
 
 def load_prompts(

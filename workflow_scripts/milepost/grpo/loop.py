@@ -46,7 +46,7 @@ class Lead:
     logs: Logs
 
 
-class WeightsWanted:
+class ResendWeights:
     """Broadcast by rank 0 in place of the expected value when all ranks must send the weights again."""
 
 
@@ -164,13 +164,13 @@ class Loop:
         """Send the weights to a restarted engine worker; called on rank 0 while the others wait for a broadcast."""
         with self.interrupts.held():  # all ranks take part
             self.sending = True
-            from_rank_0(WeightsWanted(), self.control)
+            from_rank_0(ResendWeights(), self.control)
             self._send_weights()
             self.sending = False
 
     def _from_rank_0(self, value: Any) -> Any:
         """Rank 0's ``value`` on every rank; sends the weights whenever rank 0 asks for that instead."""
-        while isinstance(value := from_rank_0(value, self.control), WeightsWanted):
+        while isinstance(value := from_rank_0(value, self.control), ResendWeights):
             self._send_weights()
         return value
 
