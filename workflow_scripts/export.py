@@ -12,8 +12,8 @@ from milepost.checkpoints.manifest import (
     Manifest,
     keep_manifest,
     read_manifest,
+    rewrite_manifest,
     same_result,
-    vouch_again,
     write_manifest,
 )
 from milepost.checkpoints.safetensors_io import HubCheckpoint, HubWriter
@@ -39,7 +39,7 @@ def main() -> None:
 def export(arguments: argparse.Namespace) -> None:
     if same := same_result(arguments.folder, arguments.job):
         print("the same weights and code as before: nothing to export", file=sys.stderr)
-        vouch_again(same, arguments.manifest, arguments.job)
+        rewrite_manifest(same, arguments.manifest, arguments.job)
         return
     source = read_manifest(arguments.hub).require(digests=True)
     weights = weights_folder(read_manifest(arguments.weights).require(digests=True))
