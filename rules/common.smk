@@ -18,11 +18,12 @@ from milepost.common.errors import UserError
 from milepost.common.failed_jobs import FailedJobs
 from milepost.common.files import write_json
 from milepost.common.working_folder import claim
+from milepost.configuration import layout
 from milepost.configuration.cgroups import usable_cores, usable_memory
 from milepost.configuration.early import check_inputs, mistyped
 from milepost.configuration.gpus import visible_gpus
-from milepost.configuration.layout import processes
 from milepost.configuration.loading import load, user_layers
+from milepost.configuration.memory import asked_gib
 from milepost.configuration.preflight import check_jobs, table
 from milepost.configuration.provenance import Provenance
 
@@ -211,14 +212,15 @@ if workflow.is_main_process:
 # ---- a job's resources -------------------------------------------------------------------------------------------
 
 
-def gpus(wildcards):
-    return of_model(wildcards).hardware.gpus
+def gpus(stage):
+    return lambda wildcards: layout.gpus(of_model(wildcards), stage)
 
 
-def gpu_host_gib(wildcards):
+def gpu_host_gib(stage):
     """Host memory of a job with GPUs, in GiB."""
-    model = of_model(wildcards)
-    return model.hardware.host_memory_gib if model.hardware.gpus else 0
+    return lambda wildcards: (
+        asked_gib(of_model(wildcards), stage) if gpus(stage)(wildcards) else 0
+    )
 
 
 def cores(wildcards):
@@ -227,8 +229,8 @@ def cores(wildcards):
     return min(wanted, usable_cores()) if workflow.local_exec else wanted
 
 
-def host_memory_mb(wildcards):
-    return of_model(wildcards).hardware.host_memory_gib * 1024
+def host_memory_mb(stage):
+    return lambda wildcards: asked_gib(of_model(wildcards), stage) * 1024
 
 
 def partitions(jobs):
@@ -246,7 +248,7 @@ def launched(by, count):
 
 
 def training_processes(wildcards):
-    return processes(of_model(wildcards).hardware)
+    return layout.processes(of_model(wildcards).hardware)
 
 
 def training_launch(wildcards):
@@ -278,12 +280,12 @@ def evaluated_model(wildcards):
     return f"{RESULTS}/{wildcards.model}/hf/{wildcards.weights}.json"
 
 
-def scores(model):
-    """The score files of a model: base and trained, on every problem set that it is evaluated on."""
+def scores(model, *weights):
+    """The score files of a model's weights, on every problem set that it is evaluated on."""
     return expand(
         f"{RESULTS}/{model}/eval/{{dataset}}/{{weights}}.json",
         dataset=settings.models[model].evaluation.datasets,
-        weights=["base", settings.run],
+        weights=weights,
     )
 
 
@@ -305,5 +307,6 @@ def results_of(stage, model):
         "convert": [f"{RESULTS}/{model}/convert.json"],
         "train": [f"{RESULTS}/{model}/grpo/{settings.run}/train.json"],
         "export": [f"{RESULTS}/{model}/hf/{settings.run}.json"],
-        "eval": scores(model),
+        "evaluate": scores(model, "base"),
+        "eval": scores(model, "base", settings.run),
     }[stage]

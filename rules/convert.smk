@@ -12,7 +12,7 @@ rule convert:
         f"{RESULTS}/benchmarks/{{model}}/convert.tsv"
     threads: lambda wildcards: min(cores(wildcards), 2 * of_model(wildcards).conversion.processes)
     resources:
-        mem_mb=host_memory_mb,
+        mem_mb=host_memory_mb("convert"),
         runtime=120,
     params:
         key=key("convert"),
@@ -43,7 +43,7 @@ rule export:
         f"{RESULTS}/benchmarks/{{model}}/export-{settings.run}.tsv"
     threads: 2
     resources:
-        mem_mb=host_memory_mb,
+        mem_mb=host_memory_mb("export"),
         runtime=120,
     params:
         key=key("export"),

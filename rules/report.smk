@@ -1,7 +1,9 @@
 # Tables, plots and one self-contained page about the models that config.yaml lists.
 
 
-ALL_SCORES = [path for model in settings.listed for path in scores(model)]
+ALL_SCORES = [
+    path for model in settings.listed for path in scores(model, "base", settings.run)
+]
 ALL_TRAININGS = [
     f"{RESULTS}/{model}/grpo/{settings.run}/train.json" for model in settings.listed
 ]

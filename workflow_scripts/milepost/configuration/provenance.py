@@ -18,7 +18,7 @@ from milepost.common import versions
 from milepost.common.contents import content_of
 from milepost.common.errors import UserError
 from milepost.common.files import read_json, sha256_of
-from milepost.configuration import runs, staleness
+from milepost.configuration import runs, scored, staleness
 from milepost.configuration.code import code_digest, digest, user_code_digest
 from milepost.configuration.loading import Configuration
 from milepost.configuration.schema import Engine, Evaluation, Reward, Section
@@ -119,7 +119,8 @@ class Provenance:
             return State(None, ())
         before, now = made["provenance"], self.of(stage, **which)
         damage = tuple(staleness.missing_files(path, made))
-        changed = *staleness.settings(before["config"], now["config"]), *self._changed_inputs(before, stage, **which)
+        configs = [_deciding(stage, record["config"]) for record in (before, now)]
+        changed = *staleness.settings(*configs), *self._changed_inputs(before, stage, **which)
         by = tuple(staleness.makers(before, now))
         if stage == "train" and self._on_code_change(**which) == "continue":
             return State(made, (*changed, *damage), by, damage)
@@ -132,7 +133,8 @@ class Provenance:
         if state.fresh:
             return state.made["provenance"]["key"]
         upstream = {name: self.key(of, **its) for name, (of, its) in self._parts(stage, **which).upstream.items()}
-        return digest([self.of(stage, **which) | {"upstream": upstream}, state.damage])
+        record = self.of(stage, **which)
+        return digest([record | {"config": _deciding(stage, record["config"]), "upstream": upstream}, state.damage])
 
     def job(self, stage: str, **which: str) -> dict[str, Any]:
         """What a job is given: the record, its key, the commit of the code, and what else the stage needs."""
@@ -278,9 +280,9 @@ class Provenance:
         settings = self._configuration.models[model]
         config = {
             "evaluation": settings.evaluation.model_copy(update={"datasets": [dataset]}),
-            "engine": settings.engine.model_dump(mode="json", exclude=OF_TRAINING),
+            "engine": settings.evaluation_engine.model_dump(mode="json", exclude=OF_TRAINING),
             **_graded_by(self._configuration.reward(model, dataset)),
-            "hardware": settings.hardware.model_dump(mode="json", include={"gpus"}),
+            "hardware": {"gpus": settings.evaluation_gpus},
         }
         source = "download" if weights == "base" else "export"
         upstream = {source: (source, {"model": model}), "dataset": ("dataset", {"name": dataset})}
@@ -317,6 +319,11 @@ class Provenance:
             for dataset in self._configuration.models[model].evaluation.datasets
             for weights in ("base", self._configuration.run)
         }
+
+
+def _deciding(stage: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a record that decide whether its result is stale."""
+    return scored.deciding(config) if stage == "evaluate" else config
 
 
 def sampler(evaluation: Evaluation, engine: Engine, code: str, packages: dict[str, str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ Other modules import every section from here:
 """
 
 import os
+from math import gcd
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
@@ -65,6 +66,21 @@ class Model(Section):
     experts: Experts = Field(description="how a mixture of experts is trained")
     reward: Reward = Field(Reward(), description="how answers are graded")
     evaluation: Evaluation = Field(description="the final scores")
+
+    @property
+    def evaluation_gpus(self) -> int:
+        """The GPUs of an evaluation, which need not be a training's."""
+        return self.evaluation.gpus or self.hardware.gpus
+
+    @property
+    def evaluation_engine(self) -> Engine:
+        """The engine as an evaluation lays it out over `evaluation_gpus`."""
+        engine, evaluation = self.engine, self.evaluation
+        if engine.kind == "cpu":
+            return engine
+        shared = evaluation.gpus_per_engine or gcd(engine.gpus_per_engine, self.evaluation_gpus)
+        layout = {"gpus_per_engine": shared, "expert_parallel": gcd(engine.expert_parallel, shared)}
+        return engine.model_copy(update=layout | {"mem_fraction_static": evaluation.mem_fraction_static})
 
     @property
     def scored_sets(self) -> set[str]:
