@@ -23,10 +23,12 @@ from milepost.configuration.cgroups import usable_cores, usable_memory
 from milepost.configuration.early import check_inputs, mistyped
 from milepost.configuration.gpus import visible_gpus
 from milepost.configuration.layers import user_layers
-from milepost.configuration.loading import load
+from milepost.configuration.loading import load, no_such_run
 from milepost.configuration.memory import asked_gib
 from milepost.configuration.preflight import check_jobs, table
 from milepost.configuration.provenance import Provenance
+from milepost.configuration.weights import BASE as BASE_WEIGHTS
+from milepost.configuration.weights import WEIGHTS, checkpoint_of, run_of
 
 
 def complain(function, *arguments):
@@ -106,7 +108,7 @@ for variable in (
 wildcard_constraints:
     model="|".join([*settings.models, *settings.faults]),
     dataset="|".join(settings.datasets),
-    weights=f"base|{settings.run}",
+    weights=WEIGHTS,
 
 
 def of_model(wildcards):
@@ -276,20 +278,33 @@ def validation_data(wildcards):
     return [f"{RESULTS}/data/{validation.dataset}.json"] if validation.interval else []
 
 
+def training_of(wildcards):
+    """The training that made the weights to export: of the run that is trained, or of any that is finished."""
+    run = run_of(wildcards.weights)
+    if not settings.has_run(wildcards.model, run):
+        sys.exit(f"error: {no_such_run(settings, run, wildcards.model)}")
+    return f"{RESULTS}/{wildcards.model}/grpo/{run}/train.json"
+
+
 def evaluated_model(wildcards):
     """The weights to evaluate: the download, or the export of a run."""
-    if wildcards.weights == "base":
+    if wildcards.weights == BASE_WEIGHTS:
         return f"{RESULTS}/{wildcards.model}/download.json"
     return f"{RESULTS}/{wildcards.model}/hf/{wildcards.weights}.json"
 
 
-def scores(model, *weights):
-    """The score files of a model's weights, on every problem set that it is evaluated on."""
-    return expand(
-        f"{RESULTS}/{model}/eval/{{dataset}}/{{weights}}.json",
-        dataset=settings.models[model].evaluation.datasets,
-        weights=weights,
-    )
+def scores(*evaluations):
+    """The files of scores: (model, dataset, weights) of each."""
+    return [
+        f"{RESULTS}/{model}/eval/{dataset}/{weights}.json"
+        for model, dataset, weights in evaluations
+    ]
+
+
+def scores_of(model, *weights):
+    """The scores of a model's weights on every problem set that it is evaluated on."""
+    datasets = settings.models[model].evaluation.datasets
+    return scores(*((model, dataset, name) for dataset in datasets for name in weights))
 
 
 def sources(model):
@@ -309,7 +324,7 @@ def results_of(stage, model):
         "download": sources(model),
         "convert": [f"{RESULTS}/{model}/convert.json"],
         "train": [f"{RESULTS}/{model}/grpo/{settings.run}/train.json"],
-        "export": [f"{RESULTS}/{model}/hf/{settings.run}.json"],
-        "evaluate": scores(model, "base"),
-        "eval": scores(model, "base", settings.run),
+        "export": [f"{RESULTS}/{model}/hf/{settings.trained(model)}.json"],
+        "evaluate": scores_of(model, BASE_WEIGHTS),
+        "eval": scores_of(model, BASE_WEIGHTS, settings.trained(model)),
     }[stage]

@@ -34,13 +34,13 @@ rule convert:
 rule export:
     input:
         hub=f"{RESULTS}/{{model}}/download.json",
-        weights=f"{RESULTS}/{{model}}/grpo/{settings.run}/train.json",
+        weights=training_of,
     output:
-        f"{RESULTS}/{{model}}/hf/{settings.run}.json",
+        f"{RESULTS}/{{model}}/hf/{{weights}}.json",
     log:
-        f"{RESULTS}/logs/{{model}}/export-{settings.run}.log",
+        f"{RESULTS}/logs/{{model}}/export-{{weights}}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/{{model}}/export-{settings.run}.tsv"
+        f"{RESULTS}/benchmarks/{{model}}/export-{{weights}}.tsv"
     threads: 2
     resources:
         mem_mb=host_memory_mb("export"),
@@ -49,9 +49,10 @@ rule export:
         key=key("export"),
         job=job_file,
         changes=changes("export"),
+        checkpoint=lambda wildcards, output: checkpoint_of(wildcards.weights),
         folder=subpath(output[0], strip_suffix=".json"),
     message:
-        "{wildcards.model}: export the trained weights in the Hub's format{params.changes}"
+        "{wildcards.model}: export the {wildcards.weights} weights in the Hub's format{params.changes}"
     shell:
         'begin {log:q}; CUDA_VISIBLE_DEVICES= python "$SCRIPTS"/export.py --job {params.job:q} --hub {input.hub:q} --weights {input.weights:q}'
-        " --folder {params.folder:q} --manifest {output:q} |& logged"
+        " --checkpoint {params.checkpoint} --folder {params.folder:q} --manifest {output:q} |& logged"

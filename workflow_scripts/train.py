@@ -299,7 +299,8 @@ def start_lead(
         samples.unlink(missing_ok=True)  # of a run that ended before it saved these weights: perhaps not quite the same
         wanted, sampler = validation_settings(settings), {"rollout": rollout}
         scores = evaluate(engine, tokenizer, stops, problems, wanted, validation_grader, samples, sampler)
-        return {f"validation_{name}": scores[name] for name in ("average", "truncated_share", "mean_tokens")}
+        names = ("average", "standard_error", "truncated_share", "mean_tokens")
+        return {f"validation_{name}": scores[name] for name in names if scores[name] is not None}
 
     return Lead(
         sampler=Sampler(settings, engine, tokenizer, stops, graders, cursor, interrupts),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -199,7 +200,7 @@ def test_samples_of_a_training_are_of_its_last_five_rollouts_and_right_where_the
         for reward in (0.0, 1.0)
     ]
     texts = Page(page([score(tmp_path, "base", BASE)], training(tmp_path, rewards(0.5), samples))).texts
-    shown = texts[texts.index("Samples of the last rollouts") :]
+    shown = texts[texts.index("Samples of the last rollouts of grpo") :]
     assert {text for text in shown if text.startswith("rollout ")} == {"rollout 8", "rollout 10", "rollout 12"}
     assert [text for text in shown if text in ("right", "wrong")] == ["right"] * 3 + ["wrong"] * 3
     told = [text for text in shown if text.startswith("Answer 5")]
@@ -211,8 +212,8 @@ def test_a_pair_s_difference_is_of_the_trained_weights_over_the_base(tmp_path, p
     paths = [score(tmp_path, "base", BASE), score(tmp_path, "grpo", TRAINED)]
     (pair,) = pairs(read_scores(reversed(paths)))
     row = difference_table([pair]).iloc[0]
-    assert (row["model"], row["dataset"], row["problems"]) == ("9B", "aime", 4)
-    assert (row["base"], row["trained"], row["difference"]) == (0.25, 0.75, 0.5)
+    assert (row["first"], row["second"], row["dataset"], row["problems"]) == ("9B/base", "9B/grpo", "aime", 4)
+    assert (row["avg@n of first"], row["avg@n of second"], row["difference"]) == (0.25, 0.75, 0.5)
     assert all(math.isnan(row[name]) for name in ("t low", "t high", "bootstrap low", "bootstrap high", "p"))
     text = page(paths)
     assert "+50.0" in text and "25.0% → 75.0%" in text
@@ -247,7 +248,7 @@ def test_readable_tables_are_in_percent(tmp_path):
     table = score_table(read_scores([score(tmp_path, "base", BASE), score(tmp_path, "grpo", TRAINED)]))
     shown, ends = readable_scores(table).iloc[1], readable_format(table).iloc[0]
     columns = ("weights", "problems × samples", "avg@n", "95% interval", "pass@1", "pass@2", "maj@n")
-    assert [shown[name] for name in columns] == ["trained", "4 × 2", "75.0", "65.0 to 85.0", "75.0", "100.0", "37.5"]
+    assert [shown[name] for name in columns] == ["grpo", "4 × 2", "75.0", "65.0 to 85.0", "75.0", "100.0", "37.5"]
     columns = ("weights", "truncated", "no </think>", "no box", "grading errors", "mean tokens")
     assert [ends[name] for name in columns] == ["base", "12.5", "25.0", "50.0", "6.2", "1,234"]
 
@@ -263,20 +264,24 @@ def test_the_protocol_is_said_with_all_that_was_set(tmp_path, page):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"config": {"evaluation": PROTOCOL | {"temperature": 1.0}}}, "evaluation section"),
-        ({"config": {"engine": {"kind": "sglang"}}}, "engine section"),
-        ({"config": {"engine": {"kind": "cpu", "server_arguments": {"dtype": "half"}}}}, "engine section"),
-        ({"config": {"reward": {"think_block": "optional"}}}, "reward section"),
-        ({"facts": {"prompts": "another"}}, "set of prompts"),
-        ({"labels": ("2", "4", "6", "9")}, "set of labels"),
-        ({"labels": ("4", "2", "6", "8")}, "set of labels"),
+        ({"config": {"evaluation": PROTOCOL | {"temperature": 1.0}}}, "evaluation.temperature: 0.6 -> 1.0"),
+        (
+            {"config": {"evaluation": PROTOCOL | {"max_response_tokens": 9}}},
+            "evaluation.max_response_tokens: 4096 -> 9",
+        ),
+        ({"config": {"reward": {"think_block": "optional"}}}, 'reward.think_block: "required" -> "optional"'),
+        ({"config": {"reward_code": {"mine.py": "digest"}}}, 'reward_code.mine.py: nothing -> "digest"'),
+        ({"facts": {"prompts": "another"}}, "other prompts"),
+        ({"labels": ("2", "4", "6", "9")}, "other labels"),
+        ({"labels": ("4", "2", "6", "8")}, "other labels"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_scores_are_paired_only_if_they_were_measured_alike(tmp_path, changes, named):
     base = score(tmp_path, "base", BASE)
     assert len(pairs(read_scores([base, score(tmp_path, "grpo", TRAINED)]))) == 1
-    with pytest.raises(UserError, match=rf"grpo\.json: made with another {named} than .*base\.json: delete both"):
+    said = rf"grpo\.json: can't be compared with .*base\.json: {re.escape(named)}: evaluate both again"
+    with pytest.raises(UserError, match=said):
         pairs(read_scores([base, score(tmp_path, "grpo", TRAINED, **changes)]))
 
 
@@ -289,12 +294,12 @@ def test_a_model_is_compared_with_its_own_base_on_the_same_problem_set(tmp_path)
             path.write_text(score(tmp_path / "made", weights, BASE).read_text())
             files.append(path)
     found = pairs(read_scores(files))
-    assert [(pair.base.model, pair.base.dataset, pair.base.weights) for pair in found] == [
+    assert [(pair.first.model, pair.first.dataset, pair.first.weights) for pair in found] == [
         ("4B", "aime", "base"),
         ("9B", "aime", "base"),
         ("9B", "math", "base"),
     ]
-    assert all((p.base.model, p.base.dataset) == (p.trained.model, p.trained.dataset) for p in found)
+    assert all((p.first.model, p.first.dataset) == (p.second.model, p.second.dataset) for p in found)
 
 
 @pytest.mark.parametrize(("p", "shown"), [(0.0004, "< 0.001"), (0.0012, "0.001"), (0.0096, "0.010"), (0.5, "0.500")])
@@ -314,14 +319,14 @@ def test_a_pass_at_k_that_was_not_estimated_is_left_blank(tmp_path):
 THEME = Theme.light(section("plots", color_base="#aa1122", color_trained="#11aa22"))
 
 
-def drawn(trainings, pairs, name):
+def drawn(trainings, scores, name):
     """The axes of the plot whose name begins with ``name``."""
-    (plot,) = [plot for plot in all_plots(trainings, pairs) if plot.name.startswith(name)]
+    (plot,) = [plot for plot in all_plots(trainings, scores, pairs(scores)) if plot.name.startswith(name)]
     return plot.draw(THEME).axes
 
 
 def test_bars_are_as_long_as_the_scores_with_their_intervals(tmp_path):
-    found = pairs(read_scores([score(tmp_path, "base", BASE), score(tmp_path, "grpo", TRAINED)]))
+    found = read_scores([score(tmp_path, "base", BASE), score(tmp_path, "grpo", TRAINED)])
     (axes,) = drawn([], found, "scores")
     assert [bar.get_width() for bar in axes.patches] == [0.25, 0.75]
     assert [to_hex(bar.get_facecolor()) for bar in axes.patches] == [THEME.base, THEME.trained]
@@ -333,8 +338,8 @@ def test_bars_are_as_long_as_the_scores_with_their_intervals(tmp_path):
 def test_problems_are_sorted_by_the_base_and_drawn_in_its_colour(tmp_path):
     base = [[True, True], [False, False], [True, False], [False, False]]
     trained = [[False, True], [True, True], [True, True], [False, False]]
-    found = pairs(read_scores([score(tmp_path, "base", base), score(tmp_path, "grpo", trained)]))
-    (axes,) = drawn([], found, "problems-9B-aime")
+    found = read_scores([score(tmp_path, "base", base), score(tmp_path, "grpo", trained)])
+    (axes,) = drawn([], found, "problems-9B-grpo-aime")
     _, before, after = axes.collections
     assert before.get_offsets()[:, 1].tolist() == [0.0, 0.0, 0.5, 1.0]
     assert after.get_offsets()[:, 1].tolist() == [0.0, 1.0, 1.0, 0.5]

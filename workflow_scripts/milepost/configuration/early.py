@@ -16,6 +16,7 @@ from milepost.configuration.loading import Configuration, nearest
 from milepost.configuration.provenance import Provenance
 from milepost.configuration.rewards import Function, Reward
 from milepost.configuration.schema import Dataset
+from milepost.configuration.weights import checkpoint_of, run_of, train_manifest
 
 Job = tuple[str, dict[str, str]]  # its rule, its wildcards
 
@@ -62,6 +63,8 @@ def check_inputs(jobs: Sequence[Job], configuration: Configuration, provenance: 
                 labels = labels_of(wildcards["model"], settings.validation.dataset)
                 check_rows(settings.validation.dataset, 0.0, labels)
             _check_training(wildcards["model"], configuration, provenance)
+        elif rule == "export":
+            _check_checkpoint(wildcards["model"], wildcards["weights"], configuration, provenance)
         elif rule == "evaluate":
             check_rows(wildcards["dataset"], 0.0, labels_of(wildcards["model"], wildcards["dataset"]))
         elif rule == "check_reward":
@@ -145,6 +148,14 @@ def _check_training(model: str, configuration: Configuration, provenance: Proven
             f"{model}: training.rollouts is {training.rollouts} and the run {configuration.run!r} has {done} already:"
             " ask for at least as many, or give another run a name of its own (run: ...)"
         )
+
+
+def _check_checkpoint(model: str, weights: str, configuration: Configuration, provenance: Provenance) -> None:
+    """Of a run that is finished and not to be trained further."""
+    run = run_of(weights)
+    if (trained := provenance.training(model, run)).fresh:
+        root = train_manifest(configuration.results, model, run).parent / trained.made["root"]
+        runs.checkpoint_name(root, trained.made["facts"], checkpoint_of(weights))
 
 
 def require_wandb() -> None:

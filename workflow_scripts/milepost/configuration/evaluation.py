@@ -6,6 +6,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from milepost.configuration.machine import GPUS_OF_A_NODE
 from milepost.configuration.section import Color, EachOnce, Name, NonNegative, Section, Share, TopK
+from milepost.configuration.weights import LAST, Checkpoint
 
 RESOURCES = ("gpus", "gpus_per_engine", "mem_fraction_static", "host_memory_gib")  # what it runs on
 
@@ -59,6 +60,16 @@ class Evaluation(Section):
         """The settings that decide how an answer is sampled: not which, how many or how they are scored, nor memory."""
         others = {"datasets", "samples_per_problem", "pass_at", "bootstrap_samples", *RESOURCES}
         return self.model_dump(mode="json", exclude=others)
+
+
+class Export(Section):
+    """Which weights of a run are exported and scored. Those of each checkpoint have a name and results of their own."""
+
+    checkpoint: Checkpoint = Field(
+        LAST,
+        description="last, best (by validation; its score flatters it), or a checkpoint that the run has kept:"
+        " checkpoint-000040",
+    )
 
 
 class Plots(Section):

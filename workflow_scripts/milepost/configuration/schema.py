@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from milepost.configuration.evaluation import Evaluation, Plots
+from milepost.configuration.evaluation import Evaluation, Export, Plots
 from milepost.configuration.machine import OWN_SERVER_ARGUMENTS, Conversion, Engine, Hardware, Speculation
 from milepost.configuration.rewards import Reward
 from milepost.configuration.section import NAME, EachOnce, Name, Section
@@ -39,12 +39,13 @@ from milepost.configuration.training import (
     Training,
     Validation,
 )
+from milepost.configuration.weights import ModelWeights, RunName, RunWeights
 
 __all__ = [
     "NAME", "OWN_SERVER_ARGUMENTS", "Advantage", "Aggregation", "Algorithm", "Architecture", "Conversion", "Dataset",
-    "Engine", "Evaluation", "Experts", "Hardware", "KlType", "Model", "ModelSource", "Mtp", "Optimizer", "Parallel",
-    "Plots", "PolicyLoss", "Problems", "Recompute", "Reward", "Root", "Sampling", "Section", "Source", "Speculation",
-    "TinyModel", "Training", "Validation", "WarmUp",
+    "Engine", "Evaluation", "Experts", "Export", "Hardware", "KlType", "Model", "ModelSource", "Mtp", "Optimizer",
+    "Parallel", "Plots", "PolicyLoss", "Problems", "Recompute", "Reward", "Root", "Sampling", "Section", "Source",
+    "Speculation", "TinyModel", "Training", "Validation", "WarmUp",
 ]  # fmt: skip
 
 
@@ -66,6 +67,7 @@ class Model(Section):
     experts: Experts = Field(description="how a mixture of experts is trained")
     reward: Reward = Field(Reward(), description="how answers are graded")
     evaluation: Evaluation = Field(description="the final scores")
+    export: Export = Field(Export(), description="which of the run's weights are exported and scored")
 
     @property
     def evaluation_gpus(self) -> int:
@@ -93,12 +95,6 @@ class Model(Section):
         return {*self.training.datasets, *self.scored_sets}
 
 
-def _not_base(name: str) -> str:
-    if name == "base":
-        raise ValueError("'base' is the name of the starting weights: choose another")
-    return name
-
-
 def _without_braces(folder: str) -> str:
     if {"{", "}"} & set(folder):
         raise ValueError("braces mean something else to Snakemake: choose another folder")
@@ -111,8 +107,18 @@ class Root(Section):
     models: Annotated[list[Name], EachOnce] = Field(
         min_length=1, description="the models that download_all ... eval_all and the report cover"
     )
-    run: Annotated[Name, AfterValidator(_not_base)] = Field(
+    run: Annotated[Name, RunName] = Field(
         description="name of the training run; another name keeps the old run's results"
+    )
+    runs: Annotated[list[RunWeights], EachOnce] = Field(
+        [],
+        description="finished runs that tables, plots and report show beside `run`, by name or with a checkpoint"
+        " (first@best): of every listed model that has them",
+    )
+    compare: list[Annotated[list[ModelWeights], Field(min_length=2, max_length=2), EachOnce]] = Field(
+        [],
+        description="further pairs of weights to compare, second minus first: [[9B/first, 9B/grpo], [mine/base,"
+        " 9B/base]]",
     )
     results: Annotated[str, AfterValidator(_without_braces)] = Field(
         description="the folder that all results go to; relative to where Snakemake runs"
