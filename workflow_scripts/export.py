@@ -22,7 +22,7 @@ from milepost.checkpoints.shards import untouched
 from milepost.common.errors import UserError, run
 from milepost.common.files import hold, require_room
 from milepost.common.jobs import job_parser
-from milepost.configuration.runs import checkpoint_name
+from milepost.configuration.runs import checkpoint_name, require_same_start
 from milepost.configuration.weights import BEST, LAST
 from milepost.evaluation.selection import selection
 from milepost.qwen3_5.architecture import Architecture
@@ -52,7 +52,7 @@ def export(arguments: argparse.Namespace) -> None:
         vouch_again(same, arguments.manifest, arguments.job)
         return
     source = read_manifest(arguments.hub).require(digests=True)
-    require_same_start(trained, arguments)
+    require_same_start(arguments.weights, trained.provenance, arguments.job.get("inputs", {}).get("download"))
     weights = weights_folder(trained, checkpoint)
 
     architecture, hub = Architecture.from_folder(source.root), HubCheckpoint(source.root)
@@ -86,26 +86,20 @@ def export(arguments: argparse.Namespace) -> None:
     finalize()
 
 
-def require_same_start(trained: Manifest, arguments: argparse.Namespace) -> None:
-    """Refuse to export weights beside files of another download than they were trained from."""
-    then, now = (made.get("inputs", {}).get("download") for made in (trained.provenance, arguments.job))
-    if then and now and then != now:
-        raise UserError(
-            f"{trained.path}: made from other starting weights than {arguments.hub} has now: set the model's source"
-            " back to those, or train again"
-        )
-
-
 def weights_folder(manifest: Manifest, checkpoint: str | None) -> Path:
     """The folder of torch_dist weights, its files checked: of a conversion, or of a training's ``checkpoint``."""
     if manifest.kind == "convert":
         return manifest.require(digests=True).root
     if manifest.kind != "train":
         raise UserError(f"{manifest.path}: a manifest of {manifest.kind!r}: give one of a conversion or a training")
-    saved = read_manifest(manifest.root / checkpoint / "manifest.json")
-    weights = {name: entry for name, entry in saved.files.items() if name.startswith("weights/")}
-    replace(saved, files=weights).require(digests=True)
-    return saved.root / "weights"
+    folder = manifest.root / checkpoint / "weights"
+    if folder == manifest.root / manifest.facts["weights"]:
+        manifest.require(digests=True)
+    else:  # the training's manifest lists the last checkpoint's files alone
+        saved = read_manifest(folder.with_name("manifest.json"))
+        weights = {name: entry for name, entry in saved.files.items() if name.startswith("weights/")}
+        replace(saved, files=weights).require(digests=True)
+    return folder
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What tables and report say of a training and of a pair of scores is what a reader works out by hand."""
 
-import json
 import math
 import re
 from html.parser import HTMLParser
@@ -13,7 +12,7 @@ from milepost.common.errors import UserError
 from milepost.evaluation.estimators import bootstrap_interval, paired_difference
 from milepost.reporting.plots import Theme, all_plots
 from milepost.reporting.report import report_page
-from milepost.reporting.results import pairs, read_scores, read_trainings
+from milepost.reporting.results import pairs, read_scores
 from milepost.reporting.tables import (
     difference_table,
     in_words,
@@ -22,76 +21,8 @@ from milepost.reporting.tables import (
     readable_scores,
     score_table,
 )
+from recorded import BASE, PROTOCOL, TRAINED, rewards, score, training
 from settings import section
-
-PROTOCOL = {
-    "samples_per_problem": 2,
-    "max_response_tokens": 4096,
-    "temperature": 0.6,
-    "top_p": 0.95,
-    "top_k": -1,
-    "presence_penalty": 0.0,
-    "enable_thinking": True,
-    "bootstrap_samples": 500,
-    "seed": 1,
-}
-BASE = [[True, False], [False, False], [False, False], [True, False]]  # an average of 25%
-TRAINED = [[True, True], [False, True], [False, True], [True, True]]  # of 75%, better by 50 points in every problem
-
-
-def score(folder, weights, correct, config=None, facts=None, labels=("2", "4", "6", "8")):
-    """An evaluation of four problems, with two samples each; ``config`` and ``facts`` replace what it says."""
-    path = folder / "9B/eval/aime" / f"{weights}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {"problem": p, "sample": s, "prompt": [{"role": "user", "content": f"Question {p}?"}]}
-        | {"response": f"Response {p}.{s}.", "tokens": 7, "finish": "stop"}
-        for p in range(4)
-        for s in range(2)
-    ]
-    lines = [{"origin": {}, "settled": 8}, *rows]
-    path.with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    average = sum(map(sum, correct)) / 8
-    found = {
-        "problems": 4,
-        "samples_per_problem": 2,
-        "prompts": "digest",
-        "average": average,
-        "interval": [average - 0.1, average + 0.1],
-        "pass_at": {"1": average, "2": sum(map(any, correct)) / 4},
-        "majority": 0.375,
-        "truncated_share": 0.125,
-        "no_think_end_share": 0.25,
-        "no_box_share": 0.5,
-        "grading_error_share": 0.0625,
-        "mean_tokens": 1234.4,
-        "per_problem": [
-            {
-                "label": label,
-                "rewards": [float(c) for c in row],
-                "correct": row,
-                "answers": [f"a{p}.0", f"a{p}.1"],
-                "reasons": [f"r{p}.0", f"r{p}.1"],
-            }
-            for p, (label, row) in enumerate(zip(labels, correct, strict=True))
-        ],
-    } | (facts or {})
-    settings = {"evaluation": PROTOCOL, "engine": {"kind": "cpu"}, "reward": {"think_block": "required"}}
-    provenance = {"config": settings | (config or {}), "code": "c", "upstream": {}}
-    write_manifest(path, "evaluate", path.parent, [f"{weights}.jsonl"], provenance, found)
-    return path
-
-
-def training(folder, metrics, samples=(), best=None):
-    """A training with these lines in its logs."""
-    work, path = folder / "9B/grpo/grpo/work", folder / "9B/grpo/grpo/train.json"
-    work.mkdir(parents=True)
-    (work / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    (work / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
-    facts = {"metrics": "metrics.jsonl", "samples": "samples.jsonl", "best": best}
-    facts |= {"rollouts": metrics[-1]["rollout"], "checkpoint": "checkpoint-last"}
-    write_manifest(path, "train", work, ["metrics.jsonl"], {"config": {}, "code": "c", "upstream": {}}, facts)
-    return read_trainings([path])[0]
 
 
 class Page(HTMLParser):
@@ -118,10 +49,6 @@ def page(tmp_path):
         return report_page(scores, pairs(scores), trainings, plots, [], section("plots"))
 
     return make
-
-
-def rewards(*values):
-    return [{"rollout": rollout, "reward_mean": value} for rollout, value in enumerate(values, start=1)]
 
 
 @pytest.mark.parametrize(

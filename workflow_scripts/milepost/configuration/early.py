@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from milepost.common.contents import content_of
 from milepost.common.errors import UserError
 from milepost.common.problems import load_problem_set
 from milepost.configuration import runs
@@ -154,8 +155,13 @@ def _check_checkpoint(model: str, weights: str, configuration: Configuration, pr
     """Of a run that is finished and not to be trained further."""
     run = run_of(weights)
     if (trained := provenance.training(model, run)).fresh:
-        root = train_manifest(configuration.results, model, run).parent / trained.made["root"]
-        runs.checkpoint_name(root, trained.made["facts"], checkpoint_of(weights))
+        manifest, download = (
+            train_manifest(configuration.results, model, run),
+            provenance.state("download", model=model),
+        )
+        runs.checkpoint_name(manifest.parent / trained.made["root"], trained.made["facts"], checkpoint_of(weights))
+        if download.fresh:
+            runs.require_same_start(manifest, trained.made["provenance"], content_of(download.made))
 
 
 def require_wandb() -> None:

@@ -91,7 +91,7 @@ def checkpoint_name(run: Path, facts: dict[str, Any], checkpoint: str) -> str:
         checkpoint: ``last``, ``best`` or the number of rollouts (`weights.checkpoint_of`).
     """
     if checkpoint == LAST:
-        return facts["checkpoint"]
+        return facts["weights"].partition("/")[0]
     best = (facts.get("best") or {}).get("checkpoint")
     if checkpoint == BEST and best is None:
         raise UserError(f"{run}: has no best checkpoint, since none was validated: export the last")
@@ -103,6 +103,19 @@ def checkpoint_name(run: Path, facts: dict[str, Any], checkpoint: str) -> str:
             " a training with a higher training.keep_checkpoints keeps more"
         )
     return name
+
+
+def require_same_start(manifest: Path, provenance: dict[str, Any], download: str | None) -> None:
+    """Refuse (`UserError`) weights of a ``manifest`` that was made from another download than the one of this digest.
+
+    The tokenizer and the vision tower of an export are the download's.
+    """
+    then = provenance.get("inputs", {}).get("download")
+    if then and download and then != download:
+        raise UserError(
+            f"{manifest}: made from other starting weights than the model's source has now: set the source back to"
+            " those, or train again"
+        )
 
 
 def _goes_on(folder: Path, job: dict[str, Any]) -> bool:

@@ -110,14 +110,16 @@ def readable_differences(table: pd.DataFrame) -> pd.DataFrame:
 
 def sentences(scores: Sequence[Score], pairs: Sequence[Pair], trainings: Sequence[Training]) -> list[str]:
     """All that is to be said of the scores in words."""
-    shown = {(score.model, score.weights) for score in scores}
-    best = [training for training in trainings if (training.model, f"{training.run}@{BEST}") in shown]
-    chosen = {training.model: selection(training.manifest) for training in best}
-    return [
-        *map(in_words, pairs),
-        *gains_and_losses(pairs),
-        *(f"{model}/{how}" for model, how in chosen.items() if how),
-    ]
+    found = [*map(in_words, pairs), *gains_and_losses(pairs)]
+    for training in trainings:
+        name = f"{training.model}/{training.run}@{BEST}"
+        scored_on = {score.dataset for score in scores if score.name == name}
+        if scored_on and (chosen := selection(training.manifest)):
+            said = f"{training.model}/{chosen}"
+            if chosen.dataset in scored_on:
+                said += " Here it is scored on the very problems that it was chosen by: that score is too high as well."
+            found.append(said)
+    return found
 
 
 def in_words(pair: Pair) -> str:
