@@ -1,6 +1,16 @@
+<<<<<<< HEAD
 """A rollout's graded samples, the advantages that training takes from them, and their metrics."""
 
 from collections.abc import Sequence
+=======
+"""One rollout: prompts in, graded samples with advantages out. Rank 0 draws it, and every rank trains on it.
+
+Responses stay token ids from the engine to the trainer; text is decoded for the reward and never tokenized again.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+>>>>>>> main
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +26,7 @@ from milepost.rollout.engine import Completion
 
 @dataclass(frozen=True)
 class Sample:
-    """One response and what it earned."""
+    """One response and its reward."""
 
     prompt: Prompt
     completion: Completion
@@ -47,13 +57,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class TrainingSequence:
-    """What training needs of a sample.
+    """The part of a sample that training needs.
 
     Attributes:
-        ids: (P + R,) the tokens that were asked and those that were sampled, prompt first.
-        log_probs: (R,) of the response tokens as they were sampled, fp32.
+        ids: (P + R,) the prompt's tokens and then the response's.
+        log_probs: (R,) of the response tokens in the engine that sampled them, fp32.
         advantage: of the whole response.
-        routing: (P + R, layers x k) experts to visit, layer after layer; None to leave the choice to the router.
+        routing: (P + R, layers x k) experts to visit, layer by layer; None if the routers choose.
     """
 
     ids: Tensor
@@ -72,15 +82,21 @@ class TrainingSequence:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Responses to learn from.
+    """Responses to train on.
 
     Attributes:
+<<<<<<< HEAD
         samples: in groups, each with its own prompt.
         generated: ``samples``, and those of replaced groups: the metrics are of both, or they would be of groups with
             spread alone.
         sequences: what training needs of ``samples``, in the same order.
         flow: metrics of groups that were replaced or carried over.
         seconds: by phase.
+=======
+        samples: group by group; a group shares a prompt.
+        sequences: the same samples for training, in the same order.
+        seconds: duration of each phase.
+>>>>>>> main
     """
 
     samples: list[Sample]
@@ -91,12 +107,82 @@ class Rollout:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all prompts and responses."""
+        """The number of tokens in all prompts and responses."""
         return sum(len(sequence.ids) for sequence in self.sequences)
 
 
+<<<<<<< HEAD
+=======
+@dataclass(frozen=True)
+class Sampler:
+    """Draws rollouts: takes prompts, samples a group of responses to each, grades them and computes advantages."""
+
+    settings: Settings
+    engine: RolloutEngine
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: tuple[int, ...]
+    graders: Mapping[str, Grader]  # by training set
+    cursor: PromptCursor
+    interrupts: Interrupts
+
+    def draw(self, number: int) -> Rollout | None:
+        """Draw rollout ``number``, counted from 1; None if the process was asked to end in the meantime."""
+        began, training = time.perf_counter(), self.settings.training
+        prompts = self.cursor.take(training.prompts_per_rollout)
+        asked = [prompt for prompt in prompts for _ in range(training.samples_per_prompt)]
+        requests = [
+            # ``place`` in the rollout, not the prompt's line: a small data set may repeat a prompt within a rollout.
+            Request(prompt.ids, request_seed(training.seed, number, place, sample))
+            for place, prompt in enumerate(prompts)
+            for sample in range(training.samples_per_prompt)
+        ]
+        progress = tqdm(total=len(requests), desc=f"rollout {number}", unit="sample", leave=False, mininterval=1)
+        try:
+            with progress, self.interrupts.abandonable():
+                completions = self.engine.generate(requests, self._params(), lambda *_: progress.update())
+                samples = self._graded(asked, completions)
+        except Interrupted:
+            return None
+        sampled = time.perf_counter()
+        self.engine.sleep()
+        slept = time.perf_counter()
+        sequences = to_training(samples, self.settings)
+        return Rollout(samples, sequences, {"rollout": sampled - began, "sleep_wake": slept - sampled})
+
+    def _params(self) -> SamplingParams:
+        sampling = self.settings.sampling
+        return SamplingParams(
+            max_new_tokens=sampling.max_response_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop_token_ids=self.stop_token_ids,
+            with_routing=self.settings.engine.replay_routing,
+        )
+
+    def _graded(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Sample]:
+        texts = [decode(self.tokenizer, completion.token_ids) for completion in completions]
+        verdicts: list[Verdict | None] = [None] * len(texts)
+        for grader in dict.fromkeys(self.graders.values()):
+            its = [place for place, prompt in enumerate(prompts) if self.graders[prompt.dataset] is grader]
+            responses = [
+                Response.of(
+                    prompts[place],
+                    texts[place],
+                    completions[place].finish,
+                    len(completions[place].token_ids),
+                    grader.settings.think_block,
+                )
+                for place in its
+            ]
+            for place, verdict in zip(its, grader.grade(responses), strict=True):
+                verdicts[place] = verdict
+        return [Sample(*parts) for parts in zip(prompts, completions, texts, verdicts, strict=True)]
+
+
+>>>>>>> main
 def to_training(samples: Sequence[Sample], settings: Settings) -> list[TrainingSequence]:
-    """Samples with the advantages of their groups: each ``samples_per_prompt`` in a row share a prompt."""
+    """Training sequences with advantages; every ``samples_per_prompt`` consecutive samples form a group."""
     advantages = ADVANTAGES[settings.algorithm.advantage](
         _rewards(samples, settings.training.samples_per_prompt), settings.algorithm
     )
@@ -112,23 +198,23 @@ def to_training(samples: Sequence[Sample], settings: Settings) -> list[TrainingS
 
 
 def _rewards(samples: Sequence[Sample], group_size: int) -> Tensor:
-    """(G, n): a row for each prompt, a column for each of its samples."""
+    """The rewards as (G, n): one row per prompt, one column per sample."""
     return torch.tensor([sample.reward for sample in samples], dtype=torch.float64).view(-1, group_size)
 
 
 def _whole_routing(routing: Tensor | None) -> Tensor | None:
-    """Add a row for the last token: nothing reads what it computes, so it may visit the experts before it."""
+    """Add a row for the last token, whose output is unused, so it may visit the same experts as the one before it."""
     return None if routing is None else torch.cat([routing, routing[-1:]])
 
 
 def statistics(samples: Sequence[Sample], group_size: int) -> dict[str, float]:
-    """The metrics of a rollout that need no model.
+    """The metrics of a rollout that need no forward pass.
 
-    ``pass_rate`` is the share of prompts that at least one sample solved, ``groups_without_spread`` the share of
-    prompts whose samples all earned the same, which teach nothing; ``reward_<part>`` is the mean of a sum's part, and
-    ``grading_failed_share`` the share of samples that could not be graded. With speculative decoding
-    ``acceptance_length`` is the number of tokens per forward pass of the model, ``acceptance_rate`` the share of
-    drafted tokens that are kept. Where the prompts are of several sets, ``<metric>/<set>`` is a set's own, and
+    ``pass_rate`` is the share of prompts with at least one correct sample, ``groups_without_spread`` the share of
+    prompts whose samples all have the same reward and so no gradient, ``reward_<part>`` the mean of one part of a sum,
+    and ``grading_failed_share`` the share of samples whose grading failed. With speculative decoding
+    ``acceptance_length`` is the number of tokens per forward pass of the model, and ``acceptance_rate`` the share of
+    drafted tokens that are accepted. With several training sets ``<metric>/<set>`` is the metric of one set, and
     ``prompts/<set>`` the number of its prompts.
     """
     sets = {
