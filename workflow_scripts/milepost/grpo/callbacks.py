@@ -102,7 +102,6 @@ class Checkpoints:
         in_turn = rollout > 0 and (rollout % self.training.save_interval == 0 or rollout >= self.training.rollouts)
         return _state_of(progress) != self._saved and (ends or in_turn)
 
-<<<<<<< HEAD
     def save(
         self,
         progress: Progress,
@@ -111,14 +110,10 @@ class Checkpoints:
         log: RunLog | None = None,
         waiting: Sequence[Group] = (),
     ) -> None:
-        """Save the run state and remove what is no longer kept.
+        """Save the run state and delete old checkpoints.
 
         Every rank calls this, rank 0 with its ``log`` and the groups that go on in the next rollout.
         """
-=======
-    def save(self, progress: Progress, model: nn.Module, optimizer: Optimizer, log: RunLog | None) -> None:
-        """Save the run state and delete old checkpoints; every rank calls this, rank 0 with its ``log``."""
->>>>>>> main
         if log:
             progress.log_bytes = log.sync()
         optimizer.wake(weights_only=True)

@@ -1,17 +1,10 @@
 """GRPO's training loop. A rollout on its way from prompts to new weights, and the file of each step:
 
     prompts        data.py           the next ones, in an order that the seed decides            rank 0
-<<<<<<< HEAD
     -> rollout     sampler.py        a group of responses to each, sampled by the engine            |
     -> grade       sampler.py        a reward for each response                                     |
-    -> advantages  advantages.py     how much better it is than the others of its group             |
-    -> packs       policy.py         sequences laid end to end, shared out over the ranks      every rank
-=======
-    -> rollout     samples.py        a group of responses to each, sampled by the engine            |
-    -> grade       samples.py        a reward for each response                                     |
     -> advantages  advantages.py     each reward relative to its group                              |
     -> packs       policy.py         sequences packed, and distributed over the ranks          every rank
->>>>>>> main
     -> loss        losses.py         from the log-probs of the response tokens                      |
     -> step        learner.py        gradients reduced and clipped, Adam's update                   |
     -> sync        weight_sync.py    the new weights into the engine                                |

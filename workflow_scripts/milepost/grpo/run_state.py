@@ -3,12 +3,8 @@
     work/checkpoint-000020/
         weights/                   Megatron's distributed checkpoint
         optimizer/rank-00000.safetensors ...   each rank's optimizer state and random states
-<<<<<<< HEAD
-        progress.json              counters, the prompt cursor, the logs' lengths
-        groups.safetensors         responses that go on in the next rollout, where there are any
-=======
         progress.json              counters, the prompt cursor, the lengths of the logs
->>>>>>> main
+        groups.safetensors         responses that go on in the next rollout, if there are any
         manifest.json              written last: every file's size and sha256
 
 A checkpoint is written under a temporary name, synced, and renamed. The newest one is found by listing the folders: no
@@ -78,7 +74,6 @@ def folder_name(rollout: int) -> str:
     return f"checkpoint-{rollout:06d}"
 
 
-<<<<<<< HEAD
 def save(
     work: Path,
     progress: Progress,
@@ -87,18 +82,13 @@ def save(
     provenance: dict[str, Any],
     waiting: Sequence[Group] = (),
 ) -> Path:
-    """Write the run state of ``progress.rollout``; called by every rank. Returns the checkpoint's folder.
-
-    ``waiting`` are the groups that go on in the next rollout, of which rank 0 alone knows.
-
-    `UserError`, on every rank and before anything is written, where the disk lacks the room.
-=======
-def save(work: Path, progress: Progress, model: nn.Module, optimizer: Optimizer, provenance: dict[str, Any]) -> Path:
     """Save the run state and return the checkpoint's folder; every rank calls this.
+
+    Args:
+        waiting: the groups that go on in the next rollout; rank 0's count.
 
     Raises:
         UserError: too little free disk space; raised on every rank, before anything is written.
->>>>>>> main
     """
     folder = work / folder_name(progress.rollout)
     partial = partial_folder(folder)

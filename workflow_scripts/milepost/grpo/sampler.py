@@ -1,6 +1,6 @@
-"""Draw rollouts: take prompts, sample a group of responses to each, grade them. Rank 0 does so; every rank learns.
+"""Draw rollouts on rank 0: take prompts, sample a group of responses to each, grade them.
 
-Token ids go in and token ids come out; nothing is tokenised again.
+Responses stay token ids from the engine to the trainer; text is decoded for the reward and never tokenized again.
 
 Usually a rollout begins as many groups as it learns from, and ends with the last of them. Two settings change that:
 
@@ -48,7 +48,7 @@ class Sampler:
     waiting: tuple[Group, ...] = ()
 
     def draw(self, number: int) -> Rollout | None:
-        """Draw rollout ``number``, from 1; None if the process was asked to end meanwhile."""
+        """Draw rollout ``number``, from 1; None if the process was asked to end in the meantime."""
         began = time.perf_counter()
         draw = Draw(self, number)
         requests = draw.begin()
@@ -189,7 +189,7 @@ class Draw:
     def _new_group(self) -> list[Request]:
         """Begin a group with the next prompt; returns its requests."""
         (prompt,) = self.sampler.cursor.take(1)
-        # ``begun`` is a place in the rollout, not the prompt's own: a small data set may hold a prompt at several.
+        # ``begun`` is a place in the rollout, not the prompt's line: a small data set may repeat a prompt in it.
         seeds = [
             request_seed(self.training.seed, self.number, self.begun, sample)
             for sample in range(self.training.samples_per_prompt)

@@ -1,16 +1,6 @@
-<<<<<<< HEAD
 """A rollout's graded samples, the advantages that training takes from them, and their metrics."""
 
 from collections.abc import Sequence
-=======
-"""One rollout: prompts in, graded samples with advantages out. Rank 0 draws it, and every rank trains on it.
-
-Responses stay token ids from the engine to the trainer; text is decoded for the reward and never tokenized again.
-"""
-
-import time
-from collections.abc import Mapping, Sequence
->>>>>>> main
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,18 +75,12 @@ class Rollout:
     """Responses to train on.
 
     Attributes:
-<<<<<<< HEAD
-        samples: in groups, each with its own prompt.
-        generated: ``samples``, and those of replaced groups: the metrics are of both, or they would be of groups with
-            spread alone.
-        sequences: what training needs of ``samples``, in the same order.
-        flow: metrics of groups that were replaced or carried over.
-        seconds: by phase.
-=======
         samples: group by group; a group shares a prompt.
-        sequences: the same samples for training, in the same order.
+        generated: ``samples``, and those of replaced groups. The metrics are of both, or they would be of groups with
+            spread alone.
+        sequences: ``samples`` for training, in the same order.
+        flow: metrics of groups that were replaced or carried over.
         seconds: duration of each phase.
->>>>>>> main
     """
 
     samples: list[Sample]
@@ -111,76 +95,6 @@ class Rollout:
         return sum(len(sequence.ids) for sequence in self.sequences)
 
 
-<<<<<<< HEAD
-=======
-@dataclass(frozen=True)
-class Sampler:
-    """Draws rollouts: takes prompts, samples a group of responses to each, grades them and computes advantages."""
-
-    settings: Settings
-    engine: RolloutEngine
-    tokenizer: PreTrainedTokenizerBase
-    stop_token_ids: tuple[int, ...]
-    graders: Mapping[str, Grader]  # by training set
-    cursor: PromptCursor
-    interrupts: Interrupts
-
-    def draw(self, number: int) -> Rollout | None:
-        """Draw rollout ``number``, counted from 1; None if the process was asked to end in the meantime."""
-        began, training = time.perf_counter(), self.settings.training
-        prompts = self.cursor.take(training.prompts_per_rollout)
-        asked = [prompt for prompt in prompts for _ in range(training.samples_per_prompt)]
-        requests = [
-            # ``place`` in the rollout, not the prompt's line: a small data set may repeat a prompt within a rollout.
-            Request(prompt.ids, request_seed(training.seed, number, place, sample))
-            for place, prompt in enumerate(prompts)
-            for sample in range(training.samples_per_prompt)
-        ]
-        progress = tqdm(total=len(requests), desc=f"rollout {number}", unit="sample", leave=False, mininterval=1)
-        try:
-            with progress, self.interrupts.abandonable():
-                completions = self.engine.generate(requests, self._params(), lambda *_: progress.update())
-                samples = self._graded(asked, completions)
-        except Interrupted:
-            return None
-        sampled = time.perf_counter()
-        self.engine.sleep()
-        slept = time.perf_counter()
-        sequences = to_training(samples, self.settings)
-        return Rollout(samples, sequences, {"rollout": sampled - began, "sleep_wake": slept - sampled})
-
-    def _params(self) -> SamplingParams:
-        sampling = self.settings.sampling
-        return SamplingParams(
-            max_new_tokens=sampling.max_response_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            stop_token_ids=self.stop_token_ids,
-            with_routing=self.settings.engine.replay_routing,
-        )
-
-    def _graded(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Sample]:
-        texts = [decode(self.tokenizer, completion.token_ids) for completion in completions]
-        verdicts: list[Verdict | None] = [None] * len(texts)
-        for grader in dict.fromkeys(self.graders.values()):
-            its = [place for place, prompt in enumerate(prompts) if self.graders[prompt.dataset] is grader]
-            responses = [
-                Response.of(
-                    prompts[place],
-                    texts[place],
-                    completions[place].finish,
-                    len(completions[place].token_ids),
-                    grader.settings.think_block,
-                )
-                for place in its
-            ]
-            for place, verdict in zip(its, grader.grade(responses), strict=True):
-                verdicts[place] = verdict
-        return [Sample(*parts) for parts in zip(prompts, completions, texts, verdicts, strict=True)]
-
-
->>>>>>> main
 def to_training(samples: Sequence[Sample], settings: Settings) -> list[TrainingSequence]:
     """Training sequences with advantages; every ``samples_per_prompt`` consecutive samples form a group."""
     advantages = ADVANTAGES[settings.algorithm.advantage](

@@ -28,11 +28,7 @@ class Grader:
             reward.close()
 
     def grade(self, responses: Sequence[Response]) -> list[Verdict]:
-<<<<<<< HEAD
-        """One verdict for each response; call `settle` after all those of a rollout or an evaluation.
-=======
-        """Return one verdict per response.
->>>>>>> main
+        """Return one verdict per response; call `settle` after all those of a rollout or an evaluation.
 
         Raises:
             UserError: a user's function can't be loaded.

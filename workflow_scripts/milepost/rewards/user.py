@@ -40,15 +40,7 @@ class UserReward:
         self.graded, self.errors = 0, []  # since the last `settle`: responses, and what went wrong with some
 
     def grade(self, responses: Sequence[Response]) -> list[Verdict]:
-<<<<<<< HEAD
-        """One verdict for each response, with the function's own reason; `UserError` if the file can't be loaded."""
-=======
-        """Return one verdict per response, with the function's own reason.
-
-        Raises:
-            UserError: the file can't be loaded, or more than ``max_error_share`` of the responses failed.
-        """
->>>>>>> main
+        """Return one verdict per response, with the function's own reason; `UserError` if the file can't be loaded."""
         if not responses:
             return []
         calls = list(batched(responses, BATCH if self.batch else 1))
