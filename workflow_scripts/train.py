@@ -301,7 +301,8 @@ def start_lead(
         )  # by weights that were lost before they were saved, perhaps slightly different ones
         wanted, sampler = validation_settings(settings), {"rollout": rollout}
         scores = evaluate(engine, tokenizer, stops, problems, wanted, validation_grader, samples, sampler)
-        return {f"validation_{name}": scores[name] for name in ("average", "truncated_share", "mean_tokens")}
+        names = ("average", "standard_error", "truncated_share", "mean_tokens")
+        return {f"validation_{name}": scores[name] for name in names if scores[name] is not None}
 
     return Lead(
         sampler=Sampler(settings, engine, tokenizer, stops, graders, cursor, interrupts),

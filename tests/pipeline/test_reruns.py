@@ -18,7 +18,7 @@ DOWNLOAD = "{}: fetch the starting weights"
 DATASET = "{}: fetch the problem set"
 CONVERT = "{}: convert to Megatron torch_dist"
 TRAIN = "{}: train with GRPO"
-EXPORT = "{}: export the trained weights in the Hub's format"
+EXPORT = "{}: export the grpo weights in the Hub's format"
 EVALUATE = "{}: evaluate the {} weights on {}"
 SUMMARY = {"write the tables", "draw the plots", "write the report"}
 

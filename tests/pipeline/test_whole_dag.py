@@ -87,7 +87,7 @@ def test_everything_is_made(work):
         assert (work.results / name).stat().st_size > 100, name
     assert list((work.results / "plots").glob("*.png"))
     scores = pandas.read_csv(work.results / "tables/scores.csv")
-    assert set(scores["weights"]) == {"base", "trained"}
+    assert set(scores["weights"]) == {"base", "grpo"}
     metrics = [json.loads(line) for line in next(work.results.glob("tiny/grpo/grpo/*/metrics.jsonl")).open()]
     assert [row["rollout"] for row in metrics if "loss" in row] == [1, 2]
     assert len(work.samples("tiny/eval/sums-evaluation/base.jsonl")) == 16

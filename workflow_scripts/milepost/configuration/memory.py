@@ -1,10 +1,11 @@
 """Estimate the memory and disk that a recipe takes, from its model's shape, before anything is downloaded."""
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Protocol
 
 from milepost.configuration import schema
-from milepost.configuration.layout import processes
+from milepost.configuration.layout import gpus, processes
 from milepost.configuration.schema import Recompute
 from milepost.configuration.shape import architecture_of
 from milepost.qwen3_5.architecture import Architecture
@@ -14,6 +15,7 @@ CONTEXT_GIB = 1.5  # CUDA context, NCCL's buffers and kernels of one process
 SYNC_GIB = 5.0  # a weight sync: two buckets, and one layer's tensors while they are gathered and merged
 ENGINE_OVERHEAD_GIB = 20.0  # an engine beyond its static memory: CUDA graphs and context, activations, workspaces
 PROCESS_GIB = 3.0  # host memory of one process of a conversion or export, without weights; measured: 1.1 to 2.6
+ENGINE_HOST_GIB = 16.0  # host memory of SGLang's processes for each GPU, without weights: ample, not measured
 FREE_SHARE = 0.2  # of a GPU to leave free: the engine keeps CUDA graphs, and tuning in the first step took 10 GiB
 
 
@@ -82,7 +84,6 @@ def estimate(shape: Architecture, settings: Settings, gpu_memory_gib: float) -> 
 def _estimate(shape: Architecture, settings: Settings, recompute: Recompute, gpu_memory_gib: float) -> GpuMemory:
     parallel, training = settings.parallel, settings.training
     world, mtp = processes(settings.hardware), int(settings.mtp.train)
-    drafts = int(settings.engine.speculation is not None)
     routed = shape.parameters(mtp) - _without_experts(shape, mtp)
     dense_here = (shape.parameters(mtp) - routed) / (parallel.tensor * parallel.pipeline)
     routed_here = routed / (parallel.expert * parallel.expert_tensor * parallel.pipeline)
@@ -102,8 +103,14 @@ def _estimate(shape: Architecture, settings: Settings, recompute: Recompute, gpu
         # logits of one chunk, their softmax and their gradient, in fp32
         logits=3 * 4 * training.log_prob_chunk * shape.vocab_size / parallel.tensor / GIB,
         engine=settings.engine.mem_fraction_static * gpu_memory_gib,
-        engine_weights=2 * shape.parameters(drafts) / settings.engine.gpus_per_engine / GIB,
+        engine_weights=engine_weights_gib(shape, settings.engine),
     )
+
+
+def engine_weights_gib(shape: Architecture, engine: schema.Engine) -> float:
+    """An engine's bf16 weights on each of its GPUs in GiB, with the MTP layer if it drafts."""
+    drafts = int(engine.speculation is not None)
+    return 2 * shape.parameters(drafts) / engine.gpus_per_engine / GIB
 
 
 def _without_experts(shape: Architecture, mtp: int) -> int:
@@ -146,13 +153,28 @@ def rescaled_engine(engine: schema.Engine, taken_gib: float, gpu_memory_gib: flo
 
 
 def host_gib(model: schema.Model, stage: str) -> float:
-    """Host memory of one stage in GiB. The processes of a conversion or an export hold the bf16 weights once in all."""
-    if stage in ("train", "evaluate"):
+    """Host memory of one stage in GiB.
+
+    The processes of a conversion or an export hold the bf16 weights once in all. So does an evaluation on GPUs while it
+    loads them; on a CPU it computes with fp32 weights.
+    """
+    if stage == "train":
         return model.hardware.host_memory_gib
-    if stage not in ("convert", "export") or (architecture := architecture_of(model)) is None:
+    architecture = architecture_of(model)
+    parameters = architecture.parameters(mtp_num_layers=1) if architecture else 0
+    if stage == "evaluate":
+        count = gpus(model, stage)
+        estimated = ENGINE_HOST_GIB * count + 2 * parameters / GIB if count else PROCESS_GIB + 4 * parameters / GIB
+        return model.evaluation.host_memory_gib or min(estimated, model.hardware.host_memory_gib)
+    if stage not in ("convert", "export") or not parameters:
         return 0.0
     count = model.conversion.processes if stage == "convert" else 1
-    return 2 * architecture.parameters(mtp_num_layers=1) / GIB + PROCESS_GIB * count
+    return 2 * parameters / GIB + PROCESS_GIB * count
+
+
+def asked_gib(model: schema.Model, stage: str) -> int:
+    """The host memory in GiB that a stage's job asks of Snakemake or Slurm, which may end a job that takes more."""
+    return ceil(host_gib(model, stage)) if stage == "evaluate" else model.hardware.host_memory_gib
 
 
 def disk_gib(model: schema.Model, stage: str) -> float:
