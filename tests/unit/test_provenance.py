@@ -224,14 +224,14 @@ def test_texts_for_people_are_no_code_and_all_else_is(digest, was, becomes, coun
     assert (digest(was) != digest(becomes)) == counts
 
 
-@pytest.mark.parametrize("module", ["errors", "files", "interrupts", "loopback", "problems"])
+@pytest.mark.parametrize("module", ["errors", "files", "interrupts", "loopback", "labels"])
 def test_how_a_job_ends_or_waits_is_no_code_of_its_result(root, tmp_path, module):
     scripts = shutil.copytree(root / "workflow_scripts", tmp_path / "scripts")
     before = code_digest(scripts, "train.py")
     edited = shutil.copytree(scripts, tmp_path / "edited")
     with (edited / "milepost/common" / f"{module}.py").open("a") as file:
         file.write("\nEDITED = 1\n")
-    assert (code_digest(edited, "train.py") != before) == (module == "problems")
+    assert (code_digest(edited, "train.py") != before) == (module == "labels")
 
 
 @pytest.mark.parametrize(

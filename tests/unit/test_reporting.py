@@ -15,10 +15,10 @@ from scipy import stats
 
 from milepost.checkpoints.manifest import read_manifest, write_manifest
 from milepost.common.errors import UserError
-from milepost.common.problems import Problem
 from milepost.configuration.schema import Reward
 from milepost.evaluation.sampling import Sample
 from milepost.evaluation.scores import scores
+from milepost.problems.loading import Problem
 from milepost.reporting.plots import all_plots
 from milepost.reporting.report import HEAD, TAIL, _training_facts, shortened
 from milepost.reporting.results import pairs, read_scores, read_trainings

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -30,9 +30,14 @@ from milepost.configuration import layout
 from milepost.configuration.rewards import Labels
 from milepost.configuration.schema import NAME, Dataset, Model, ModelSource, Plots, Reward, Root
 
-# Keys that take one another's place: where something is from, and what a reward is.
-ALTERNATIVES = (frozenset(ModelSource.places + Dataset.places), frozenset(Reward.ways))
+# Keys that take one another's place: where something is from, which of its files count, and what a reward is.
+ALTERNATIVES = (
+    tuple({place} for place in {*ModelSource.places, *Dataset.places}),
+    ({"file"}, {"subset", "split"}),
+    tuple({way} for way in Reward.ways),
+)
 RETYPED = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float")}
+SEXAGESIMAL = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float")}  # numbers with colons
 SHARED = tuple(name for name in Model.model_fields if name not in ("source", "architecture"))
 TAKEN = {  # names of targets (train_all), and of folders that lie beside those of the models
     *("all", "data", "hub", "jobs", "logs", "benchmarks", "caches", "tables", "plots"),
@@ -185,8 +190,8 @@ def user_layers(files: Sequence[Path], given: dict[str, Any], folder: Path | Non
             return {key: typed(content) for key, content in value.items()}
         if isinstance(value, list):
             return [typed(content) for content in value]
-        plain = isinstance(value, str) and yaml.resolver.Resolver().resolve(yaml.ScalarNode, value, (True, False))
-        return yaml.safe_load(value) if value and plain in RETYPED else value
+        plain = isinstance(value, str) and _Loader("").resolve(yaml.ScalarNode, value, (True, False))
+        return yaml.load(value, _Loader) if value and plain in RETYPED else value
 
     layers = [
         Layer(str(file.relative_to(folder) if folder and file.is_relative_to(folder) else file), read_yaml(file))
@@ -215,7 +220,18 @@ def read_yaml(path: Path, origin: str | None = None) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a mapping with the same key twice, of which YAML silently keeps the last."""
+    """Refuses a mapping with the same key twice, of which YAML silently keeps the last, and takes 10:50 as text.
+
+    YAML 1.1 reads that as sixty times ten and fifty; `rows: 10:50` is a part of a data set.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [
+            (tag, re.compile(f"(?!.*:){regex.pattern}", regex.flags) if tag in SEXAGESIMAL else regex)
+            for tag, regex in resolvers
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -408,14 +424,17 @@ def _name(path: Path) -> str:
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """``under`` with the values of ``over``: mappings are merged, everything else is replaced. Neither is changed.
 
-    A source (``source``, or an entry of ``datasets``) has one place, so another place replaces the first. A reward is
-    one kind, function or sum likewise.
+    A source (``source``, or an entry of ``datasets``) has one place, so another place replaces the first, and files are
+    named by ``file`` or by ``subset`` and ``split``. A reward is one kind, function or sum likewise.
     """
     result = copy.copy(under)
     for key, value in over.items():
         old = result.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
-            replaced = {name for keys in ALTERNATIVES if keys & value.keys() for name in keys - value.keys()}
+            replaced = set()
+            for ways in ALTERNATIVES:
+                if any(way & value.keys() for way in ways):
+                    replaced.update(*(way for way in ways if not way & value.keys()))
             old = {name: content for name, content in old.items() if name not in replaced}
             result[key] = merge(old, value)
         else:

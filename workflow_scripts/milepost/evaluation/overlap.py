@@ -5,7 +5,8 @@ import unicodedata
 from collections.abc import Sequence
 
 from milepost.checkpoints.manifest import Manifest
-from milepost.common.problems import Problem, read_problems
+from milepost.configuration.schema import Dataset
+from milepost.problems.loading import Problem, read_problems
 
 FEWEST_CHARACTERS = 30  # shorter questions are not compared without their set's common text
 LINES = 5  # the most lines to list
@@ -32,9 +33,8 @@ def overlap(training: Manifest, scored: Manifest) -> str | None:
 
 def _keys(data: Manifest) -> list[tuple[Problem, set[str]]]:
     """The problems of a data set, and what each question is recognised by."""
-    problems, _ = read_problems(
-        data.root / data.facts["file"], data.facts["prompt_key"], data.facts["label_key"], "any"
-    )
+    settings = Dataset.model_validate(data.provenance["config"]["dataset"])
+    problems = read_problems(data.root, sorted(data.files), settings, "any").problems
     questions = [_words(problem.messages[-1]["content"]) for problem in problems]
     bare = _without_template(questions) if len(problems) > 1 else questions
     return [

@@ -13,7 +13,7 @@ ERROR = "grading_"  # begins every reason that says that grading failed
 
 
 class Asked(Protocol):
-    """A problem that was asked: `common.problems.Problem`, or what a training keeps of one."""
+    """A problem that was asked: `problems.loading.Problem`, or what a training keeps of one."""
 
     row: Mapping[str, Any]
     messages: Sequence[Mapping[str, str]]
