@@ -207,7 +207,7 @@ class _Filtered:
         """Why no row passes: a key that no row has, or values other than the wanted ones."""
         for key, seen in self._seen.items():
             if not seen:
-                return f"no row has {key!r}, which the filter names: they have {_few(self.keys)}: correct the filter"
+                return f"no row has the filter's {key!r}: they have {_few(self.keys)}: correct the filter"
         seen = "; ".join(f"{key}: {_few(sorted(values))}" for key, values in self._seen.items())
         return f"none of {self.read} rows passes `filter`: they have {seen}: correct the filter"
 
