@@ -167,6 +167,25 @@ def test_parts_and_counts_are_of_the_rows_that_pass_the_filter(load):
         load(SOLVED, filter=wanted, rows="1:9")
 
 
+def test_the_first_rows_of_a_set_are_refused_only_for_what_no_further_row_mends(tmp_path):
+    lines = [json.dumps({"prompt": f"{n}?", "label": n}) for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join([lines[0], "{", *lines[1:]]))
+    known = Dataset(folder="x", file="rows.jsonl", max_bad_share=0.1)
+
+    def first(number, share=None, **changes):
+        changed = known.model_copy(update=changes)
+        return load_problem_set(tmp_path, ["rows.jsonl"], changed, max_bad_share=share, at_most=number)
+
+    assert [len(first(n, rows=20).problems) for n in (1, 2, 20, 21)] == [1, 1, 19, 20]
+    assert first(3, rows="10:12").problems == first(3, filter={"label": 7}).problems == []
+    with pytest.raises(UserError, match="1 of 2 rows are unusable"):
+        first(2, share=0.0)
+    with pytest.raises(UserError, match="20 usable rows instead of 30"):
+        first(21, rows=30)
+    with pytest.raises(UserError, match="3 of 3 rows are unusable"):
+        first(3, prompt_key="chat")
+
+
 def test_several_files_are_one_set_and_errors_name_the_file(tmp_path):
     names = ["a.jsonl", "b.csv"]
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "1?", "label": "1"}) + "\n")

@@ -62,12 +62,14 @@ class ProblemSet:
         bad: the unusable ones.
         read: how many rows were read, those that did not pass the filter included.
         keys: those of the first row.
+        is_whole: whether no row was left out that could belong to the set.
     """
 
     problems: list[Problem]
     bad: list[BadRow]
     read: int
     keys: list[str] = field(default_factory=list)
+    is_whole: bool = True
 
 
 class Settings(Protocol):
@@ -98,6 +100,7 @@ def load_problem_set(
     *,
     max_bad_share: float | None = None,
     instructed: bool = True,
+    at_most: int | None = None,
 ) -> ProblemSet:
     """Read a problem set; a `UserError` if `require_problems` refuses it.
 
@@ -106,8 +109,9 @@ def load_problem_set(
         labels: how the reward reads them, a name of `common.labels.READERS`.
         max_bad_share: in the place of the one in the settings.
         instructed: add the instruction to prompts that do not ask for an answer as the reward reads it.
+        at_most: read only that many rows, and refuse only what further rows won't mend.
     """
-    found = read_problems(root, files, settings, labels)
+    found = read_problems(root, files, settings, labels, at_most)
     share = settings.max_bad_share if max_bad_share is None else max_bad_share
     require_problems(source_of(root, files), found, settings, share)
     if instructed and settings.instruction:
@@ -117,9 +121,11 @@ def load_problem_set(
     return found
 
 
-def read_problems(root: Path, files: Sequence[str], settings: Settings, labels: str = "math") -> ProblemSet:
+def read_problems(
+    root: Path, files: Sequence[str], settings: Settings, labels: str = "math", at_most: int | None = None
+) -> ProblemSet:
     """The rows of ``files`` that pass the filter and are in the wanted part, in order."""
-    chosen = _Filtered(root, files, settings)
+    chosen = _Filtered(root, files, settings, at_most)
     problems, bad = [], []
     for file, row in itertools.islice(chosen, *settings.part):
         try:
@@ -129,20 +135,36 @@ def read_problems(root: Path, files: Sequence[str], settings: Settings, labels: 
         except (ValueError, RecursionError) as error:
             reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
             bad.append(BadRow(_place(file, row.number, len(files) > 1), reason))
-    if not problems and not bad and chosen.read and settings.filter:
+    if chosen.read and not chosen.passed and chosen.is_whole:
         raise UserError(f"{source_of(root, files)}: {chosen.nothing_passed()}")
-    return ProblemSet(problems, bad, chosen.read, chosen.keys)
+    return ProblemSet(problems, bad, chosen.read, chosen.keys, chosen.is_whole)
 
 
 def require_problems(source: str, found: ProblemSet, settings: Settings, max_bad_share: float) -> None:
     """Raise a `UserError` for too many bad rows, another number of rows than is wanted, or repeated prompts."""
     problems, bad, total = found.problems, found.bad, len(found.problems) + len(found.bad)
-    if bad and len(bad) > max_bad_share * total:
+    # In a part of a set, few bad rows say little about their share in all of it.
+    borne = max_bad_share * total if found.is_whole or not max_bad_share else found.read - 1
+    if len(bad) > borne:
         said = f"{len(bad)} of {total} rows are unusable: {'; '.join(kinds_of(bad)[:3])}"
         if not problems and found.keys and bad[0].reason.startswith("no '"):
-            raise UserError(f"{source}: {said}: the rows have {_few(found.keys)}: correct the data set's keys")
+            raise UserError(f"{source}: {said}: the rows have {_few(found.keys)}: correct prompt_key and label_key")
         remedy = ", or raise max_bad_share" if max_bad_share else ""
         raise UserError(f"{source}: {said}: correct them at the source{remedy}")
+    if found.is_whole:
+        _require_number(source, found, settings)
+    if settings.unique_prompts:
+        seen: dict[str, Problem] = {}
+        for problem in problems:
+            first = seen.setdefault(json.dumps(problem.messages, sort_keys=True), problem)
+            if first is not problem:
+                places = [_place(one.file or source, one.line, bool(one.file)) for one in (problem, first)]
+                raise UserError(f"{source}: {places[0]} repeats the prompt of {places[1]}: remove one of them")
+
+
+def _require_number(source: str, found: ProblemSet, settings: Settings) -> None:
+    """Raise a `UserError` for another number of rows than is wanted."""
+    problems, total = found.problems, len(found.problems) + len(found.bad)
     start, end = settings.part
     if end is not None and total < end - start:
         passing = " that pass the filter" if settings.filter else ""
@@ -153,13 +175,6 @@ def require_problems(source: str, found: ProblemSet, settings: Settings, max_bad
         raise UserError(
             f"{source}: {len(problems)} usable rows instead of {settings.count}: use the right file, or correct `rows`"
         )
-    if settings.unique_prompts:
-        seen: dict[str, Problem] = {}
-        for problem in problems:
-            first = seen.setdefault(json.dumps(problem.messages, sort_keys=True), problem)
-            if first is not problem:
-                places = [_place(one.file or source, one.line, bool(one.file)) for one in (problem, first)]
-                raise UserError(f"{source}: {places[0]} repeats the prompt of {places[1]}: remove one of them")
 
 
 def kinds_of(bad: list[BadRow]) -> list[str]:
@@ -184,21 +199,24 @@ class _Filtered:
     A row that can't be read passes, so that it is reported.
     """
 
-    def __init__(self, root: Path, files: Sequence[str], settings: Settings) -> None:
-        self._root, self._files, self._wanted = root, files, settings.filter
+    def __init__(self, root: Path, files: Sequence[str], settings: Settings, at_most: int | None) -> None:
+        self._root, self._files, self._wanted, self._at_most = root, files, settings.filter, at_most
         self._seen: dict[str, set[str]] = {key: set() for key in settings.filter}
         self.keys: list[str] = []
-        self.read = 0
+        self.read = self.passed = 0
+        self.is_whole = True
 
     def __iter__(self) -> Iterator[tuple[str, Row]]:
         for file in self._files:
             for row in read_rows(self._root / file):
+                if self.read == self._at_most:
+                    self.is_whole = False
+                    return
                 self.read += 1
-                if not isinstance(row.values, dict):
-                    yield file, row
-                    continue
-                self.keys = self.keys or list(row.values)
-                if passes(row.values, self._wanted):
+                readable = isinstance(row.values, dict)
+                self.keys = self.keys or (list(row.values) if readable else [])
+                if not readable or passes(row.values, self._wanted):
+                    self.passed += 1
                     yield file, row
                 else:
                     self._note(row.values)
