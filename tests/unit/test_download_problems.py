@@ -93,7 +93,7 @@ def test_every_format_is_fetched_filtered_and_read_again(tmp_path, fetch, capsys
     assert [(p.messages[-1]["content"], p.label) for p in problems] == [
         (f"What is {n} + 1?", str(n + 1)) for n in (1, 3, 5)
     ]
-    assert [p.file for p in problems] == [f"train-{part}.{ending}" for part in (0, 1, 1)]
+    assert [p.place.split(",")[0] for p in problems] == [f"train-{part}.{ending}" for part in (0, 1, 1)]
     assert all(json.loads(json.dumps(p.row)) == p.row and p.row["source"] == "sums" for p in problems)
 
 

@@ -192,8 +192,8 @@ def test_several_files_are_one_set_and_errors_name_the_file(tmp_path):
     (tmp_path / "b.csv").write_text('prompt,label\n2?,2\n"3\n?",3\n1?,1\n,4\n')
     known = Dataset(folder="x", file=names, max_bad_share=0.5)
     problems = load_problem_set(tmp_path, names, known.model_copy(update={"rows": "0:4"})).problems
-    assert [(p.file, p.line, p.label) for p in problems] == [
-        *(("a.jsonl", 1, "1"), ("b.csv", 2, "2"), ("b.csv", 3, "3"), ("b.csv", 5, "1")),
+    assert [(p.place, p.line, p.label) for p in problems] == [
+        *(("a.jsonl, line 1", 1, "1"), ("b.csv, line 2", 2, "2"), ("b.csv, line 3", 3, "3"), ("b.csv, line 5", 5, "1")),
     ]
     with pytest.raises(UserError, match=r"1 of 5 rows .* 'prompt' has a message without text \(b\.csv, line 6\)"):
         load_problem_set(tmp_path, names, known, max_bad_share=0.0)

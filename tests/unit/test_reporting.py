@@ -172,8 +172,8 @@ def reported(written, tmp_path):
         for name, questions in sets.items():
             rows = [{"prompt": [{"role": "user", "content": text}], "label": "1"} for text in questions]
             (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-            facts = {"file": f"{name}.jsonl", "prompt_key": "prompt", "label_key": "label"}
-            write_manifest(tmp_path / f"{name}.json", "download", tmp_path, [f"{name}.jsonl"], {"code": "d"}, facts)
+            facts, job = {"rows": len(rows)}, {"config": {"dataset": {"folder": "x", "file": f"{name}.jsonl"}}}
+            write_manifest(tmp_path / f"{name}.json", "download", tmp_path, [f"{name}.jsonl"], job, facts)
         done = run(
             *("make_report", {}, "--scores", *sorted(written.glob("*/eval/*/*.json"))),
             *("--trainings", *sorted(written.glob("*/grpo/*/train.json")), "--html", tmp_path / "report.html"),

@@ -18,10 +18,11 @@ def overlap(training: Manifest, scored: Manifest) -> str | None:
     Prompts are compared by the user's last message, ignoring spacing, case and compatibility characters, both whole and
     without the text that all prompts of a set start or end with, such as an instruction.
     """
-    lines = {key: problem.line for problem, keys in reversed(_keys(training)) for key in keys}
+    trained = _keys(training)
+    first = {key: number for number, (_, keys) in reversed([*enumerate(trained)]) for key in keys}
     problems = _keys(scored)
-    found = [(problem.line, [lines[key] for key in keys & lines.keys()]) for problem, keys in problems]
-    shared = [f"line {line} is line {min(there)}" for line, there in found if there]
+    found = [(problem.place, [first[key] for key in keys & first.keys()]) for problem, keys in problems]
+    shared = [f"{place} is {trained[min(there)][0].place}" for place, there in found if there]
     if not shared:
         return None
     named = ", ".join([*shared[:LINES], *(["..."] if len(shared) > LINES else [])])

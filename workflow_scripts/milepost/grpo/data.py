@@ -75,8 +75,7 @@ def load_prompts(
     prompts = [prompt for prompt in encoded if len(prompt.ids) <= sampling.max_prompt_tokens]
     if not prompts:
         raise UserError(
-            f"{data.path.stem}: every prompt is longer than sampling.max_prompt_tokens"
-            f" {sampling.max_prompt_tokens}: raise it"
+            f"{name}: every prompt is longer than sampling.max_prompt_tokens {sampling.max_prompt_tokens}: raise it"
         )
     return prompts, Intake(used=len(prompts), bad=len(found.bad), too_long=len(encoded) - len(prompts))
 

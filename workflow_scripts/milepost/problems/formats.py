@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from milepost.common.errors import UserError
-from milepost.problems.file_kinds import FORMATS, GZIP, HEAD, require_kind, require_suffix
+from milepost.problems.file_kinds import FORMATS, GZIP, HEAD, PARQUET, require_kind, require_suffix, suffix_of
 
 BATCH = 1024  # rows of parquet at a time
 SPACE = re.compile(r"\s*+")
@@ -68,6 +68,12 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: damaged gzip file ({error}): fetch or write it again") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}: check who may read it") from None
+
+
+def is_read_by_line(name: str) -> bool:
+    """Whether a row's number is that of a line, in a file of this name."""
+    suffix, _ = suffix_of(name) or ("", False)
+    return FORMATS.get(suffix) not in ("JSON", PARQUET)
 
 
 def _json_lines(path: Path, file: BinaryIO) -> Iterator[Row]:

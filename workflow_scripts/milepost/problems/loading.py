@@ -9,8 +9,7 @@ from typing import Any, Protocol
 
 from milepost.common.errors import UserError
 from milepost.common.labels import READERS, LabelReader
-from milepost.problems.file_kinds import FORMATS, suffix_of
-from milepost.problems.formats import Row, read_rows
+from milepost.problems.formats import Row, is_read_by_line, read_rows
 from milepost.problems.rows import (
     HALF_A_PAIR,
     MISSING,
@@ -23,7 +22,6 @@ from milepost.problems.rows import (
 )
 
 SHOWN = 6  # keys or values in an error
-BY_LINE = ("JSON lines", "CSV", "TSV")  # formats in which a row's place is a line
 
 
 @dataclass(frozen=True)
@@ -35,14 +33,14 @@ class Problem:
         label: the answer that is right; None where the reward needs none.
         line: where it stands in its file, from 1: the line, or in parquet and JSON the row.
         row: all of it, as plain JSON.
-        file: the name of its file, where the set has several.
+        place: ``line`` in words; it names the file where the set has several.
     """
 
     messages: list[dict[str, str]]
     label: str | None
     line: int
     row: dict[str, Any] = field(default_factory=dict)
-    file: str = ""
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,13 +126,15 @@ def read_problems(
     chosen = _Filtered(root, files, settings, at_most)
     problems, bad = [], []
     for file, row in itertools.islice(chosen, *settings.part):
+        place = f"{'line' if is_read_by_line(file) else 'row'} {row.number}"
+        place = place if len(files) == 1 else f"{file}, {place}"
         try:
             if row.fault:
                 raise ValueError(row.fault)
-            problems.append(_problem(row, settings, READERS[labels], file if len(files) > 1 else ""))
+            problems.append(_problem(row, settings, READERS[labels], place))
         except (ValueError, RecursionError) as error:
             reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
-            bad.append(BadRow(_place(file, row.number, len(files) > 1), reason))
+            bad.append(BadRow(place, reason))
     if chosen.read and not chosen.passed and chosen.is_whole:
         raise UserError(f"{source_of(root, files)}: {chosen.nothing_passed()}")
     return ProblemSet(problems, bad, chosen.read, chosen.keys, chosen.is_whole)
@@ -158,8 +158,7 @@ def require_problems(source: str, found: ProblemSet, settings: Settings, max_bad
         for problem in problems:
             first = seen.setdefault(json.dumps(problem.messages, sort_keys=True), problem)
             if first is not problem:
-                places = [_place(one.file or source, one.line, bool(one.file)) for one in (problem, first)]
-                raise UserError(f"{source}: {places[0]} repeats the prompt of {places[1]}: remove one of them")
+                raise UserError(f"{source}: {problem.place} repeats the prompt of {first.place}: remove one of them")
 
 
 def _require_number(source: str, found: ProblemSet, settings: Settings) -> None:
@@ -235,7 +234,7 @@ class _Filtered:
                 seen.add(json.dumps(value, ensure_ascii=False)[:40])
 
 
-def _problem(row: Row, settings: Settings, labels: LabelReader, file: str) -> Problem:
+def _problem(row: Row, settings: Settings, labels: LabelReader, place: str) -> Problem:
     """The problem that a row poses; a `ValueError` says why it poses none."""
     values = row.values
     if not isinstance(values, dict):
@@ -254,7 +253,7 @@ def _problem(row: Row, settings: Settings, labels: LabelReader, file: str) -> Pr
             raise ValueError(f"{key!r} has half of a surrogate pair, which is no character")
     if settings.system and not any(message["role"] == "system" for message in messages):
         messages.insert(0, {"role": "system", "content": settings.system})
-    return Problem(messages, label, row.number, values, file)
+    return Problem(messages, label, row.number, values, place)
 
 
 def _instructed(problem: Problem, instruction: str) -> Problem:
@@ -266,12 +265,6 @@ def _instructed(problem: Problem, instruction: str) -> Problem:
 def source_of(root: Path, files: Sequence[str]) -> str:
     """What errors call a set: its file, or the folder of several."""
     return str(root / files[0]) if len(files) == 1 else str(root)
-
-
-def _place(file: str, number: int, named: bool) -> str:
-    suffix = suffix_of(file)
-    unit = "line" if suffix and FORMATS[suffix[0]] in BY_LINE else "row"
-    return f"{file}, {unit} {number}" if named else f"{unit} {number}"
 
 
 def _few(names: Sequence[str]) -> str:
