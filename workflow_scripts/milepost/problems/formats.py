@@ -63,7 +63,7 @@ def read_rows(path: Path) -> Iterator[Row]:
                 file.seek(0)
                 yield from READERS[suffix](path, file)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file: correct the data set's file") from None
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{path}: damaged gzip file ({error}): fetch or write it again") from None
     except OSError as error:
