@@ -93,7 +93,7 @@ MISTAKES = {
     ),
     "a data set's file that is not there": (
         ["--config", "datasets={sums-train: {folder: ., file: gone.jsonl}}"],
-        "gone.jsonl: no such file: correct datasets.sums-train.folder or .file",
+        ".: holds no file gone.jsonl; there: rows.jsonl: correct datasets.sums-train.file",
     ),
     "a bad row": (
         ["--config", "datasets={sums-train: {folder: ., file: rows.jsonl}}"],

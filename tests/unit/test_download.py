@@ -320,10 +320,7 @@ def test_a_data_set_is_the_one_file_that_the_configuration_names(hub, download):
         "repo": "zhuzilin/aime",
         "revision": "main",
         "commit": hosted.refs["main"],
-        "file": "aime.jsonl",
         "rows": 5,
-        "prompt_key": "prompt",
-        "label_key": "label",
     }
     assert (manifest.root / "aime.jsonl").read_bytes() == ROWS
     assert not hub.asked("other.jsonl")

@@ -11,13 +11,16 @@ from pathlib import Path
 
 from milepost.common.contents import content_of
 from milepost.common.errors import UserError
-from milepost.common.problems import load_problem_set
 from milepost.configuration import runs
 from milepost.configuration.loading import Configuration, nearest
 from milepost.configuration.provenance import Provenance
 from milepost.configuration.rewards import Function, Reward
 from milepost.configuration.schema import Dataset
 from milepost.configuration.weights import checkpoint_of, run_of, train_manifest
+from milepost.problems.loading import load_problem_set
+from milepost.problems.selection import files_in_folder
+
+FIRST_ROWS = 20_000  # of a local problem set, read in less than a second; the dataset step reads all
 
 Job = tuple[str, dict[str, str]]  # its rule, its wildcards
 
@@ -40,7 +43,7 @@ def check_inputs(jobs: Sequence[Job], configuration: Configuration, provenance: 
 
     @functools.cache  # many jobs may read one set, which may be large
     def check_rows(dataset: str, max_bad_share: float, labels: str) -> None:
-        _check_rows(configuration.datasets[dataset], max_bad_share, labels)
+        _check_rows(dataset, configuration.datasets[dataset], max_bad_share, labels)
 
     def labels_of(model: str, dataset: str) -> str:
         """How the reward of a model's responses reads labels, once the reward's own files are checked."""
@@ -51,7 +54,6 @@ def check_inputs(jobs: Sequence[Job], configuration: Configuration, provenance: 
     for rule, wildcards in jobs:
         if rule == "dataset":
             dataset = configuration.datasets[wildcards["name"]]
-            _check_place(wildcards["name"], dataset)
             check_rows(wildcards["name"], dataset.max_bad_share, configuration.labels(wildcards["name"]))
         elif rule == "download":
             _check_folder(wildcards["model"], configuration)
@@ -75,19 +77,12 @@ def check_inputs(jobs: Sequence[Job], configuration: Configuration, provenance: 
                 raise UserError("give the file of answers to grade: --config 'answers=answers.jsonl'")
 
 
-def _check_place(name: str, dataset: Dataset) -> None:
+def _check_rows(name: str, dataset: Dataset, max_bad_share: float, labels: str) -> None:
+    """Check the rows of a local set, of a large one the first; a score needs every row, a training tolerates bad ones."""
     if dataset.folder:
         folder = Path(dataset.folder).expanduser()
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder: correct datasets.{name}.folder")
-        if not (folder / dataset.file).is_file():
-            raise UserError(f"{folder / dataset.file}: no such file: correct datasets.{name}.folder or .file")
-
-
-def _check_rows(dataset: Dataset, max_bad_share: float, labels: str) -> None:
-    """Check the rows of a local set; a score needs every row, a training tolerates some bad ones."""
-    if dataset.folder and (file := Path(dataset.folder).expanduser() / dataset.file).is_file():
-        load_problem_set(file, dataset, labels, max_bad_share=max_bad_share)
+        files = files_in_folder(folder, dataset, name)
+        load_problem_set(folder, files, dataset, labels, max_bad_share=max_bad_share, at_most=FIRST_ROWS)
 
 
 def check_functions(reward: Reward) -> None:

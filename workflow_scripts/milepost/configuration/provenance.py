@@ -21,8 +21,9 @@ from milepost.common.files import read_json, sha256_of
 from milepost.configuration import runs, scored, staleness
 from milepost.configuration.code import code_digest, digest, user_code_digest
 from milepost.configuration.loading import Configuration
-from milepost.configuration.schema import Engine, Evaluation, Reward, Section
+from milepost.configuration.schema import Dataset, Engine, Evaluation, Reward, Section
 from milepost.configuration.weights import BASE, BEST, checkpoint_of, run_of
+from milepost.problems.selection import files_in_folder
 
 OF_TRAINING = {"mem_fraction_static", "check_weights", "replay_routing"}  # of the engine; only a training reads them
 TRAIN_SECTIONS = (
@@ -257,8 +258,7 @@ class Provenance:
         # The reward is read by what trains and evaluates: with another one the set need not be fetched again.
         config = {"dataset": dataset.model_dump(mode="json", exclude={"reward"}), "name": name}
         if dataset.folder:
-            file = Path(dataset.folder).expanduser() / dataset.file
-            config["content"] = _content(file) if file.is_file() else None  # if it is missing, the download says so
+            config["content"] = _contents(dataset, name)
         return Parts(config, [f"{dataset.script}.py"], (), {})
 
     def _download(self, model: str) -> Parts:
@@ -390,6 +390,15 @@ def _read(path: Path) -> dict[str, Any] | None:
         made = read_json(path)
         return made if {"key", "inputs", "versions"} <= made["provenance"].keys() else None
     except (UserError, AttributeError, KeyError, TypeError, OSError):
+        return None
+
+
+def _contents(dataset: Dataset, name: str) -> dict[str, str] | None:
+    """The digests of a local set's files by their names; None if they can't be told, as the download will say."""
+    folder = Path(dataset.folder).expanduser()
+    try:
+        return {file: _content(folder / file) for file in files_in_folder(folder, dataset, name)}
+    except (UserError, OSError):
         return None
 
 

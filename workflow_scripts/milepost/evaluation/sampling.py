@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from milepost.common.errors import UserError
 from milepost.common.files import atomic_write, json_line
-from milepost.common.problems import Problem
 from milepost.configuration.schema import Evaluation
+from milepost.problems.loading import Problem
 from milepost.rollout.engine import Completion, Request, RolloutEngine, SamplingParams, request_seed
 from milepost.rollout.prompts import decode, encode_prompt
 

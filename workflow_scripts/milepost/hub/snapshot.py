@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from milepost.common.errors import UserError, is_disk_full
 from milepost.common.files import atomic_path, read_json, sha256_of_all
+from milepost.configuration.schema import Dataset
 from milepost.hub.client import Listing, RemoteFile, Repository, cached, resolve
+from milepost.problems.selection import CARD, as_regex, files_in_folder, select_files
 
 # Files to take besides the weights: never a pickle, never code.
 SIDE_FILES = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "LICENSE*"]
@@ -67,11 +69,31 @@ def model_from_hub(repo: str, revision: str, hub: Path, inspect: Inspect | None 
 
 
 @_files_explained()
-def dataset_from_hub(repo: str, revision: str, file: str, hub: Path) -> Snapshot:
-    """Fetch the one ``file`` of a dataset at ``revision`` and link it below ``hub``."""
-    listing = resolve(Repository("dataset", repo), revision)
-    _require_file(str(listing.repository), listing.files, file)
-    return _from_hub(listing.only([file]), revision, hub)
+def dataset_from_hub(name: str, settings: Dataset, hub: Path) -> Snapshot:
+    """Fetch the files of the data set ``name`` at its revision and link them below ``hub``."""
+    listing = resolve(Repository("dataset", settings.repo), settings.revision)
+    files = select_files(_Repository(listing), settings, str(listing.repository), name)
+    return _from_hub(listing.only(files), settings.revision, hub)
+
+
+class _Repository:
+    """A repository's files, as `select_files` asks for them."""
+
+    def __init__(self, listing: Listing) -> None:
+        self._listing = listing
+
+    def matching(self, pattern: str) -> list[str]:
+        if pattern in self._listing.files:
+            return [pattern]
+        return list(filter(as_regex(pattern).fullmatch, self._listing.files))
+
+    def files(self) -> list[str]:
+        return list(self._listing.files)
+
+    def card(self) -> str:
+        if CARD not in self._listing.files:
+            return ""
+        return (cached(self._listing.only([CARD])) / CARD).read_text(encoding="utf-8", errors="replace")
 
 
 def _from_hub(listing: Listing, revision: str, hub: Path) -> Snapshot:
@@ -95,11 +117,10 @@ def model_from_folder(folder: Path, name: str, hub: Path, inspect: Inspect | Non
 
 
 @_files_explained()
-def dataset_from_folder(folder: Path, file: str, name: str, hub: Path) -> Snapshot:
-    """Copy a dataset's ``file`` into ``hub/name@digest``; a copy, so that editing the original doesn't change it."""
-    folder = folder.expanduser()
-    _require_file(str(folder), _names(folder), file)
-    return _from_folder(folder, [file], name, hub, copy)
+def dataset_from_folder(name: str, settings: Dataset, hub: Path) -> Snapshot:
+    """Copy a data set's files into ``hub/name@digest``; copies, so that editing the originals doesn't change them."""
+    folder = Path(settings.folder).expanduser()
+    return _from_folder(folder, files_in_folder(folder, settings, name), name, hub, copy)
 
 
 def _names(folder: Path) -> list[str]:
@@ -116,11 +137,6 @@ def _from_folder(
     root = hub / f"{name}@{sha256_of_all(entries)[:12]}"
     bring(folder, root, names)
     return Snapshot(root, entries, {"folder": str(folder)})
-
-
-def _require_file(source: str, names: Iterable[str], file: str) -> None:
-    if file not in names:
-        raise UserError(f"{source}: holds no file {file}: check the dataset's file in the configuration")
 
 
 def _require_model(source: str, names: Iterable[str]) -> None:
