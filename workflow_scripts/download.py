@@ -2,9 +2,9 @@
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
+from milepost.checkpoints.inspection import Inspection
 from milepost.checkpoints.manifest import write_manifest
 from milepost.common.errors import run
 from milepost.common.files import hold
@@ -12,7 +12,6 @@ from milepost.common.jobs import job_parser
 from milepost.common.labels import READERS
 from milepost.common.problems import Problem, kinds_of, load_problem_set, says_how_to_answer
 from milepost.configuration.schema import Architecture, Dataset, ModelSource, Section
-from milepost.configuration.shape import require_shape
 from milepost.hub import environment
 
 
@@ -21,6 +20,7 @@ class ModelSettings(Section):
 
     source: ModelSource
     architecture: Architecture | None = None
+    mtp: bool = False
 
 
 def main() -> None:
@@ -66,12 +66,11 @@ def download(arguments: argparse.Namespace) -> None:
         }
     else:
         model = ModelSettings.model_validate(settings)
-        source, shape = model.source, model.architecture
-        inspect = partial(require_shape, shape=shape) if shape else None
+        source, inspection = model.source, Inspection(model.architecture, model.mtp)
         if source.folder:
-            snapshot = model_from_folder(Path(source.folder), arguments.name, arguments.folder, inspect)
+            snapshot = model_from_folder(Path(source.folder), arguments.name, arguments.folder, inspection)
         else:
-            snapshot = model_from_hub(source.repo, source.revision, arguments.folder, inspect)
+            snapshot = model_from_hub(source.repo, source.revision, arguments.folder, inspection)
         facts = {}
 
     write_manifest(
