@@ -30,7 +30,8 @@ import yaml
 from gpu_training import PEAK_FLOPS
 from record import record
 
-from milepost.configuration.loading import load, merge
+from milepost.configuration.layers import merge
+from milepost.configuration.loading import load
 from milepost.configuration.memory import CONTEXT_GIB, GIB, estimate
 from milepost.configuration.schema import Model
 from milepost.configuration.shape import architecture_of

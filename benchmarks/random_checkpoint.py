@@ -20,7 +20,7 @@ from transformers.models.qwen3_5 import Qwen3_5Config, Qwen3_5ForConditionalGene
 from transformers.models.qwen3_5_moe import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 
 from milepost.common.files import write_json
-from milepost.configuration.loading import read_yaml
+from milepost.configuration.layers import read_yaml
 from milepost.configuration.schema import Architecture, TinyModel
 from milepost.configuration.shape import text_config
 from milepost.tiny.checkpoint import FLOAT32_TENSORS, FULL_ATTENTION_INTERVAL, model_config, write_side_files

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from milepost.checkpoints import mapping
 from milepost.checkpoints.safetensors_io import HubCheckpoint
-from milepost.configuration.loading import read_yaml
+from milepost.configuration.layers import read_yaml
 from milepost.configuration.schema import Architecture as Shape
 from milepost.qwen3_5.architecture import Architecture
 from milepost.qwen3_5.build import build_model, finalize, initialize

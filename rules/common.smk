@@ -21,8 +21,9 @@ from milepost.common.working_folder import claim
 from milepost.configuration.cgroups import usable_cores, usable_memory
 from milepost.configuration.early import check_inputs, mistyped
 from milepost.configuration.gpus import visible_gpus
+from milepost.configuration.layers import user_layers
 from milepost.configuration.layout import processes
-from milepost.configuration.loading import load, user_layers
+from milepost.configuration.loading import load
 from milepost.configuration.preflight import check_jobs, table
 from milepost.configuration.provenance import Provenance
 
@@ -263,7 +264,9 @@ def conversion_launch(wildcards):
 
 
 def training_data(wildcards):
-    return f"{RESULTS}/data/{of_model(wildcards).training.dataset}.json"
+    return [
+        f"{RESULTS}/data/{name}.json" for name in of_model(wildcards).training.datasets
+    ]
 
 
 def validation_data(wildcards):

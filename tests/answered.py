@@ -1,6 +1,8 @@
 """Responses and their grading, for tests."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+
+import pytest
 
 from milepost.common.problems import Problem
 from milepost.configuration.rewards import ThinkBlock
@@ -17,3 +19,12 @@ def response(text: str, label=None, think_block: ThinkBlock = "required", **row)
 def graded(grader: Grader, pairs: Iterable[tuple[str, object]]) -> list[Verdict]:
     """The verdicts on (text, label)."""
     return grader.grade([response(text, label, grader.settings.think_block) for text, label in pairs])
+
+
+def as_parameters(groups: Mapping[str, Sequence[tuple[str, str]]]) -> list:
+    """A pytest parameter for each (answer, label) of the named groups."""
+    return [
+        pytest.param(answer, label, id=f"{name}: {answer} | {label}")
+        for name, pairs in groups.items()
+        for answer, label in pairs
+    ]

@@ -78,3 +78,13 @@ def one_process():
     initialize()
     yield
     finalize()
+
+
+@pytest.fixture(scope="module")
+def math_grader():
+    """A grader of math answers, patient enough for a busy machine."""
+    from milepost.configuration.schema import Reward
+    from milepost.rewards.grader import Grader
+
+    with Grader(Reward(max_seconds=10)) as grader:
+        yield grader

@@ -8,13 +8,14 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import convert
 import train
 from milepost.checkpoints.manifest import write_manifest
 from milepost.common.errors import UserError
-from milepost.configuration.loading import merge
+from milepost.configuration.layers import merge
 from milepost.configuration.schema import TinyModel
 from milepost.rewards.base import Verdict
 from milepost.rewards.grader import Grader
@@ -42,7 +43,10 @@ SETTINGS = {
 
 
 class FixedReward(Grader):
-    """Right or wrong by the text alone; ``hook`` is called before each grading with the number of gradings so far."""
+    """Right or wrong by the text alone, with the reward's kind as the reason.
+
+    ``hook`` is called before each grading with the number of gradings so far.
+    """
 
     hook = staticmethod(lambda gradings: None)
     gradings = 0
@@ -50,7 +54,10 @@ class FixedReward(Grader):
     def grade(self, responses):
         self.hook(self.gradings)
         self.gradings += 1
-        return [Verdict(float(sum(map(ord, response.response)) % 2 == 0), None, "fixed") for response in responses]
+        return [
+            Verdict(float(sum(map(ord, response.response)) % 2 == 0), None, self.settings.kind)
+            for response in responses
+        ]
 
 
 def prepare(folder: Path, kind: str = "dense", rows: int = 7, **tiny) -> Path:
@@ -75,13 +82,14 @@ def convert_model(folder: Path) -> None:
     convert.main()
 
 
-def arguments(folder: Path, work: Path, **changes) -> list[str]:
-    """Command line of a training in ``work``; ``changes`` are settings as section={key: value}."""
+def arguments(folder: Path, work: Path, data: Sequence[str] = ("train",), **changes) -> list[str]:
+    """Command line of a training in ``work`` on the sets ``data``; ``changes`` are settings: section={key: value}."""
     settings = training_settings(**merge(SETTINGS, changes))
     return [
         *job_arguments(settings.model_dump(mode="json")),
         *("--hub", str(folder / "download.json"), "--weights", str(folder / "torch_dist.json")),
-        *("--data", str(folder / "train.json"), "--validation", str(folder / "evaluation.json")),
+        *("--data", *(str(folder / f"{name}.json") for name in data)),
+        *("--validation", str(folder / "evaluation.json")),
         *("--work", str(work), "--manifest", f"{work}.json"),
     ]
 

@@ -1,14 +1,21 @@
 """Sections of the shipped configuration, as tests need them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from milepost.configuration.loading import merge, read_yaml
+from milepost.configuration.layers import Layer, merge, read_yaml
+from milepost.configuration.loading import Configuration, load
 from milepost.configuration.schema import Algorithm, Model, Root, Section
 from milepost.grpo.settings import Settings
 
 CONFIG = Path(__file__).parents[1] / "config"
 DRAFTING = read_yaml(CONFIG / "models/35B_A3B.yaml")["engine"]["speculation"]
+
+
+def configured(user: Sequence[Layer] | dict[str, Any] = ()) -> Configuration:
+    """The shipped configuration with what a user gives on the command line (see `loading.load`)."""
+    return load(CONFIG / "config.yaml", CONFIG / "models", user)
 
 
 def section(name: str, **changes: Any) -> Section:

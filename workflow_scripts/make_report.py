@@ -9,6 +9,7 @@ from milepost.common.errors import run
 from milepost.common.files import atomic_write
 from milepost.common.jobs import job_parser
 from milepost.configuration.schema import Plots
+from milepost.configuration.schema import Training as TrainingSettings
 from milepost.evaluation.overlap import overlap
 from milepost.reporting.report import report_page
 from milepost.reporting.results import Score, Training, pairs, read_scores, read_trainings
@@ -46,11 +47,11 @@ def overlaps_of(scores: Sequence[Score], trainings: Sequence[Training], sources:
     sets = {source.path.stem: source for source in sources if "prompt_key" in source.facts}
     wanted = {}
     for training in trainings:
-        trained_on = training.settings["training"]["dataset"]
+        trained_on = TrainingSettings.model_validate(training.settings["training"]).datasets
         scored_on = [score.dataset for score in scores if score.model == training.model]
         if training.settings["validation"]["interval"]:
             scored_on.append(training.settings["validation"]["dataset"])
-        wanted |= {(trained_on, name): None for name in scored_on}
+        wanted |= {(name, scored): None for name in trained_on for scored in scored_on}
     found = [overlap(sets[training], sets[scored]) for training, scored in wanted if {training, scored} <= sets.keys()]
     return [sentence for sentence in found if sentence]
 

@@ -28,7 +28,7 @@ from milepost.common.files import hold, sha256_of_all
 from milepost.common.interrupts import Interrupts
 from milepost.common.jobs import job_parser
 from milepost.configuration import runs, schema
-from milepost.configuration.layout import shape_fault
+from milepost.configuration.layout import processes, shape_fault
 from milepost.configuration.memory import GIB, estimate, rescaled_engine
 from milepost.evaluation.overlap import overlap
 from milepost.evaluation.problems import load_problems
@@ -86,7 +86,7 @@ def main() -> None:
     parser = job_parser(__doc__)
     parser.add_argument("--hub", type=Path, required=True, help="the download's manifest")
     parser.add_argument("--weights", type=Path, required=True, help="the conversion's manifest")
-    parser.add_argument("--data", type=Path, required=True, help="the training set's manifest")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="the training sets' manifests")
     parser.add_argument("--validation", type=Path, help="the validation set's manifest")
     parser.add_argument("--work", type=Path, required=True, help="folder of the run: checkpoints, metrics, samples")
     parser.add_argument("--manifest", type=Path, required=True, help="the trained weights' manifest, written last")
@@ -96,6 +96,7 @@ def main() -> None:
         parser.error("validation.interval is set, but no --validation set is given: give one, or set interval: 0")
 
     initialize(settings.parallel, settings.training.seed)
+    check_processes(settings)
     try:
         with ExitStack() as stack:
             checkpoint = train(arguments, settings, stack)
@@ -108,6 +109,17 @@ def main() -> None:
     if dist.get_rank() == 0:
         write_result(arguments, checkpoint)
     finalize()
+
+
+def check_processes(settings: Settings) -> None:
+    """Refuse (`UserError`) another number of processes than configured, for which memory is estimated."""
+    started, configured = dist.get_world_size(), processes(settings.hardware)
+    if started != configured:
+        raise UserError(
+            f"hardware.processes: {started} training processes were started, but {configured} are configured (without"
+            f" this key one per GPU, or one on the CPU): start {configured} (`python -m milepost.launch.torchrun"
+            f" --standalone --nproc-per-node={configured}`), or set hardware.processes: {started}"
+        )
 
 
 def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -> Path:
@@ -167,8 +179,12 @@ def check_source(arguments: argparse.Namespace, settings: Settings) -> Source:
     architecture = Architecture.from_folder(hub.root)
     if fault := shape_fault(architecture, settings.parallel, settings.experts, on_gpu=settings.hardware.gpus > 0):
         raise UserError(str(fault))
-    prompts = read_manifest(arguments.data)
-    inputs = {"weights": sha256_of_all(hub.files), "prompts": sha256_of_all(prompts.files)}
+    prompts = {
+        f"{path.stem}/{name}" if len(arguments.data) > 1 else name: entry
+        for path in arguments.data
+        for name, entry in read_manifest(path).files.items()
+    }
+    inputs = {"weights": sha256_of_all(hub.files), "prompts": sha256_of_all(prompts)}
     return Source(hub, weights, architecture, inputs)
 
 
@@ -237,19 +253,23 @@ def start_lead(
     interrupts: Interrupts,
     stack: ExitStack,
 ) -> Lead:
-    """Start what rank 0 alone has: prompts, engine, grader, validation, logs."""
-    training, validation, data = settings.training, settings.validation, read_manifest(arguments.data)
+    """Start what rank 0 alone has: prompts, engine, graders, validation, logs."""
+    training, validation = settings.training, settings.validation
     validation_set = read_manifest(arguments.validation) if validation.interval else None
     tokenizer = load_tokenizer(source.hub.root)
     stops = stop_token_ids(source.hub.root, tokenizer)
-    prompts, intake = load_prompts(data.require(digests=True), tokenizer, settings.sampling, settings.reward.labels)
-    print(f"{training.dataset}: {intake}", file=sys.stderr)
-    cursor = PromptCursor(prompts, training.seed)
+    prompts = {}
+    for name, path in zip(training.datasets, arguments.data, strict=True):
+        data, labels = read_manifest(path).require(digests=True), settings.graded_by(name).labels
+        prompts[name], intake = load_prompts(name, data, tokenizer, settings.sampling, labels)
+        print(f"{name}: {intake}", file=sys.stderr)
+    cursor = PromptCursor(prompts, training.seed, training.weights)
     if progress.cursor:
         cursor.restore(progress.cursor)
     problems = load_problems(validation_set, settings.validated_by.labels) if validation_set else []
-    if validation_set and (shared := overlap(data, validation_set)):
-        metrics.warn(shared)
+    for path in arguments.data if validation_set else ():
+        if shared := overlap(read_manifest(path), validation_set):
+            metrics.warn(shared)
 
     max_requests = max(
         training.prompts_per_rollout * training.samples_per_prompt, len(problems) * validation.samples_per_problem
@@ -258,8 +278,16 @@ def start_lead(
     stack.callback(engine.close)
     engine.sleep()
     engine.wake()  # as in every step: its caches, which are not needed yet, leave their room for what sends the weights
-    grader = stack.enter_context(Grader(settings.reward))
-    validation_grader = stack.enter_context(Grader(settings.validated_by)) if settings.validation_reward else grader
+    started: list[Grader] = []
+
+    def grader(reward: schema.Reward) -> Grader:
+        """The one grader of a reward, which may be that of several sets."""
+        if not (same := [one for one in started if one.settings == reward]):
+            started.append(stack.enter_context(Grader(reward)))
+        return same[0] if same else started[-1]
+
+    graders = {name: grader(settings.graded_by(name)) for name in training.datasets}
+    validation_grader = grader(settings.validated_by)
     log = metrics.RunLog(arguments.work, progress.rollout + 1, training.wandb_project)
     stack.callback(log.close)
     bar = tqdm(total=training.rollouts, initial=progress.rollout, desc="train", unit="rollout", mininterval=1)
@@ -274,7 +302,7 @@ def start_lead(
         return {f"validation_{name}": scores[name] for name in ("average", "truncated_share", "mean_tokens")}
 
     return Lead(
-        sampler=Sampler(settings, engine, tokenizer, stops, grader, cursor, interrupts),
+        sampler=Sampler(settings, engine, tokenizer, stops, graders, cursor, interrupts),
         validation=Validation(validation.interval, validate, log, interrupts),
         logs=Logs(settings, log, bar, tokenizer),
     )

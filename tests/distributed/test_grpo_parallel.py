@@ -1,6 +1,7 @@
 """GRPO over several processes: every layout has the gradient of one process, and a whole run goes on when stopped."""
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ import grpo_run
 from distributed.grpo_worker import LAYOUTS, save_gradients, shapes_of
 from milepost.checkpoints import torch_dist
 from milepost.checkpoints.manifest import read_manifest
+from milepost.common.errors import USER_ERROR
 from milepost.configuration.schema import Parallel
 from milepost.qwen3_5.architecture import Architecture
 from milepost.qwen3_5.build import build_model, finalize, initialize
 from precision import MARGIN, assert_as_precise, computing_in
-from stages import kill_the_second_rank, torchrun, torchrun_until, unmeasured
+from stages import kill_the_second_rank, launcher, script, torchrun, torchrun_until, unmeasured
 from tiny_hub import DENSE, EXPERTS, EXPERTS_PER_TOKEN, MOE, make_tiny_hub
 
 HALF_THE_DIGITS = torch.finfo(torch.float64).eps ** 0.5
@@ -69,7 +71,8 @@ def test_two_processes_train_as_one_does(root, tmp_path, environment):
     """Rank 0 samples for both; what they log is what one process logs, but for rounding."""
     grpo_run.prepare(tmp_path)
     grpo_run.convert_model(tmp_path)
-    alone, both = (grpo_run.arguments(tmp_path, tmp_path / name, training={"rollouts": 2}) for name in ("one", "two"))
+    alone = grpo_run.arguments(tmp_path, tmp_path / "one", training={"rollouts": 2})
+    both = grpo_run.arguments(tmp_path, tmp_path / "two", training={"rollouts": 2}, hardware={"processes": 2})
     grpo_run.run(alone)
     worker = root / "tests" / "distributed" / "slow_engine_worker.py"
     torchrun(2, str(worker), str(tmp_path / "engine runs"), *both, env=environment)
@@ -91,7 +94,12 @@ def test_two_processes_train_as_one_does(root, tmp_path, environment):
     }
 
     # The same again, but the second rank is killed under way.
-    killed = grpo_run.arguments(tmp_path, tmp_path / "killed", training={"rollouts": 2, "save_interval": 1})
+    killed = grpo_run.arguments(
+        tmp_path,
+        tmp_path / "killed",
+        training={"rollouts": 2, "save_interval": 1},
+        hardware={"processes": 2},
+    )
     metrics = tmp_path / "killed" / "metrics.jsonl"
     status, _ = torchrun_until(
         lambda: metrics.exists() and '"loss"' in metrics.read_text(),
@@ -105,3 +113,15 @@ def test_two_processes_train_as_one_does(root, tmp_path, environment):
     read_manifest(tmp_path / "killed.json").require(digests=True)
     for name in ("samples.jsonl", *(f"checkpoint-000002/optimizer/rank-0000{rank}.safetensors" for rank in (0, 1))):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_job_for_one_are_refused(tmp_path, environment):
+    grpo_run.prepare(tmp_path)
+    grpo_run.convert_model(tmp_path)
+    command = [*launcher(2), script("train"), *grpo_run.arguments(tmp_path, tmp_path / "run", parallel={"tensor": 2})]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    *_, line = done.stderr.splitlines()
+    assert done.returncode == USER_ERROR and "Traceback" not in done.stderr
+    assert line.startswith("error: hardware.processes: 2 training processes were started, but 1 are configured")
+    assert line.endswith("or set hardware.processes: 2")

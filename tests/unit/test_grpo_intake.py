@@ -19,5 +19,5 @@ def test_a_prompt_may_have_just_as_many_tokens_as_are_allowed(tmp_path):
     data = write_manifest(tmp_path / "m.json", "download", tmp_path, ["rows.jsonl"], dataset, {"file": "rows.jsonl"})
     short, long = (len(encode_prompt(tokenizer, chat, True)) for chat in chats)
     for allowed, used in ((long, 2), (long - 1, 1), (short, 1)):
-        prompts, intake = load_prompts(data, tokenizer, section("sampling", max_prompt_tokens=allowed))
+        prompts, intake = load_prompts("mine", data, tokenizer, section("sampling", max_prompt_tokens=allowed))
         assert (len(prompts), intake.used, intake.too_long) == (used, used, 2 - used)

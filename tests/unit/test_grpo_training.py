@@ -289,3 +289,9 @@ def test_a_run_goes_on_with_the_prompts_that_it_began_with_or_not_at_all(prepare
 def test_weights_and_biases_without_its_package_is_an_error_in_one_line(prepared, tmp_path):
     message = mistake(grpo_run.arguments(prepared, tmp_path / "run", training={"wandb_project": "mine"}))
     assert message.startswith("error: training.wandb_project") and "\n" not in message
+
+
+def test_a_job_for_two_processes_is_refused_by_one(prepared, tmp_path):
+    message = mistake(grpo_run.arguments(prepared, tmp_path / "run", hardware={"processes": 2}))
+    assert message.startswith("error: hardware.processes: 1 training processes were started, but 2 are configured")
+    assert not (tmp_path / "run").exists()

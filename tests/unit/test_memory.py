@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from milepost.configuration.loading import load
 from milepost.configuration.memory import CONTEXT_GIB, SYNC_GIB, disk_gib, estimate, rescaled_engine
 from milepost.configuration.shape import architecture_of, text_config
-from settings import DRAFTING
+from settings import DRAFTING, configured
 
 RECORDED = Path(__file__).parents[2] / "benchmarks/results"
 MEASURED = [
@@ -37,95 +36,94 @@ MTP_OF_9B = ATTENTION + FFN + NORMS + 2 * 4096 * 4096 + 3 * 4096
 GIB = 1024**3
 
 
-def configured(root, name, **changes):
-    return load(root / "config/config.yaml", root / "config/models", {"per_model": {name: changes}}).models[name]
+def recipe(name, **changes):
+    return configured({"per_model": {name: changes}}).models[name]
 
 
-def estimated(root, name, gpu_gib=141, **changes):
-    model = configured(root, name, **changes)
+def estimated(name, gpu_gib=141, **changes):
+    model = recipe(name, **changes)
     return estimate(architecture_of(model), model, gpu_gib)
 
 
-def test_parameters_of_9b_are_those_counted_by_hand(root):
-    architecture = architecture_of(configured(root, "9B"))
+def test_parameters_of_9b_are_those_counted_by_hand():
+    architecture = architecture_of(recipe("9B"))
     assert architecture.parameters() == OF_9B
     assert architecture.parameters(mtp_num_layers=1) == OF_9B + MTP_OF_9B
 
 
 @pytest.mark.parametrize("name", ["4B", "9B", "27B", "35B_A3B"])
-def test_parameters_are_those_of_transformers_model(root, name):
+def test_parameters_are_those_of_transformers_model(name):
     from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
     from transformers.models.qwen3_5_moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
-    shape = configured(root, name).architecture
+    shape = recipe(name).architecture
     dense, experts = (Qwen3_5TextConfig, Qwen3_5ForCausalLM), (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM)
     config_class, model_class = experts if shape.experts else dense
     with torch.device("meta"):
         theirs = model_class(config_class(**text_config(shape)))
-    assert architecture_of(configured(root, name)).parameters() == sum(p.numel() for p in theirs.parameters())
+    assert architecture_of(recipe(name)).parameters() == sum(p.numel() for p in theirs.parameters())
 
 
-def test_weights_gradients_and_adam_of_9b_are_those_worked_out_by_hand(root):
+def test_weights_gradients_and_adam_of_9b_are_those_worked_out_by_hand():
     """Two GPUs share a copy, and the four copies share Adam's states."""
-    memory = estimated(root, "9B")
+    memory = estimated("9B")
     assert memory.weights == pytest.approx(2 * OF_9B / 2 / GIB)
     assert memory.gradients == pytest.approx(4 * OF_9B / 2 / GIB)
     assert memory.optimizer == pytest.approx(12 * OF_9B / 2 / 4 / GIB)
     assert memory.logits == pytest.approx(3 * 4 * 1024 * 248320 / 2 / GIB)
     parts = memory.weights + memory.gradients + memory.optimizer + memory.activations + memory.logits
     assert memory.training == pytest.approx(parts + CONTEXT_GIB)
-    assert estimated(root, "9B", optimizer={"cpu_offload": True}).optimizer == 0
-    with_mtp = estimated(root, "9B", mtp={"train": True}, conversion={"mtp_num_layers": 1})
+    assert estimated("9B", optimizer={"cpu_offload": True}).optimizer == 0
+    with_mtp = estimated("9B", mtp={"train": True}, conversion={"mtp_num_layers": 1})
     assert with_mtp.weights == pytest.approx(2 * (OF_9B + MTP_OF_9B) / 2 / GIB)
 
 
-def test_experts_of_35b_are_shared_by_their_own_ranks(root):
+def test_experts_of_35b_are_shared_by_their_own_ranks():
     """A rank holds 32 of the 256 experts of each of 40 layers and the MTP layer, and everything but experts."""
     experts = 41 * 256 * 3 * 2048 * 512
-    whole = architecture_of(configured(root, "35B_A3B")).parameters(mtp_num_layers=1)
+    whole = architecture_of(recipe("35B_A3B")).parameters(mtp_num_layers=1)
     held = whole - experts + experts / 8
-    memory = estimated(root, "35B_A3B")
+    memory = estimated("35B_A3B")
     assert memory.weights == pytest.approx(2 * held / GIB)
     assert memory.gradients == pytest.approx(4 * held / GIB)
     assert memory.optimizer == 0
-    on_gpu = estimated(root, "35B_A3B", optimizer={"cpu_offload": False})
+    on_gpu = estimated("35B_A3B", optimizer={"cpu_offload": False})
     assert on_gpu.optimizer == pytest.approx(12 * ((whole - experts) / 8 + experts / 8) / GIB)
-    copies = estimated(root, "35B_A3B", parallel={"expert": 4}, optimizer={"cpu_offload": False})
+    copies = estimated("35B_A3B", parallel={"expert": 4}, optimizer={"cpu_offload": False})
     assert copies.optimizer == pytest.approx(on_gpu.optimizer)  # twice the experts on a rank, shared by two
     assert copies.weights == pytest.approx(2 * (whole - experts + experts / 4) / GIB)
 
 
-def test_a_rollout_holds_the_engine_and_the_weights_that_it_is_sent(root):
-    memory = estimated(root, "9B", gpu_gib=80)
+def test_a_rollout_holds_the_engine_and_the_weights_that_it_is_sent():
+    memory = estimated("9B", gpu_gib=80)
     assert memory.engine == pytest.approx(0.6 * 80)
     assert memory.rollout == pytest.approx(0.6 * 80 + 2 * OF_9B / 2 / GIB + SYNC_GIB + CONTEXT_GIB)
     assert memory.engine_weights == pytest.approx(2 * OF_9B / GIB)
     assert memory.lasting == pytest.approx((2 * OF_9B / 2 + 12 * OF_9B / 2 / 4) / GIB)
-    shared = estimated(root, "9B", gpu_gib=80, engine={"gpus_per_engine": 2, "speculation": DRAFTING})
+    shared = estimated("9B", gpu_gib=80, engine={"gpus_per_engine": 2, "speculation": DRAFTING})
     assert shared.engine_weights == pytest.approx(2 * (OF_9B + MTP_OF_9B) / 2 / GIB)
 
 
-def test_states_stay_on_the_gpu_only_where_they_fit_beside_the_engine(root):
+def test_states_stay_on_the_gpu_only_where_they_fit_beside_the_engine():
     """The engine takes its share and another 20 GiB; the rest must hold weights and Adam's states."""
     needed = (20 + CONTEXT_GIB + (2 * OF_9B / 2 + 12 * OF_9B / 2 / 4) / GIB) / 0.4
     for gpu_gib, stay in ((needed - 0.1, False), (needed + 0.1, True)):
-        assert estimated(root, "9B", gpu_gib).lasts_beside_engine(gpu_gib) == stay
+        assert estimated("9B", gpu_gib).lasts_beside_engine(gpu_gib) == stay
 
 
-def test_an_engine_next_to_used_memory_gets_as_much_as_alone(root):
-    engine = configured(root, "9B").engine
+def test_an_engine_next_to_used_memory_gets_as_much_as_alone():
+    engine = recipe("9B").engine
     assert rescaled_engine(engine, 41, 141).mem_fraction_static * (141 - 41) == pytest.approx(0.6 * 141)
 
 
 @pytest.mark.parametrize(
     "line", MEASURED, ids=[f"{line['model']}-{line['gpus']}-{line['note']['recompute']}" for line in MEASURED]
 )
-def test_a_rank_takes_what_was_measured_within_7_percent(root, line):
+def test_a_rank_takes_what_was_measured_within_7_percent(line):
     """As the README says, of every peak that the benchmarks recorded."""
     note = line["note"]
     parallel = note.get("parallel", {"tensor": 1, "sequence": False})
-    model = configured(
-        root,
+    model = recipe(
         line["model"],
         hardware={"gpus": line["gpus"]},
         parallel=parallel,
@@ -154,8 +152,8 @@ def test_a_rank_takes_what_was_measured_within_7_percent(root, line):
         ("train", {"rollouts": 100, "save_interval": 100}, 14),
     ],
 )
-def test_disk_is_what_the_weights_and_the_kept_checkpoints_take(root, stage, training, bytes_each):
-    model = configured(root, "9B", training=training)
+def test_disk_is_what_the_weights_and_the_kept_checkpoints_take(stage, training, bytes_each):
+    model = recipe("9B", training=training)
     assert disk_gib(model, stage) == pytest.approx(bytes_each * (OF_9B + MTP_OF_9B) / GIB)
 
 
@@ -168,24 +166,69 @@ def test_disk_is_what_the_weights_and_the_kept_checkpoints_take(root, stage, tra
         (71680, 2, 2),
     ],
 )
-def test_a_sequence_longer_than_a_pack_is_counted_whole(root, response, context, packs):
+def test_a_sequence_longer_than_a_pack_is_counted_whole(response, context, packs):
     def activations(**changes):
         changes["training"] = {"recompute": "full"}
-        model = load(root / "config/config.yaml", root / "config/models", {"per_model": {"9B": changes}}).models["9B"]
+        model = recipe("9B", **changes)
         return estimate(architecture_of(model), model, 141).activations
 
     needed = activations(sampling={"max_response_tokens": response}, parallel={"context": context})
     assert needed == pytest.approx(packs * activations())
 
 
-def test_longer_responses_are_recomputed_further(root):
+def test_longer_responses_are_recomputed_further():
     overrides = {"sampling": {"max_response_tokens": 32768}}
-    models = [load(root / "config/config.yaml", root / "config/models", changes).models for changes in ({}, overrides)]
+    models = [configured(changes).models for changes in ({}, overrides)]
     ways = [estimate(architecture_of(model), model, 141).recompute for model in (m["35B_A3B"] for m in models)]
     assert ways == ["none", "full"]
 
 
-def test_activations_are_kept_only_where_a_fifth_of_the_gpu_stays_free(root):
-    keeping = estimated(root, "9B", training={"recompute": "none"}).training
+def test_activations_are_kept_only_where_a_fifth_of_the_gpu_stays_free():
+    keeping = estimated("9B", training={"recompute": "none"}).training
     for gpu_gib, chosen in ((keeping / 0.79, "none"), (keeping / 0.81, "selective")):
-        assert estimated(root, "9B", gpu_gib).recompute == chosen
+        assert estimated("9B", gpu_gib).recompute == chosen
+
+
+PARAMETERS = {"4B": 4.2e9, "9B": 9.0e9, "27B": 26.9e9, "35B_A3B": 34.7e9}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_declared_shapes_have_as_many_parameters_as_their_names_say(name):
+    assert architecture_of(recipe(name)).parameters() == pytest.approx(PARAMETERS[name], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "on_80_gib", "on_141_gib"),
+    [
+        ("4B", "none", "none"),
+        ("9B", "full", "none"),
+        ("27B", "full", "selective"),
+        ("35B_A3B", "full", "none"),
+    ],
+)
+def test_auto_recomputes_no_more_than_memory_requires(name, on_80_gib, on_141_gib):
+    model = recipe(name)
+    shape = architecture_of(model)
+    assert [estimate(shape, model, memory).recompute for memory in (80, 141)] == [on_80_gib, on_141_gib]
+    told = recipe(name, training={"recompute": "full"})
+    assert estimate(shape, told, 141).recompute == "full"
+    assert estimate(shape, told, 141).activations < estimate(shape, model, 141).activations
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "on_80_gib", "on_141_gib"),
+    [
+        ("4B", {}, False, True),
+        ("4B", {"hardware": {"gpus": 1}, "parallel": {"tensor": 1, "sequence": False}}, False, False),
+        ("27B", {}, True, True),
+        ("35B_A3B", {}, False, True),
+    ],
+)
+def test_weights_and_states_stay_on_the_gpu_if_they_fit_beside_the_engine(name, changes, on_80_gib, on_141_gib):
+    model = recipe(name, **changes)
+    shape = architecture_of(model)
+    assert [estimate(shape, model, gib).lasts_beside_engine(gib) for gib in (80, 141)] == [on_80_gib, on_141_gib]
+    if on_141_gib:
+        kept = estimate(shape, model, 141).lasting
+        fraction = rescaled_engine(model.engine, kept, 141).mem_fraction_static
+        assert fraction * (141 - kept) == pytest.approx(model.engine.mem_fraction_static * 141)

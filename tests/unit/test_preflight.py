@@ -13,16 +13,13 @@ import pytest
 
 from milepost.common.errors import UserError
 from milepost.common.files import write_json
-from milepost.configuration.loading import load, read_yaml
+from milepost.configuration.layers import read_yaml
+from milepost.configuration.loading import load
 from milepost.configuration.memory import GIB, disk_gib, host_gib
 from milepost.configuration.preflight import Machine, check_jobs, hub_cache, shortcomings, table
 from milepost.configuration.provenance import Provenance
 from milepost.configuration.shape import text_config
-from settings import DRAFTING
-
-
-def configured(root, overrides=None):
-    return load(root / "config/config.yaml", root / "config/models", overrides or {})
+from settings import DRAFTING, configured
 
 
 def node(gpu_gib: float, free_disk_gib: float = 4000) -> Machine:
@@ -39,8 +36,8 @@ def node(gpu_gib: float, free_disk_gib: float = 4000) -> Machine:
         ({"mem_fraction_static": 0.63, "speculation": DRAFTING}, 80, "50.9"),  # the MTP layer's too
     ],
 )
-def test_an_engine_needs_room_for_its_weights(root, changes, gpu_gib, weights):
-    model = configured(root, {"per_model": {"27B": {"engine": changes}}}).models["27B"]
+def test_an_engine_needs_room_for_its_weights(changes, gpu_gib, weights):
+    model = configured({"per_model": {"27B": {"engine": changes}}}).models["27B"]
     faults = shortcomings(model, node(gpu_gib))
     if weights is None:
         assert faults == []
@@ -50,8 +47,8 @@ def test_an_engine_needs_room_for_its_weights(root, changes, gpu_gib, weights):
     assert "engine.mem_fraction_static" in fault and "engine.gpus_per_engine" in fault and "\n" not in fault
 
 
-def test_an_evaluation_alone_needs_room_for_the_engine_s_weights_alone(root):
-    model = configured(root).models["27B"]
+def test_an_evaluation_alone_needs_room_for_the_engine_s_weights_alone():
+    model = configured().models["27B"]
     assert any("engine.mem_fraction_static" in fault for fault in shortcomings(model, node(80)))
     assert shortcomings(model, node(80), {"evaluate"}) == []
     (fault,) = shortcomings(model, node(48), {"evaluate"})
@@ -60,7 +57,7 @@ def test_an_evaluation_alone_needs_room_for_the_engine_s_weights_alone(root):
 
 def test_a_model_of_one_s_own_is_measured_by_its_folder(root, tmp_path):
     """A model file without an architecture."""
-    models, shape = tmp_path / "models", configured(root).models["9B"].architecture
+    models, shape = tmp_path / "models", configured().models["9B"].architecture
     models.mkdir()
     write_json(tmp_path / "config.json", text_config(shape))
     settings = read_yaml(root / "config/models/9B.yaml") | {"source": {"folder": str(tmp_path)}}
@@ -68,7 +65,7 @@ def test_a_model_of_one_s_own_is_measured_by_its_folder(root, tmp_path):
     write_json(models / "mine.yaml", settings)  # JSON is YAML
     load_mine = partial(load, root / "config/config.yaml", models)
     mine = load_mine({"models": ["mine"]}).models["mine"]
-    assert disk_gib(mine, "train") == disk_gib(configured(root).models["9B"], "train") > 0
+    assert disk_gib(mine, "train") == disk_gib(configured().models["9B"], "train") > 0
     assert shortcomings(mine, node(141)) == []
     assert any("GiB a GPU to train" in fault for fault in shortcomings(mine, node(20)))
     with pytest.raises(UserError, match=r"parallel\.tensor: 8 does not divide the 4 key-value groups"):
@@ -76,7 +73,7 @@ def test_a_model_of_one_s_own_is_measured_by_its_folder(root, tmp_path):
 
 
 def test_a_training_that_goes_on_needs_no_disk_for_the_checkpoints_it_has(root, tmp_path, monkeypatch):
-    configuration = configured(root, {"results": str(tmp_path)})
+    configuration = configured({"results": str(tmp_path)})
     provenance = Provenance(configuration, root / "workflow_scripts")
     needed = disk_gib(configuration.models["4B"], "train")
     monkeypatch.setattr(Machine, "here", lambda results: node(141, free_disk_gib=needed / 2))
@@ -102,9 +99,9 @@ def test_a_training_that_goes_on_needs_no_disk_for_the_checkpoints_it_has(root, 
 
 
 @pytest.mark.parametrize(("share", "fits"), [(0.89, True), (0.90, False)])
-def test_an_engine_leaves_room_for_the_weights_that_it_is_sent(root, share, fits):
+def test_an_engine_leaves_room_for_the_weights_that_it_is_sent(share, fits):
     """9B's are 8.3 GiB on each of two GPUs; with 5 GiB to send them and 1.5 of context, 126 of 141 are left."""
-    model = configured(root, {"per_model": {"9B": {"engine": {"mem_fraction_static": share}}}}).models["9B"]
+    model = configured({"per_model": {"9B": {"engine": {"mem_fraction_static": share}}}}).models["9B"]
     assert shortcomings(model, node(141), {"evaluate"}) == []
     faults = shortcomings(model, node(141), {"train"})
     if fits:
@@ -114,8 +111,8 @@ def test_an_engine_leaves_room_for_the_weights_that_it_is_sent(root, share, fits
         assert re.match(r"needs about \d+ GiB a GPU to train and 142 to roll out, and the smallest has 141: ", fault)
 
 
-def test_training_must_fit_the_smallest_of_the_gpus(root):
-    model, whole = configured(root).models["9B"], node(141)
+def test_training_must_fit_the_smallest_of_the_gpus():
+    model, whole = configured().models["9B"], node(141)
     assert shortcomings(model, whole, {"train"}) == []
     fault, *_ = shortcomings(model, replace(whole, gpus=(*whole.gpus[:7], 40)), {"train"})
     assert "GiB a GPU to train" in fault and "the smallest has 40" in fault
@@ -135,14 +132,14 @@ def test_training_must_fit_the_smallest_of_the_gpus(root):
     ],
     ids=str,
 )
-def test_what_a_machine_lacks_is_said(root, lacking, fault):
-    found = shortcomings(configured(root).models["9B"], replace(node(141), **lacking))
+def test_what_a_machine_lacks_is_said(lacking, fault):
+    found = shortcomings(configured().models["9B"], replace(node(141), **lacking))
     assert [text.startswith(fault) for text in found] == [True] if fault else found == []
 
 
-def test_a_model_on_the_cpu_needs_nothing_of_a_gpu_machine(root):
+def test_a_model_on_the_cpu_needs_nothing_of_a_gpu_machine():
     laptop = Machine((), 16, 100, ("sglang",), has_compiler=False, has_cuda_toolkit=False)
-    assert shortcomings(configured(root).models["tiny"], laptop) == []
+    assert shortcomings(configured().models["tiny"], laptop) == []
 
 
 @pytest.mark.parametrize(
@@ -155,7 +152,7 @@ def test_a_model_on_the_cpu_needs_nothing_of_a_gpu_machine(root):
 )
 def test_the_disk_that_the_jobs_take_together_must_be_free(root, tmp_path, monkeypatch, stages, bytes_each):
     """4B has 4,326,350,848 parameters with its MTP layer."""
-    configuration = configured(root, {"results": str(tmp_path)})
+    configuration = configured({"results": str(tmp_path)})
     provenance = Provenance(configuration, root / "workflow_scripts")
     jobs, needed = [(stage, {"model": "4B", "weights": "base"}) for stage in stages], bytes_each * 4_326_350_848 / 2**30
     monkeypatch.setattr(Machine, "here", lambda results: node(141, free_disk_gib=needed + 0.01))
@@ -167,7 +164,7 @@ def test_the_disk_that_the_jobs_take_together_must_be_free(root, tmp_path, monke
 
 def test_the_disk_of_two_models_adds_up(root, tmp_path, monkeypatch):
     """Their checkpoints take 226 and 1425 GiB."""
-    configuration = configured(root, {"results": str(tmp_path)})
+    configuration = configured({"results": str(tmp_path)})
     provenance = Provenance(configuration, root / "workflow_scripts")
     monkeypatch.setattr(Machine, "here", lambda results: node(141, free_disk_gib=1500))
     four, twenty_seven = (("train", {"model": name}) for name in ("4B", "27B"))
@@ -186,7 +183,7 @@ def test_the_machine_s_own_disk_and_memory_are_in_gib(tmp_path, monkeypatch):
 
 
 def test_a_warning_is_enough_where_that_is_asked_for(root, tmp_path, monkeypatch, capsys):
-    configuration = configured(root, {"results": str(tmp_path), "preflight": "warn"})
+    configuration = configured({"results": str(tmp_path), "preflight": "warn"})
     monkeypatch.setattr(Machine, "here", lambda results: node(141, free_disk_gib=1))
     check_jobs([("train", {"model": "4B"})], configuration, Provenance(configuration, root / "workflow_scripts"))
     assert re.fullmatch(r"warning: the results need about \d+ GiB of disk and 1 are free\n", capsys.readouterr().err)
@@ -198,7 +195,7 @@ def test_the_table_says_what_the_readme_does(root, monkeypatch):
     figures = [re.search(rf"^\| {row} \| (.+) \|$", readme, re.MULTILINE)[1].split(" | ") for row in
                ("host memory, GiB", "disk for everything, GiB")]  # fmt: skip
     monkeypatch.setattr(Machine, "here", lambda results: node(141, free_disk_gib=600))
-    lines = table(configured(root)).splitlines()
+    lines = table(configured()).splitlines()
     rows = dict(zip(("4B", "9B", "27B", "35B_A3B"), zip(*figures, strict=True), strict=True))
     for name, (memory, disk) in rows.items():
         (line,) = [line for line in lines if line.startswith(f"{name} ")]
@@ -208,10 +205,10 @@ def test_the_table_says_what_the_readme_does(root, monkeypatch):
     assert not any(line.startswith("9B: ") for line in lines)
 
 
-def test_the_table_says_whether_the_gpus_of_other_nodes_would_do(root, monkeypatch):
+def test_the_table_says_whether_the_gpus_of_other_nodes_would_do(monkeypatch):
     """Also without GPUs here, with the recomputation needed there."""
     monkeypatch.setattr(Machine, "here", lambda results: replace(node(141), gpus=()))
-    lines = table(configured(root, {"models": ["4B", "27B", "tiny"]})).splitlines()
+    lines = table(configured({"models": ["4B", "27B", "tiny"]})).splitlines()
     assert re.search(r"recompute +8 x 80 GB +8 x 141 GB +host", lines[2])
     four, twenty_seven, tiny = lines[3:6]
     assert re.search(r" yes, none +yes, none +128 ", four)
@@ -221,25 +218,25 @@ def test_the_table_says_whether_the_gpus_of_other_nodes_would_do(root, monkeypat
     assert "needs 50.1 GiB of each GPU for the engine's weights" in reason
 
 
-def test_a_gpu_of_unknown_memory_is_assumed_to_be_as_configured(root):
+def test_a_gpu_of_unknown_memory_is_assumed_to_be_as_configured():
     untold = replace(node(141), gpus=(None,) * 8)
     faults = {
         gib: shortcomings(
-            configured(root, {"per_model": {"27B": {"hardware": {"gpu_memory_gib": gib}}}}).models["27B"], untold
+            configured({"per_model": {"27B": {"hardware": {"gpu_memory_gib": gib}}}}).models["27B"], untold
         )
         for gib in (80, 141)
     }
     assert faults[141] == []
     assert "gives the engine 40.0 of 80" in faults[80][0]
     told = replace(untold, gpus=(None, 141.0))
-    assert told.gpu_memory_gib(configured(root).models["27B"]) == 141
+    assert told.gpu_memory_gib(configured().models["27B"]) == 141
 
 
 def test_a_conversion_and_an_export_need_host_memory_for_the_weights(root):
     """Both measured values, and little more."""
     lines = map(json.loads, (root / "benchmarks/results/conversion.jsonl").read_text().splitlines())
     measured = [(line["model"], line["value"]) for line in lines if line["name"] == "host_memory_gib"]
-    models = configured(root).models
+    models = configured().models
     assert {name for name, _ in measured} == {"4B", "27B"}
     for name, gib in measured:
         assert gib < host_gib(models[name], "convert") < 1.25 * gib
@@ -265,7 +262,7 @@ def test_the_hub_s_cache_has_a_disk_of_its_own(root, tmp_path, monkeypatch):
     """4B's weights are 8.06 GiB: once in the cache, and converted in the results."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    configuration = configured(root, {"results": str(tmp_path)})
+    configuration = configured({"results": str(tmp_path)})
     jobs = [("download", {"model": "4B"}), ("convert", {"model": "4B"})]
 
     def check(results, cache):
@@ -293,8 +290,8 @@ def test_the_hub_s_cache_has_a_disk_of_its_own(root, tmp_path, monkeypatch):
         check(100, 0.1)
 
 
-def test_a_local_folder_s_weights_take_no_disk(root, tmp_path):
-    model = configured(root, {"per_model": {"4B": {"source": {"folder": str(tmp_path)}}}}).models["4B"]
+def test_a_local_folder_s_weights_take_no_disk(tmp_path):
+    model = configured({"per_model": {"4B": {"source": {"folder": str(tmp_path)}}}}).models["4B"]
     assert disk_gib(model, "download") == 0 < disk_gib(model, "convert")
 
 
@@ -328,8 +325,51 @@ def test_the_cache_is_where_the_client_has_it(monkeypatch, given):
     assert str(hub_cache()) == said.strip()
 
 
-def test_more_gpus_than_a_node_has_are_refused_as_the_settings_are_read(root):
+def test_more_gpus_than_a_node_has_are_refused_as_the_settings_are_read():
     with pytest.raises(
         UserError, match=r"9B: hardware\.gpus: a training takes the GPUs of one node, 8 at most, not 16"
     ):
-        configured(root, {"per_model": {"9B": {"hardware": {"gpus": 16}}}})
+        configured({"per_model": {"9B": {"hardware": {"gpus": 16}}}})
+
+
+def test_preflight_lists_everything_that_is_missing():
+    model = configured().models["27B"]
+    laptop = Machine((), 16, 100, missing_packages=("sglang",), has_compiler=False, has_cuda_toolkit=False)
+    assert shortcomings(model, laptop) == [
+        "needs 8 GPUs and this machine has none",
+        "needs 448 GiB of memory and there are 16",
+        "needs sglang, not installed: run `make setup` on the GPU machine",
+        "needs a C compiler, gcc or clang: install one, or name yours in the variable CC",
+        "needs a CUDA toolkit (nvcc), with which SGLang builds kernels: install one, or set CUDA_HOME",
+    ]
+    node = Machine(gpus=(141.0,) * 8, host_memory_gib=1500, free_disk_gib=4000, missing_packages=())
+    assert shortcomings(model, node) == []
+    small = Machine(gpus=(24.0,) * 8, host_memory_gib=1500, free_disk_gib=4000, missing_packages=())
+    advice = "lower training.max_tokens_per_gpu or engine.mem_fraction_static, or raise parallel.tensor"
+    assert advice in shortcomings(model, small)[0]
+
+
+def test_preflight_finds_the_cuda_toolkit_by_its_variables_or_on_the_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert not Machine.here("results").has_cuda_toolkit
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvcc").touch(mode=0o755)
+    assert Machine.here("results").has_cuda_toolkit
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin")
+    assert Machine.here("results").has_cuda_toolkit
+
+
+def test_preflight_refuses_or_warns(root, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    jobs = [("train", {"model": "9B"})]
+
+    def check(overrides=None):
+        configuration = configured(overrides or ())
+        check_jobs(jobs, configuration, Provenance(configuration, root / "workflow_scripts"))
+
+    with pytest.raises(UserError, match=r"9B needs 8 GPUs .*preflight: warn. in the configuration starts it anyway"):
+        check()
+    check({"preflight": "warn"})
+    assert capsys.readouterr().err.startswith("warning: 9B needs 8 GPUs")

@@ -6,7 +6,8 @@ import train
 from milepost.common.errors import UserError
 from milepost.configuration import code, runs
 from milepost.configuration.code import user_code_digest
-from milepost.configuration.loading import Layer, load, user_layers
+from milepost.configuration.layers import Layer, user_layers
+from milepost.configuration.loading import load
 from milepost.configuration.provenance import Provenance
 from milepost.configuration.schema import Reward
 

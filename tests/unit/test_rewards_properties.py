@@ -2,13 +2,10 @@
 
 import re
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from answered import graded
-from milepost.configuration.schema import Reward
-from milepost.rewards.grader import Grader
 
 PIECE = re.compile(r"\\[A-Za-z]+|\\.|[0-9]*\.?[0-9]+|[A-Za-z]+|.", re.DOTALL)
 SPACES = [" ", r"\,", r"\;", r"\ ", "~", r"\:"]
@@ -37,12 +34,6 @@ RIGHT = [
     *((r"(0,1)\cup(2,3)", r"(2,3)\cup(0,1)"), (r"{1\over4}", "0.25"), (r"90^\circ", "90"), ("|-33|", "33")),
     ("6-5i", "-5i+6"),
 ]
-
-
-@pytest.fixture(scope="module")
-def grader():
-    with Grader(Reward(max_seconds=10)) as grader:
-        yield grader
 
 
 def pieces(answer):
@@ -78,9 +69,9 @@ def rewritten(draw, answers):
 
 @settings(max_examples=1000, deadline=None, derandomize=True)
 @given(rewritten(WRONG))
-def test_no_rewriting_makes_a_wrong_answer_right(grader, pair):
+def test_no_rewriting_makes_a_wrong_answer_right(math_grader, pair):
     answer, label = pair
-    [verdict] = graded(grader, [(f"</think>\\boxed{{{answer}}}", label)])
+    [verdict] = graded(math_grader, [(f"</think>\\boxed{{{answer}}}", label)])
     assert not verdict.correct
 
 
@@ -100,7 +91,7 @@ def respaced(draw):
 
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(respaced())
-def test_no_spaces_or_braces_make_a_right_answer_wrong(grader, pair):
+def test_no_spaces_or_braces_make_a_right_answer_wrong(math_grader, pair):
     answer, label = pair
-    [verdict] = graded(grader, [(f"</think>\\boxed{{{answer}}}", label)])
+    [verdict] = graded(math_grader, [(f"</think>\\boxed{{{answer}}}", label)])
     assert verdict.correct

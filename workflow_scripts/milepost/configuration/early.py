@@ -56,9 +56,9 @@ def check_inputs(jobs: Sequence[Job], configuration: Configuration, provenance: 
             _check_folder(wildcards["model"], configuration)
         elif rule == "train":
             settings = configuration.models[wildcards["model"]]
-            trained_on = configuration.datasets[settings.training.dataset]
-            labels = labels_of(wildcards["model"], settings.training.dataset)
-            check_rows(settings.training.dataset, trained_on.max_bad_share, labels)
+            for name in settings.training.datasets:
+                labels = labels_of(wildcards["model"], name)
+                check_rows(name, configuration.datasets[name].max_bad_share, labels)
             if settings.validation.interval:
                 labels = labels_of(wildcards["model"], settings.validation.dataset)
                 check_rows(settings.validation.dataset, 0.0, labels)

@@ -10,7 +10,8 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from milepost.common.files import atomic_write
-from milepost.configuration.loading import SHARED, read_yaml
+from milepost.configuration.layers import read_yaml
+from milepost.configuration.loading import SHARED
 from milepost.configuration.rewards import Part
 from milepost.configuration.schema import Model, Root
 
@@ -87,8 +88,8 @@ def _type(schema: dict[str, Any]) -> str:
         return " \\| ".join(str(value) for value in schema["enum"])
     if "const" in schema:
         return str(schema["const"])
-    if "anyOf" in schema:
-        return " or ".join(_type(option) for option in schema["anyOf"]).replace("null", "none")
+    if options := schema.get("anyOf") or schema.get("oneOf"):
+        return " or ".join(map(_type, options)).replace("null", "none")
     if "$ref" in schema:
         return f"section {schema['$ref'].rsplit('/', 1)[1]}"
     if schema.get("type") == "array":

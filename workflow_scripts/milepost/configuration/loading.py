@@ -1,4 +1,4 @@
-"""Read the YAML files and the command line, and check them: the result is one `Configuration`.
+"""Validate the settings in the YAML files and on the command line; the result is one `Configuration`.
 
 The settings of one model come in layers. Each layer overrides those before it:
 
@@ -8,49 +8,46 @@ The settings of one model come in layers. Each layer overrides those before it:
 4. ``per_model: {<model>: ...}`` in config.yaml, then in local.yaml;
 5. each ``--configfile``, then ``--config``: first its shared sections, then its ``per_model``.
 
-So what is given later always wins, and within one file or command line ``per_model`` wins over the shared sections.
-Every error is a `UserError` of one line that names the file, the key, the value and what is allowed.
+So later layers always win, and within one file or command line ``per_model`` wins over the shared sections.
+`configuration.layers` reads and merges them. Every error is a one-line `UserError` that names the file, the key, the
+value and what is allowed.
 """
 
-import copy
 import difflib
-import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from milepost.common.errors import UserError
 from milepost.configuration import layout
+from milepost.configuration.layers import (
+    Layer,
+    culprit,
+    merge_layers,
+    origin_of,
+    read_layer,
+    read_yaml,
+    shown_path,
+    value_at,
+)
 from milepost.configuration.rewards import Labels
-from milepost.configuration.schema import NAME, Dataset, Model, ModelSource, Plots, Reward, Root
+from milepost.configuration.schema import NAME, Dataset, Model, Plots, Reward, Root
 
-# Keys that take one another's place: where something is from, and what a reward is.
-ALTERNATIVES = (frozenset(ModelSource.places + Dataset.places), frozenset(Reward.ways))
-RETYPED = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float")}
 SHARED = tuple(name for name in Model.model_fields if name not in ("source", "architecture"))
-TAKEN = {  # names of targets (train_all), and of folders that lie beside those of the models
+TAKEN = {  # names of targets (train_all) and of the folders beside the models' own
     *("all", "data", "hub", "jobs", "logs", "benchmarks", "caches", "tables", "plots"),
 }
-EXPECTED = {  # our words where pydantic's own speak of Python types
+EXPECTED = {  # replaces pydantic's messages about Python types
     "model_type": "a section of settings is expected",
     "dict_type": "a section of settings is expected",
     "list_type": "a list is expected",
     "tuple_type": "a list is expected",
 }
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Settings from one source: where they are written, and what they say."""
-
-    origin: str
-    content: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -61,11 +58,11 @@ class Configuration:
         listed: the models that the ``*_all`` targets and the report cover.
         run: the name of the training run.
         results: the folder that all results go to.
-        preflight: whether to refuse jobs that this machine seems too small for, or only to warn.
+        preflight: whether to refuse jobs that do not seem to fit this machine, or only to warn.
         datasets: name -> where a problem set comes from.
-        models: name -> settings, one for every file in config/models/ and in the user's ``models_folder``.
-        faults: name -> the error in a model that is not listed; it is raised only when that model is used.
-        plots: how plots look.
+        models: name -> settings, one for each valid file in config/models/ and in the user's ``models_folder``.
+        faults: name -> the error in a model that is not listed; it is raised only if that model is used.
+        plots: the style of the plots.
         answers: the file that check_reward grades.
     """
 
@@ -81,22 +78,22 @@ class Configuration:
 
     @property
     def scored(self) -> set[str]:
-        """The problem sets that listed models are evaluated or validated on: each row of these must be usable."""
+        """The problem sets that listed models are evaluated or validated on; every row of these must be usable."""
         return set().union(*(self.models[name].scored_sets for name in self.listed))
 
     def reward(self, model: str, dataset: str) -> Reward:
-        """What a model's responses to a problem set are graded by: the set's own reward, or else the model's."""
+        """The reward for a model's responses to a problem set: the set's own if it has one, else the model's."""
         return self.datasets[dataset].reward or self.models[model].reward
 
     def rewards(self) -> list[Reward]:
-        """Each reward that grades a listed model's responses, once."""
+        """The distinct rewards that grade listed models' responses."""
         used = [
             self.reward(name, dataset) for name in self.listed for dataset in sorted(self.models[name].problem_sets)
         ]
         return [reward for number, reward in enumerate(used) if reward not in used[:number]]
 
     def labels(self, dataset: str) -> Labels:
-        """How the labels of a problem set are read while it is fetched: by the least strict reward that grades it."""
+        """How to read the labels of a problem set when it is fetched: by the least strict reward that grades it."""
         read = {
             self.reward(name, dataset).labels for name, model in self.models.items() if dataset in model.problem_sets
         }
@@ -106,25 +103,25 @@ class Configuration:
 def load(
     shared: Path, models_folder: Path, user: Sequence[Layer] | dict[str, Any], local: Path | None = None
 ) -> Configuration:
-    """Read and check everything.
+    """Read and validate all settings.
 
     Args:
         shared: config/config.yaml.
         models_folder: config/models, one file per model.
-        user: what the command line gives (`user_layers`), or a mapping that stands for ``--config``.
+        user: the layers of the command line (`user_layers`), or a mapping in place of ``--config``.
         local: config/local.yaml, read if it exists.
     """
-    kept = [_layer(shared)]
+    kept = [read_layer(shared)]
     if local and local.exists():
-        kept.append(_layer(local))
+        kept.append(read_layer(local))
     if isinstance(user, dict):
         user = [Layer("--config", user)]
     root = _check(Root, [*kept, *user], kept[0])
-    files = _model_files(models_folder, root.models_folder, _origin([*kept, *user], ("models_folder",)))
+    files = _model_files(models_folder, root.models_folder, origin_of([*kept, *user], ("models_folder",)))
     for key in [*(("models", name) for name in root.models), *(("per_model", name) for name in root.per_model)]:
         if key[1] not in files:
             raise UserError(
-                f"{_origin([*kept, *user], key)}: {key[0]}: unknown model {key[1]!r}{nearest(key[1], files)}"
+                f"{origin_of([*kept, *user], key)}: {key[0]}: unknown model {key[1]!r}{nearest(key[1], files)}"
             )
     models, faults = {}, {}
     for name, (origin, file) in files.items():
@@ -147,17 +144,13 @@ def load(
     )
 
 
-def _layer(file: Path) -> Layer:
-    return Layer(_name(file), read_yaml(file, _name(file)))
-
-
 def _model_files(shipped: Path, own: str | None, origin: str) -> dict[str, tuple[str, Path]]:
-    """Name -> (the path as the user knows it, the file), of config/models/ and of the user's ``models_folder``."""
-    files = {file.stem: (_name(file), file) for file in sorted(shipped.glob("*.yaml"))}
+    """Name -> (the path that errors show, the file), from config/models/ and from the user's ``models_folder``."""
+    files = {file.stem: (shown_path(file), file) for file in sorted(shipped.glob("*.yaml"))}
     if own is not None:
         folder = Path(own).expanduser()
         if not folder.is_dir():
-            raise UserError(f"{origin}: models_folder: no such folder: {own}")
+            raise UserError(f"{origin}: models_folder: no such folder: {own}: create it, or correct the path")
         for file in sorted(folder.glob("*.yaml")):
             if file.stem in files:
                 raise UserError(
@@ -171,68 +164,13 @@ def _model_files(shipped: Path, own: str | None, origin: str) -> dict[str, tuple
     return files
 
 
-def user_layers(files: Sequence[Path], given: dict[str, Any], folder: Path | None = None) -> list[Layer]:
-    """The settings of each ``--configfile``, in order, and then of ``--config``.
-
-    Args:
-        files: the files that ``--configfile`` names.
-        given: what Snakemake made of ``--config``. It leaves nested values as text; they are read as YAML reads them.
-        folder: where the user runs Snakemake: files below it are named by their path from there.
-    """
-
-    def typed(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: typed(content) for key, content in value.items()}
-        if isinstance(value, list):
-            return [typed(content) for content in value]
-        plain = isinstance(value, str) and yaml.resolver.Resolver().resolve(yaml.ScalarNode, value, (True, False))
-        return yaml.safe_load(value) if value and plain in RETYPED else value
-
-    layers = [
-        Layer(str(file.relative_to(folder) if folder and file.is_relative_to(folder) else file), read_yaml(file))
-        for file in files
-    ]
-    content = {key: typed(value) if isinstance(value, dict | list) else value for key, value in given.items()}
-    return [*layers, Layer("--config", content)] if content else layers
-
-
-def read_yaml(path: Path, origin: str | None = None) -> dict[str, Any]:
-    """The settings in a YAML file, which errors call ``origin``; a file of nothing but comments has none."""
-    origin = origin or str(path)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise UserError(f"{origin}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{origin}: can't be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{origin}: a mapping of settings is expected, not {type(content).__name__}")
-    return content
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a mapping with the same key twice, of which YAML silently keeps the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"a second {key.value!r}", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def _model(name: str, own: Layer, kept: Sequence[Layer], user: Sequence[Layer], datasets: dict[str, Dataset]) -> Model:
     """The settings of one model.
 
     Args:
         own: the model's file.
         kept: config.yaml, and local.yaml if there is one.
-        user: what the command line gives.
+        user: the layers of the command line.
     """
 
     def shared(layer: Layer) -> Layer:
@@ -247,27 +185,26 @@ def _model(name: str, own: Layer, kept: Sequence[Layer], user: Sequence[Layer], 
     layers += [part for layer in user for part in (shared(layer), *particular(layer))]
     model = _check(Model, layers, own)
     if fault := layout.fault(model):
-        where = _culprit(layers, own, lambda content: layout.fault(Model.model_validate(content)) is not None)
-        where = where or f"{_origin(layers, tuple(fault.key.split('.')))}: {fault.key}"
+        where = culprit(layers, own, lambda content: layout.fault(Model.model_validate(content)) is not None)
+        where = where or f"{origin_of(layers, tuple(fault.key.split('.')))}: {fault.key}"
         said = fault.message if where.endswith(f": {fault.key}") else str(fault)
         raise UserError(f"{where}: {said} (of {name}; settings of one model alone belong to per_model)")
     for key, names in (
-        (("training", "dataset"), [model.training.dataset]),
+        (("training", "dataset"), model.training.datasets),
         (("validation", "dataset"), [model.validation.dataset]),
         (("evaluation", "datasets"), model.evaluation.datasets),
     ):
         for dataset in names:
             if dataset not in datasets:
-                raise UserError(
-                    f"{_origin(layers, key)}: {'.'.join(key)}: unknown dataset {dataset!r}{nearest(dataset, datasets)}"
-                )
+                where = f"{origin_of(layers, key)}: {'.'.join(key)}"
+                raise UserError(f"{where}: unknown dataset {dataset!r}{nearest(dataset, datasets)}")
     return model
 
 
 def _check(kind: type[BaseModel], layers: Sequence[Layer], own: Layer) -> Any:
-    """Merge all layers and validate them as one ``kind``; ``own`` is the layer that only this kind reads."""
-    merged = _merged(layers)
-    # The shared sections are checked with each model that they are part of.
+    """Merge the layers and validate them as a ``kind``; ``own`` is the layer that a missing key belongs in."""
+    merged = merge_layers(layers)
+    # The shared sections are validated as part of each model.
     if kind is Root:
         merged = {key: value for key, value in merged.items() if key not in SHARED}
     try:
@@ -276,70 +213,21 @@ def _check(kind: type[BaseModel], layers: Sequence[Layer], own: Layer) -> Any:
         first = error.errors()[0]
         key = _written(first["loc"], merged) if first["type"] != "missing" else tuple(map(str, first["loc"]))
         known = [*kind.model_fields, *(SHARED if kind is Root else ())] if len(key) == 1 else _keys(kind, key[:-1])
-        origin = _home(layers, key, own) if first["type"] == "missing" else _origin(layers, key)
+        origin = _home(layers, key, own) if first["type"] == "missing" else origin_of(layers, key)
         raise UserError(f"{origin}: {'.'.join(key) or kind.__name__}: {_say(first, key, known)}") from None
 
 
-def _merged(layers: Iterable[Layer]) -> dict[str, Any]:
-    return functools.reduce(merge, (layer.content for layer in layers), {})
-
-
 def _home(layers: Sequence[Layer], key: tuple[str, ...], own: Layer) -> str:
-    """Where a missing key belongs: in config.yaml if it is of a shared section, else with the rest of its section."""
+    """Where a missing key belongs: in config.yaml if its section is shared, else in the layer that has its section."""
     *section, _ = key
     if key[0] in SHARED and len(section) < 2:
         return layers[0].origin
-    began = [layer.origin for layer in layers if section and isinstance(_at(layer.content, section), dict)]
+    began = [layer.origin for layer in layers if section and isinstance(value_at(layer.content, section), dict)]
     return [*began, own.origin][0]
 
 
-def _culprit(layers: Sequence[Layer], own: Layer, is_wrong: Callable[[dict[str, Any]], bool]) -> str | None:
-    """The layer that makes settings wrong which were right without it, and if possible its one key that does.
-
-    Settings that contradict each other may all be to blame; the one that was added last is. None if config.yaml and
-    the model's file are wrong by themselves, or incomplete.
-    """
-
-    def wrong(layers: Iterable[Layer]) -> bool:
-        return is_wrong(_merged(layers))
-
-    try:
-        taken = [layers[0], own]
-        if wrong(taken):
-            return None
-        for layer in layers:
-            if layer in taken:
-                continue
-            taken = [other for other in layers if other in taken or other is layer]
-            if wrong(taken):
-                for key in _leaves(layer.content):
-                    without = Layer(layer.origin, _without(layer.content, key))
-                    if not wrong(without if other is layer else other for other in taken):
-                        return f"{layer.origin}: {'.'.join(key)}"
-                return layer.origin
-    except ValidationError:
-        pass
-    return None
-
-
-def _leaves(content: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The keys of all values that are not themselves sections."""
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, (*above, key))
-        else:
-            yield (*above, key)
-
-
-def _without(content: dict[str, Any], key: tuple[str, ...]) -> dict[str, Any]:
-    first, *rest = key
-    if not rest:
-        return {name: value for name, value in content.items() if name != first}
-    return content | {first: _without(content[first], tuple(rest))}
-
-
 def _written(place: tuple[int | str, ...], content: Any) -> tuple[str, ...]:
-    """The key that the user wrote: pydantic's location, without the name of the type that it tried."""
+    """The key as the user wrote it: pydantic's location without the type names that it adds for unions."""
     key: list[str] = []
     for part in place:
         try:
@@ -375,49 +263,9 @@ def _keys(kind: type[BaseModel], path: tuple[str, ...]) -> list[str]:
     return list(kind.model_fields)
 
 
-def _origin(layers: Sequence[Layer], key: tuple[str, ...]) -> str:
-    """The layer that set the value at ``key``, or failing that a section around it."""
-    for depth in range(len(key), 0, -1):
-        for layer in reversed(layers):
-            section = _at(layer.content, key[: depth - 1])
-            if isinstance(section, dict) and key[depth - 1] in section:
-                return layer.origin
-    return layers[0].origin
-
-
-def _at(content: Any, key: Iterable[str]) -> Any:
-    """The value at ``key``, None if there is none."""
-    for part in key:
-        content = content.get(part) if isinstance(content, dict) else None
-    return content
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
     """``, did you mean 'rollouts'?``: the entry of ``known`` that is closest to ``name``, or all if none is close."""
     known = [*known]
     short = [key for key in known if key.startswith(name) or "".join(word[0] for word in key.split("_")) == name]
     close = short or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-
-
-def _name(path: Path) -> str:
-    """A file of the project's as the user knows it: config/config.yaml, config/models/9B.yaml."""
-    return path.as_posix()[path.as_posix().rfind("config/") :] if "config/" in path.as_posix() else path.name
-
-
-def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``under`` with the values of ``over``: mappings are merged, everything else is replaced. Neither is changed.
-
-    A source (``source``, or an entry of ``datasets``) has one place, so another place replaces the first. A reward is
-    one kind, function or sum likewise.
-    """
-    result = copy.copy(under)
-    for key, value in over.items():
-        old = result.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
-            replaced = {name for keys in ALTERNATIVES if keys & value.keys() for name in keys - value.keys()}
-            old = {name: content for name, content in old.items() if name not in replaced}
-            result[key] = merge(old, value)
-        else:
-            result[key] = value
-    return result

@@ -255,13 +255,18 @@ class Provenance:
     def _train(self, model: str) -> Parts:
         settings = self._configuration.models[model]
         config = {section: getattr(settings, section) for section in TRAIN_SECTIONS}
-        config |= _graded_by(self._configuration.reward(model, settings.training.dataset))
+        sets = settings.training.datasets
+        graded_by = {name: _graded_by(self._configuration.reward(model, name)) for name in sets}
+        config |= graded_by[sets[0]]
+        if others := {name: by for name, by in graded_by.items() if by != graded_by[sets[0]]}:
+            config["reward_of"] = {name: by["reward"] for name, by in others.items()}
+            config["reward_code"] = {k: v for by in graded_by.values() for k, v in by.get("reward_code", {}).items()}
         config["training"] = settings.training.model_dump(mode="json", exclude={"on_code_change"})  # see `job`
         config["hardware"] = settings.hardware.model_dump(mode="json", include={"gpus", "processes"})
         upstream = {
             "download": ("download", {"model": model}),
             "convert": ("convert", {"model": model}),
-            "dataset": ("dataset", {"name": settings.training.dataset}),
+            **{"dataset" if len(sets) == 1 else f"dataset {name}": ("dataset", {"name": name}) for name in sets},
         }
         if settings.validation.interval:
             upstream["validation"] = ("dataset", {"name": settings.validation.dataset})

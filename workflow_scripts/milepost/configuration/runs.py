@@ -61,12 +61,19 @@ def identity(job: dict[str, Any]) -> dict[str, Any]:
     """What a run and a job must share for the job to continue it: settings that decide numbers, and inputs."""
     return {
         "config": {
-            section: {key: value for key, value in content.items() if key not in (CONTINUES.get(section) or ())}
+            section: _deciding(section, content)
             for section, content in job["config"].items()
             if CONTINUES.get(section, ()) is not None
         },
         "inputs": {name: content for name, content in job["inputs"].items() if name != "validation"},
     }
+
+
+def _deciding(section: str, content: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a section that decide numbers."""
+    if section == "reward_of":
+        return {dataset: _deciding("reward", reward) for dataset, reward in content.items()}
+    return {key: value for key, value in content.items() if key not in CONTINUES.get(section, ())}
 
 
 def rollouts(folder: Path) -> int:

@@ -79,7 +79,7 @@ class Model(Section):
     @property
     def problem_sets(self) -> set[str]:
         """The problem sets that it is trained, validated and evaluated on."""
-        return {self.training.dataset, *self.scored_sets}
+        return {*self.training.datasets, *self.scored_sets}
 
 
 def _not_base(name: str) -> str:

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 
 class Section(BaseModel):
@@ -36,6 +36,11 @@ def _without_repeats(values: list) -> list:
 
 
 EachOnce = AfterValidator(_without_repeats)
+# One name or several: told apart by the value's type, so that an error is about what the user meant.
+Names = Annotated[
+    Annotated[Name, Tag("name")] | Annotated[list[Name], EachOnce, Field(min_length=1), Tag("names")],
+    Discriminator(lambda given: "names" if isinstance(given, list) else "name"),
+]
 
 
 def _is_color(value: str) -> str:

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
-from milepost.configuration.section import Name, NonNegative, Section, Share, TopK
+from milepost.configuration.section import Name, Names, NonNegative, Positive, Section, Share, TopK
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Recompute = Literal["full", "selective", "none"]
@@ -82,7 +82,12 @@ class Optimizer(Section):
 class Training(Section):
     """The data, the batches and the length of a training, and the memory that it takes."""
 
-    dataset: Name = Field(description="the problem set to train on, a name under `datasets`")
+    dataset: Names = Field(description="the problem set to train on, a name under `datasets`, or a list of several")
+    weights: list[Positive] | None = Field(
+        None,
+        description="share of the prompts that each of several sets gives, relative to the others; none: as many as its"
+        " rows",
+    )
     prompts_per_rollout: PositiveInt = Field(description="prompts that each rollout samples answers to")
     samples_per_prompt: Annotated[int, Field(ge=2)] = Field(description="answers to each prompt: one group")
     global_batch: PositiveInt = Field(
@@ -111,6 +116,20 @@ class Training(Section):
         description="if the training's code or a package's version changed: begin a new run beside the old one (new),"
         " or go on with an unfinished run and keep a finished one (continue)",
     )
+
+    @property
+    def datasets(self) -> list[str]:
+        """The names of all sets to train on."""
+        return [self.dataset] if isinstance(self.dataset, str) else self.dataset
+
+    @field_validator("weights")
+    @classmethod
+    def _one_for_each_set(cls, weights: list[float] | None, given: ValidationInfo) -> list[float] | None:
+        names = given.data.get("dataset")  # missing if it is wrong itself
+        sets = len(names) if isinstance(names, list) else 1
+        if weights and names and len(weights) != sets:
+            raise ValueError(f"has to have one number for each set that dataset names, which are {sets}")
+        return weights
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:

@@ -1,4 +1,7 @@
-"""The prompts of a run: read strictly, shuffled once an epoch, handed out by a cursor that is part of the run state."""
+"""The prompts of a run: read strictly, each set shuffled once an epoch of its own, and the sets mixed.
+
+What was handed out is part of the run state (`PromptCursor.state`), so a resumed run goes on with the very next prompt.
+"""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -19,6 +22,7 @@ class Prompt:
     """One training problem.
 
     Attributes:
+        dataset: the name of its set.
         line: where it stands in the file, from 1.
         ids: its chat as token ids.
         label: the answer that earns the reward; None where the reward needs none.
@@ -26,6 +30,7 @@ class Prompt:
         row: the data set's whole row, for the reward.
     """
 
+    dataset: str
     line: int
     ids: list[int]
     label: str | None
@@ -46,9 +51,9 @@ class Intake:
 
 
 def load_prompts(
-    data: Manifest, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, labels: str = "math"
+    name: str, data: Manifest, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, labels: str = "math"
 ) -> tuple[list[Prompt], Intake]:
-    """Read and encode the problems of a data set, their labels as ``labels`` says (`common.labels.READERS`).
+    """Read and encode the problems of the data set ``name``, their labels as ``labels`` says (`common.labels.READERS`).
 
     Rows that are no problem and prompts of more than ``sampling.max_prompt_tokens`` tokens are set aside and counted.
     A larger share of bad rows than the data set's ``max_bad_share``, another number of rows than it names, or no usable
@@ -59,6 +64,7 @@ def load_prompts(
     problems, bad = load_problem_set(file, settings, labels)
     encoded = [
         Prompt(
+            dataset=name,
             line=problem.line,
             ids=encode_prompt(tokenizer, problem.messages, sampling.enable_thinking),
             label=problem.label,
@@ -75,43 +81,70 @@ def load_prompts(
     return prompts, Intake(used=len(prompts), bad=len(bad), too_long=len(encoded) - len(prompts))
 
 
-class PromptCursor:
-    """Hands out every prompt once an epoch, in an order of the epoch's own that the seed decides.
+class PromptSet:
+    """The prompts of one data set: each is handed out once an epoch, in an order that seed and epoch decide."""
 
-    The state is a few numbers, so that a resumed run goes on with the very next prompt.
+    def __init__(self, prompts: list[Prompt], seed: str) -> None:
+        self.prompts, self.seed = prompts, seed
+        self.go_to(epoch=0, position=0)
+
+    @property
+    def taken(self) -> int:
+        """How many prompts were handed out in all epochs so far."""
+        return self.epoch * len(self.prompts) + self.position
+
+    def take(self) -> Prompt:
+        """The next prompt; after the last one of an epoch a new one begins."""
+        if self.position == len(self.prompts):
+            self.go_to(self.epoch + 1, position=0)
+        self.position += 1
+        return self.prompts[self._order[self.position - 1]]
+
+    def go_to(self, epoch: int, position: int) -> None:
+        """Continue after ``position`` prompts of an epoch."""
+        self.epoch, self.position = epoch, position
+        self._order = list(range(len(self.prompts)))
+        random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
+
+
+class PromptCursor:
+    """Hands out the prompts of one set, or of several in fixed shares.
+
+    The next prompt comes from the set that is furthest behind its share, so that every rollout holds the shares as
+    closely as whole prompts can, and the order depends on nothing but the seed.
     """
 
-    def __init__(self, prompts: list[Prompt], seed: int) -> None:
-        self.prompts, self.seed = prompts, seed
-        self.epoch = self.position = 0
-        self._order = self._shuffled()
+    def __init__(self, sets: Mapping[str, list[Prompt]], seed: int, weights: Sequence[float] | None = None) -> None:
+        """``weights`` are relative to each other, one for each set; None takes the numbers of prompts."""
+        weights = weights or [len(prompts) for prompts in sets.values()]
+        self._shares = {name: weight / sum(weights) for name, weight in zip(sets, weights, strict=True)}
+        # Sets of equal size must not run through the same order.
+        seeds = [f"{seed}/{place}" if place else str(seed) for place in range(len(sets))]
+        self._sets = {name: PromptSet(sets[name], own) for name, own in zip(sets, seeds, strict=True)}
 
     def take(self, number: int) -> list[Prompt]:
-        """The next ``number`` prompts; a new epoch begins wherever one ends."""
-        taken = []
-        for _ in range(number):
-            if self.position == len(self.prompts):
-                self.epoch, self.position = self.epoch + 1, 0
-                self._order = self._shuffled()
-            taken.append(self.prompts[self._order[self.position]])
-            self.position += 1
-        return taken
+        """The next ``number`` prompts."""
+        return [self._next_set().take() for _ in range(number)]
 
-    def state(self) -> dict[str, Any]:
-        """Where the cursor stands, and among how many prompts."""
-        return {"epoch": self.epoch, "position": self.position, "prompts": len(self.prompts)}
+    def state(self) -> dict[str, dict[str, int]]:
+        """For each set: the epoch, its prompts handed out in that epoch, and how many prompts it has."""
+        return {
+            name: {"epoch": one.epoch, "position": one.position, "prompts": len(one.prompts)}
+            for name, one in self._sets.items()
+        }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go to where `state` was taken; other data than it was taken from is a `UserError`."""
-        if state["prompts"] != len(self.prompts):
-            raise UserError(
-                f"the run was begun with {state['prompts']} prompts, the data set now has {len(self.prompts)}:"
-                " put the data back, or start a run of another name"
-            )
-        self.epoch, self.position = state["epoch"], state["position"]
-        self._order = self._shuffled()
+    def restore(self, state: Mapping[str, Mapping[str, int]]) -> None:
+        """Go to where ``state`` was taken; `UserError` if it was taken from other data."""
+        for name, one in self._sets.items():
+            before = state[name]["prompts"]
+            if before != len(one.prompts):
+                raise UserError(
+                    f"the run was begun with {before} prompts of {name}, the data set now has {len(one.prompts)}: put"
+                    " the data back, or start a run of another name"
+                )
+            one.go_to(state[name]["epoch"], state[name]["position"])
 
-    def _shuffled(self) -> list[int]:
-        order = list(range(len(self.prompts)))
-        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
-        return order
+    def _next_set(self) -> PromptSet:
+        after = 1 + sum(one.taken for one in self._sets.values())
+        behind = {name: self._shares[name] * after - one.taken for name, one in self._sets.items()}
+        return self._sets[max(behind, key=behind.__getitem__)]

@@ -4,7 +4,7 @@ Token ids go in and token ids come out; nothing is tokenised again.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ class Sample:
         """The sample as a line of samples.jsonl."""
         return {
             "rollout": rollout,
+            "dataset": self.prompt.dataset,
             "line": self.prompt.line,
             "prompt": prompt_text,
             "response": self.text,
@@ -106,7 +107,7 @@ class Sampler:
     engine: RolloutEngine
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
-    grader: Grader
+    graders: Mapping[str, Grader]  # by training set
     cursor: PromptCursor
     interrupts: Interrupts
 
@@ -147,12 +148,21 @@ class Sampler:
 
     def _graded(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Sample]:
         texts = [decode(self.tokenizer, completion.token_ids) for completion in completions]
-        think_block = self.grader.settings.think_block
-        responses = [
-            Response.of(prompt, text, completion.finish, len(completion.token_ids), think_block)
-            for prompt, completion, text in zip(prompts, completions, texts, strict=True)
-        ]
-        verdicts = self.grader.grade(responses)
+        verdicts: list[Verdict | None] = [None] * len(texts)
+        for grader in dict.fromkeys(self.graders.values()):
+            its = [place for place, prompt in enumerate(prompts) if self.graders[prompt.dataset] is grader]
+            responses = [
+                Response.of(
+                    prompts[place],
+                    texts[place],
+                    completions[place].finish,
+                    len(completions[place].token_ids),
+                    grader.settings.think_block,
+                )
+                for place in its
+            ]
+            for place, verdict in zip(its, grader.grade(responses), strict=True):
+                verdicts[place] = verdict
         return [Sample(*parts) for parts in zip(prompts, completions, texts, verdicts, strict=True)]
 
 
@@ -186,28 +196,42 @@ def statistics(samples: Sequence[Sample], group_size: int) -> dict[str, float]:
     """The metrics of a rollout that need no model.
 
     ``pass_rate`` is the share of prompts that at least one sample solved, ``groups_without_spread`` the share of
-    prompts whose samples all earned the same, which teach nothing; ``reward_<name>`` is the mean of a sum's part, and
+    prompts whose samples all earned the same, which teach nothing; ``reward_<part>`` is the mean of a sum's part, and
     ``grading_failed_share`` the share of samples that could not be graded. With speculative decoding
     ``acceptance_length`` is the number of tokens per forward pass of the model, ``acceptance_rate`` the share of
-    drafted tokens that are kept.
+    drafted tokens that are kept. Where the prompts are of several sets, ``<metric>/<set>`` is a set's own, and
+    ``prompts/<set>`` the number of its prompts.
     """
+    sets = {
+        name: [s for s in samples if s.prompt.dataset == name] for name in sorted({s.prompt.dataset for s in samples})
+    }
+    found = _statistics(samples, group_size) | _acceptance([sample.completion for sample in samples])
+    if len(sets) > 1:
+        for name, its in sets.items():
+            found[f"prompts/{name}"] = len(its) // group_size
+            found |= {f"{metric}/{name}": value for metric, value in _statistics(its, group_size).items()}
+    return found
+
+
+def _statistics(samples: Sequence[Sample], group_size: int) -> dict[str, float]:
     rewards = _rewards(samples, group_size)
     solved = torch.tensor([sample.verdict.correct for sample in samples]).view(-1, group_size)
     lengths = [len(sample.completion.token_ids) for sample in samples]
+    parts: dict[str, list[float]] = {}
+    for sample in samples:
+        for name, part in sample.verdict.parts.items():
+            parts.setdefault(name, []).append(part.reward)
     return {
         "reward_mean": rewards.mean().item(),
         "reward_min": rewards.min().item(),
         "reward_max": rewards.max().item(),
-        **{
-            f"reward_{name}": sum(sample.verdict.parts[name].reward for sample in samples) / len(samples)
-            for name in samples[0].verdict.parts
-        },
+        **{f"reward_{name}": sum(values) / len(values) for name, values in parts.items()},
         "pass_rate": solved.any(dim=1).double().mean().item(),
         "grading_failed_share": sum(sample.verdict.failed for sample in samples) / len(samples),
         "groups_without_spread": 1.0 - has_spread(rewards).double().mean().item(),
         "response_length_mean": sum(lengths) / len(lengths),
         "truncated_share": sum(sample.completion.finish == "length" for sample in samples) / len(samples),
-    } | _acceptance([sample.completion for sample in samples])
+    }
 
 
 def _acceptance(completions: Sequence[Completion]) -> dict[str, float]:

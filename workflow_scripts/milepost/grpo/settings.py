@@ -1,5 +1,7 @@
 """The settings of a training as one object, which travels through all of it."""
 
+from pydantic import Field
+
 from milepost.configuration import schema
 
 
@@ -15,11 +17,16 @@ class Settings(schema.Section):
     sampling: schema.Sampling
     engine: schema.Engine
     experts: schema.Experts
-    reward: schema.Reward
+    reward: schema.Reward  # of the first training set
+    reward_of: dict[str, schema.Reward] = Field({})  # of other training sets, where it is another one
     reward_code: dict[str, str] | None = None  # of a user's functions, by file: it decides which run goes on
     validation_reward: schema.Reward | None = None  # where it is another one
     validation_reward_code: dict[str, str] | None = None
     hardware: schema.Hardware
+
+    def graded_by(self, dataset: str) -> schema.Reward:
+        """The reward of a training set's responses."""
+        return self.reward_of.get(dataset, self.reward)
 
     @property
     def validated_by(self) -> schema.Reward:
