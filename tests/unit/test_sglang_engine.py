@@ -31,7 +31,7 @@ SERVER_ARGS = """
 
     @dataclasses.dataclass
     class ServerArgs:
-        model_path: str; host: str; port: int; api_key: str; tp_size: int; ep_size: int; base_gpu_id: int
+        model_path: str; dtype: str; host: str; port: int; api_key: str; tp_size: int; ep_size: int; base_gpu_id: int
         mem_fraction_static: float; enable_memory_saver: bool; disable_radix_cache: bool
         disable_prefill_cuda_graph: bool; skip_tokenizer_init: bool; enable_multimodal: bool
         mm_attention_backend: str; grammar_backend: str; sampling_backend: str; log_level_http: str
@@ -367,8 +367,10 @@ def test_a_server_sets_memory_aside_for_its_share_of_the_requests(package, tmp_p
     monkeypatch.setenv("PYTHONPATH", str(package))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     settings = section("engine", max_running_requests=wanted)
-    engine = sglang_engine.start(Path("model"), settings, tmp_path, max_requests=9)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_5_text", "hidden_size": 64}')
+    engine = sglang_engine.start(tmp_path, settings, tmp_path / "logs", max_requests=9)
     engine.close()
+    assert {server._arguments["model_path"] for server in engine.servers} == {str(tmp_path / "logs/model")}
     assert [server._arguments["max_running_requests"] for server in engine.servers] == [expected] * 2
 
 
@@ -401,6 +403,7 @@ def test_the_recipe_s_arguments_have_sglang_s_names():
     arguments = server_arguments(Path("folder"), settings, 2)
     expected = {
         "model_path": "folder",
+        "dtype": "bfloat16",
         "host": "127.0.0.1",
         "tp_size": 8,
         "ep_size": 8,
