@@ -285,8 +285,10 @@ def test_a_server_sets_memory_aside_for_its_share_of_the_requests(tmp_path, monk
     monkeypatch.setenv("PYTHONPATH", str(STAND_INS))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     settings = section("engine", max_running_requests=wanted)
-    engine = sglang_engine.start(Path("model"), settings, tmp_path, max_requests=9)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_5_text", "hidden_size": 64}')
+    engine = sglang_engine.start(tmp_path, settings, tmp_path / "logs", max_requests=9)
     engine.close()
+    assert {server._arguments["model_path"] for server in engine.servers} == {str(tmp_path / "logs/model")}
     assert [server._arguments["max_running_requests"] for server in engine.servers] == [expected] * 2
 
 
@@ -319,6 +321,7 @@ def test_the_recipe_s_arguments_have_sglang_s_names():
     arguments = server_arguments(Path("folder"), settings, 2)
     expected = {
         "model_path": "folder",
+        "dtype": "bfloat16",
         "host": "127.0.0.1",
         "tp_size": 8,
         "ep_size": 8,

@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from milepost.checkpoints.inspection import Inspection
 from milepost.common.contents import content_of
 from milepost.common.errors import UserError
 from milepost.configuration import runs
@@ -78,7 +79,7 @@ def check_inputs(jobs: Sequence[Job], configuration: Configuration, provenance: 
 
 
 def _check_rows(name: str, dataset: Dataset, max_bad_share: float, labels: str) -> None:
-    """Check the rows of a local set, of a large one the first; a score needs every row, a training tolerates bad ones."""
+    """Check the rows of a local set, the first of a large one; a score needs every row, training tolerates bad ones."""
     if dataset.folder:
         folder = Path(dataset.folder).expanduser()
         files = files_in_folder(folder, dataset, name)
@@ -124,14 +125,12 @@ def _bound_at_top(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
 
 
 def _check_folder(model: str, configuration: Configuration) -> None:
-    source = configuration.models[model].source
-    if source.folder:
-        folder = Path(source.folder).expanduser()
+    settings = configuration.models[model]
+    if settings.source.folder:
+        folder = Path(settings.source.folder).expanduser()
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder: correct source.folder of {model}")
-        for pattern in ("config.json", "*.safetensors"):
-            if not any(folder.glob(pattern)):
-                raise UserError(f"{folder}: has no {pattern}: correct source.folder of {model}, or complete the folder")
+        Inspection(settings.architecture, settings.uses_mtp).check_folder(folder)
 
 
 def _check_training(model: str, configuration: Configuration, provenance: Provenance) -> None:

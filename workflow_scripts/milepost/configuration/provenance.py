@@ -265,7 +265,7 @@ class Provenance:
         settings = self._configuration.models[model]
         config = {"source": settings.source}
         if not settings.source.tiny:
-            config["architecture"] = settings.architecture
+            config |= {"architecture": settings.architecture, "mtp": settings.uses_mtp}
         packages = versions.CONVERTING if settings.source.tiny else ()
         return Parts(config, [f"{settings.source.script}.py"], packages, {})
 

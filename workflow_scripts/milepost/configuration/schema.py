@@ -85,6 +85,11 @@ class Model(Section):
         return engine.model_copy(update=layout | {"mem_fraction_static": evaluation.mem_fraction_static})
 
     @property
+    def uses_mtp(self) -> bool:
+        """Whether the MTP layer is converted, trained or drafts, so that the starting weights must have one."""
+        return bool(self.conversion.mtp_num_layers or self.mtp.train or self.engine.speculation)
+
+    @property
     def scored_sets(self) -> set[str]:
         """The problem sets that it is evaluated on, and validated on if there is a validation."""
         return {*self.evaluation.datasets, *([self.validation.dataset] if self.validation.interval else [])}

@@ -7,6 +7,7 @@ from typing import Any
 @dataclasses.dataclass
 class ServerArgs:
     model_path: str
+    dtype: str
     host: str
     port: int
     api_key: str
