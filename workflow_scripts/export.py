@@ -13,8 +13,8 @@ from milepost.checkpoints.manifest import (
     Manifest,
     keep_manifest,
     read_manifest,
+    rewrite_manifest,
     same_result,
-    vouch_again,
     write_manifest,
 )
 from milepost.checkpoints.safetensors_io import HubCheckpoint, HubWriter
@@ -49,7 +49,7 @@ def export(arguments: argparse.Namespace) -> None:
     same = same_result(arguments.folder, arguments.job)
     if same and same.facts.get("checkpoint", checkpoint) == checkpoint:
         print("the same weights and code as before: nothing to export", file=sys.stderr)
-        vouch_again(same, arguments.manifest, arguments.job)
+        rewrite_manifest(same, arguments.manifest, arguments.job)
         return
     source = read_manifest(arguments.hub).require(digests=True)
     require_same_start(arguments.weights, trained.provenance, arguments.job.get("inputs", {}).get("download"))

@@ -110,7 +110,7 @@ def check_function(function: Function) -> None:
         functions = [name for name, node in names.items() if isinstance(node, ast.FunctionDef)]
         raise UserError(f"{function.file}: has no function {function.name!r}{nearest(function.name, functions)}")
     if isinstance(names.get(function.name), ast.AsyncFunctionDef | ast.ClassDef):
-        raise UserError(f"{function.file}: {function.name!r} has to be a plain function, defined by `def`")
+        raise UserError(f"{function.file}: {function.name!r} is not a plain function: define it with `def`")
 
 
 def _bound_at_top(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:

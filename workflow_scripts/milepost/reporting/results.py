@@ -224,7 +224,7 @@ def _reward(manifest: Manifest) -> Reward:
 def _read(path: Path, kind: str) -> Manifest:
     manifest = read_manifest(path)
     if manifest.kind != kind:
-        raise UserError(f"{path}: a manifest of kind {manifest.kind!r}, not {kind!r}")
+        raise UserError(f"{path}: a manifest of kind {manifest.kind!r}, not {kind!r}: delete it and run again")
     return manifest
 
 
