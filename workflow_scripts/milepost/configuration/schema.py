@@ -11,6 +11,7 @@ Other modules import every section from here:
     training.py     layout, algorithm, optimizer, rollouts, sampling, validation
     machine.py      hardware, engine, conversion
     evaluation.py   scores, plots
+    weights.py      the names of weights: runs, checkpoints
 """
 
 import os
