@@ -91,7 +91,10 @@ class Sampler:
     def graded(self, groups: Sequence[Group], *, settle: bool) -> list[Group]:
         """Finished groups with their verdicts; with ``settle`` too many failures of a user's function are an error."""
         flat = [(group.prompt, answer) for group in groups for answer in group.answers]
-        answers = [replace(answer, text=decode(self.tokenizer, answer.completion.token_ids)) for _, answer in flat]
+        answers = [
+            replace(answer, text=decode(self.tokenizer, answer.completion.token_ids, self.stop_token_ids))
+            for _, answer in flat
+        ]
         for grader in dict.fromkeys(self.graders.values()):
             its = [place for place, (prompt, _) in enumerate(flat) if self.graders[prompt.dataset] is grader]
             responses = [_response(*flat[place], answers[place].text, grader) for place in its]
