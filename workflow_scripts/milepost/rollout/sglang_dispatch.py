@@ -142,16 +142,8 @@ class Dispatch:
             if server.index in self._restarting:
                 server.kill()  # its memory may soon be needed for training
                 self._unfinished_restarts.add(server.index)
-            elif failed and self._busy[server.index]:
-                with contextlib.suppress(ServerDown):
-                    server.abort(ABORT_SECONDS)
-        if failed:
-            deadline = time.monotonic() + ABORT_SECONDS
-            for worker in self._workers:
-                worker.join(max(0.0, deadline - time.monotonic()))
-            for server in self.servers:
-                if self._busy[server.index]:
-                    server.kill()  # it hangs, and so would the threads that wait for its answers
+            elif failed:
+                self._workers.append(self._thread(self._abort, server))
         for worker in self._workers:
             worker.join()
 
@@ -203,16 +195,14 @@ class Dispatch:
         A server that does not obey is killed; what it was answering ends as if it had not begun.
         """
         deadline = time.monotonic() + ABORT_SECONDS
-        while self._busy[server.index] and not self._over.is_set():
+        while self._busy[server.index]:
             try:
                 server.abort(ABORT_SECONDS)
-            except ServerDown as error:
-                self._events.put(_Down(server, server.starts, str(error)))
-                return
+            except ServerDown:
+                server.kill()
             if time.monotonic() > deadline:
                 server.kill()
-                return
-            self._over.wait(0.1)
+            time.sleep(0.1)
 
     def _begin_restart(self, down: _Down) -> None:
         """Restart a failed server in a thread, and let the others take the requests it leaves."""
