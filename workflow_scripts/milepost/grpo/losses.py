@@ -1,7 +1,8 @@
 """Losses by name: what each response token adds to the loss of an optimizer step.
 
 A new policy loss is a function like `ppo` here, with its name in `POLICY_LOSSES` and in
-`configuration.training.PolicyLoss`; likewise an estimate of the KL divergence.
+`configuration.training.PolicyLoss`; likewise an estimate of the KL divergence. `docs/algorithms.md` says where they
+differ.
 
 Every token carries its weight in the step's mean (`aggregations`), worked out from global counts before anything is
 packed. The loss of a pack is then a plain weighted sum, and sums over packs and data-parallel ranks add up to the same
@@ -10,25 +11,47 @@ loss and gradient however the sequences are laid out.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from milepost.configuration.schema import Algorithm
+from milepost.grpo.corrections import CORRECTIONS, MAX_LOG_RATIO, bounded_exp
+from milepost.grpo.responses import Responses
 
-MAX_LOG_RATIO = 20.0  # nats between two probabilities of one token: exp is 4.9e8
 MAX_KL = 10.0  # nats of one token's k3 estimate
+MAXIMA = ("importance_max",)  # metrics that are the largest value of all tokens, not a mean
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What the loss needs of N response tokens besides their log-probs; every tensor is (N,)."""
+    """What the loss needs of N response tokens besides their log-probs; every tensor is (N,).
+
+    Attributes:
+        rollout_log_probs: the engine's, as it sampled.
+        old_log_probs: the trainer's before the first of several steps; None where the step is the first.
+    """
 
     weights: Tensor
     advantages: Tensor
     rollout_log_probs: Tensor
+    responses: Responses
     old_log_probs: Tensor | None = None
     reference_log_probs: Tensor | None = None
+
+
+class Surrogate(NamedTuple):
+    """A policy loss of N tokens, to be minimised; every tensor is (N,).
+
+    Attributes:
+        ratio: new over old probability, as the loss uses it.
+        clipped: whether a bound decided the loss.
+    """
+
+    loss: Tensor
+    ratio: Tensor
+    clipped: Tensor
 
 
 def has_kl_loss(algorithm: Algorithm) -> bool:
@@ -36,33 +59,55 @@ def has_kl_loss(algorithm: Algorithm) -> bool:
     return algorithm.use_kl_loss and algorithm.kl_coefficient > 0
 
 
-def probability_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
-    """New over old probability of each token (N,), from their logarithms.
+def ppo(log_probs: Tensor, old_log_probs: Tensor, batch: TokenBatch, algorithm: Algorithm) -> Surrogate:
+    """PPO's pessimistic surrogate (arXiv 1707.06347, eq. 7) with its own upper bound (DAPO, arXiv 2503.14476).
 
-    The log ratio is held within ``MAX_LOG_RATIO`` before exp: beyond 88 a ratio in fp32 is infinite, and times an
-    advantage of 0 not a number. There the gradient is 0, as in verl (``compute_policy_loss`` in trainer/ppo/
-    core_algos.py); within it nothing changes.
+    The ratio is clipped to between ``1 - clip`` and ``1 + clip_high``. With ``dual_clip`` the loss of a token is at
+    most that many times a negative advantage's size (arXiv 1912.09729).
     """
-    return torch.exp((log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+    ratio = bounded_exp(log_probs - old_log_probs)
+    loss, clipped = _pessimistic(ratio, batch.advantages, algorithm)
+    if algorithm.dual_clip is not None:
+        ceiling = -algorithm.dual_clip * batch.advantages
+        beyond = (batch.advantages < 0) & (loss > ceiling)
+        loss, clipped = torch.where(beyond, ceiling, loss), clipped | beyond
+    return Surrogate(loss, ratio, clipped)
 
 
-def ppo(ratio: Tensor, advantages: Tensor, algorithm: Algorithm) -> tuple[Tensor, Tensor]:
-    """PPO's pessimistic surrogate (arXiv 1707.06347, eq. 7) with its own upper bound, to be minimised.
+def gspo(log_probs: Tensor, old_log_probs: Tensor, batch: TokenBatch, algorithm: Algorithm) -> Surrogate:
+    """PPO's surrogate of a whole response's ratio: the geometric mean of its tokens' (GSPO, arXiv 2507.18071).
 
-    Args:
-        ratio: (N,) new over old probability.
-        advantages: (N,)
-        algorithm: the ratio is clipped to between ``1 - clip`` and ``1 + clip_high``.
-
-    Returns:
-        the loss of each token (N,), and whether the clip decided it (N,).
+    Token by token this is the paper's GSPO-token: the ratio has the response's value, and the gradient of the token's
+    own log-prob. Where all tokens of a response weigh the same its gradient is GSPO's.
     """
+    log_ratio = batch.responses.means(log_probs.detach() - old_log_probs)
+    ratio = bounded_exp(log_ratio + (log_probs - log_probs.detach()))
+    loss, clipped = _pessimistic(ratio, batch.advantages, algorithm)
+    return Surrogate(loss, ratio, clipped)
+
+
+def cispo(log_probs: Tensor, old_log_probs: Tensor, batch: TokenBatch, algorithm: Algorithm) -> Surrogate:
+    """REINFORCE with a bounded importance weight: no token loses its gradient (MiniMax-M1, arXiv 2506.13585).
+
+    The weight has no lower bound, as in the paper's runs.
+    """
+    ratio = bounded_exp(log_probs.detach() - old_log_probs)
+    bound = 1.0 + algorithm.clip_high
+    return Surrogate(-ratio.clamp(max=bound) * batch.advantages * log_probs, ratio, ratio > bound)
+
+
+POLICY_LOSSES: dict[str, Callable[[Tensor, Tensor, TokenBatch, Algorithm], Surrogate]] = {
+    "ppo": ppo,
+    "gspo": gspo,
+    "cispo": cispo,
+}
+
+
+def _pessimistic(ratio: Tensor, advantages: Tensor, algorithm: Algorithm) -> tuple[Tensor, Tensor]:
+    """The larger loss of a ratio (N,) and of the clipped ratio, and whether that was the clipped one's."""
     free = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - algorithm.clip, 1.0 + algorithm.clip_high)
     return torch.maximum(free, clipped), clipped > free
-
-
-POLICY_LOSSES: dict[str, Callable[[Tensor, Tensor, Algorithm], tuple[Tensor, Tensor]]] = {"ppo": ppo}
 
 
 def low_variance_kl(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
@@ -79,7 +124,12 @@ KL_ESTIMATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"low_var_kl": low
 
 
 def grpo_loss(
-    log_probs: Tensor, entropy: Tensor | None, batch: TokenBatch, algorithm: Algorithm
+    log_probs: Tensor,
+    entropy: Tensor | None,
+    batch: TokenBatch,
+    algorithm: Algorithm,
+    *,
+    against_engine: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The step's share of the loss that N response tokens carry.
 
@@ -89,20 +139,33 @@ def grpo_loss(
     Args:
         log_probs: (N,) of the policy, with gradient.
         entropy: (N,) of the policy, where it is asked for.
+        against_engine: take the ratio against the log-probs that the engine sampled with, not against the trainer's.
 
     Returns:
         the loss, a scalar to be summed over packs and data-parallel ranks; and the weighted sums of the metrics, which
-        are means once they are summed likewise and divided by the sum of ``weight``.
+        are means once they are summed likewise and divided by the sum of ``weight``, but for `MAXIMA`.
     """
     weights = batch.weights
-    old_log_probs = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
-    ratio = probability_ratio(log_probs, old_log_probs)
-    token_loss, clipped = POLICY_LOSSES[algorithm.loss](ratio, batch.advantages, algorithm)
+    trainer = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
+    old_log_probs = batch.rollout_log_probs if against_engine else trainer
+    token_loss, ratio, clipped = POLICY_LOSSES[algorithm.loss](log_probs, old_log_probs, batch, algorithm)
+    gap = trainer - batch.rollout_log_probs
     metrics = {
         "weight": weights,
         "clip_fraction": weights * clipped,
         "ratio": weights * ratio,
-        "log_prob_diff": weights * (old_log_probs - batch.rollout_log_probs).abs(),
+        "log_prob_diff": weights * gap.abs(),
+    }
+    if algorithm.correction == "none":
+        importance = bounded_exp(gap)
+    else:
+        importance, correction = CORRECTIONS[algorithm.correction](gap, batch.responses, algorithm.correction_range)
+        token_loss = correction * token_loss
+        metrics["importance_clipped_share"] = weights * (correction != importance)
+    metrics |= {
+        "importance_mean": weights * importance,
+        "importance_square": weights * importance.square(),
+        "engine_kl": weights * low_variance_kl(batch.rollout_log_probs, trainer),
     }
     if batch.reference_log_probs is not None:
         kl = KL_ESTIMATES[algorithm.kl_type](log_probs, batch.reference_log_probs)
@@ -114,4 +177,5 @@ def grpo_loss(
         if algorithm.entropy_coefficient:
             token_loss = token_loss - algorithm.entropy_coefficient * entropy
     loss = (weights * token_loss).sum()
-    return loss, {name: values.detach().sum() for name, values in metrics.items()}
+    sums = {name: values.detach().sum() for name, values in metrics.items()}
+    return loss, sums | {"importance_max": torch.cat([importance, importance.new_zeros(1)]).max()}  # N may be 0

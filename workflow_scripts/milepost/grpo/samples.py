@@ -168,9 +168,9 @@ class Sampler:
 
 def to_training(samples: Sequence[Sample], settings: Settings) -> list[TrainingSequence]:
     """Samples with the advantages of their groups: each ``samples_per_prompt`` in a row share a prompt."""
-    advantages = ADVANTAGES[settings.algorithm.advantage](
-        _rewards(samples, settings.training.samples_per_prompt), settings.algorithm
-    )
+    rewards = _rewards(samples, settings.training.samples_per_prompt)
+    lengths = torch.tensor([len(sample.completion.token_ids) for sample in samples]).view_as(rewards)
+    advantages = ADVANTAGES[settings.algorithm.advantage](rewards, lengths, settings.algorithm)
     return [
         TrainingSequence(
             ids=torch.tensor(sample.prompt.ids + sample.completion.token_ids),
