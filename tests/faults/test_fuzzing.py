@@ -1,4 +1,4 @@
-"""For any file content, a reader accepts it or says in one line what is wrong with it."""
+"""Whatever a file contains, it is accepted or refused with a one-line error."""
 
 import json
 import string
@@ -44,7 +44,7 @@ INDEX = st.none() | JSON | st.fixed_dictionaries({"weight_map": st.dictionaries(
 
 @settings(max_examples=300, deadline=None)
 @given(lines=st.lists(ROWS, max_size=6))
-def test_every_row_of_a_data_set_is_a_problem_or_is_set_aside_with_a_reason(tmp_path_factory, lines):
+def test_every_row_of_a_data_set_is_a_problem_or_has_a_reason_why_not(tmp_path_factory, lines):
     path = tmp_path_factory.getbasetemp() / "rows.jsonl"
     path.write_bytes(b"\n".join(lines))
     problems, bad = read_problems(path, "prompt", "label")

@@ -1,4 +1,4 @@
-"""Models and settings of the user's own, in a clone and outside of it."""
+"""A user's own models and settings, inside and outside the clone."""
 
 import re
 import subprocess
@@ -18,7 +18,7 @@ TARGETS = [
 ]
 
 
-# Whatever reads it does something else: other models, another folder, too few GPUs for 35B-A3B.
+# Settings that would change any test that reads them: other models, another folder, too few GPUs for 35B-A3B.
 LOCAL = """
 models: [tiny, 2B]
 results: elsewhere
@@ -30,7 +30,7 @@ per_model: {9B: {training: {rollouts: 5}, parallel: {tensor: 1}}}
 
 @pytest.fixture(scope="module")
 def with_2b(tmp_path_factory):
-    """A copy of the repository with a fifth recipe, config/models/2B.yaml, and settings of the user's own."""
+    """A copy of the repository with a fifth recipe, config/models/2B.yaml, and a config/local.yaml."""
     folder = clone(tmp_path_factory.mktemp("repository"), "tests", "benchmarks", "pyproject.toml", "README.md")
     models = folder / "config/models"
     (models / "2B.yaml").write_text((models / "9B.yaml").read_text().replace("Qwen3.5-9B", "Qwen3.5-2B"))
@@ -38,13 +38,13 @@ def with_2b(tmp_path_factory):
     return folder
 
 
-def test_it_has_all_targets_and_the_user_s_own_settings_hold(snakemake, with_2b):
+def test_a_new_model_has_all_targets_and_local_yaml_applies(snakemake, with_2b):
     done = snakemake("-n", "--", "eval_2B", cwd=with_2b)
     assert "2B: train with GRPO" in done.stdout + done.stderr
     assert "elsewhere/2B/eval/aime-2024/mine.json" in done.stdout + done.stderr
 
 
-def test_neither_turns_a_test_red(with_2b):
+def test_a_new_model_and_local_yaml_break_no_test(with_2b):
     files = [with_2b / "tests/unit" / f"test_{name}.py" for name in ("configuration", "recipes", "preflight", "memory")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files), *TARGETS],

@@ -87,7 +87,7 @@ def test_everything_is_made(work):
         assert (work.results / name).stat().st_size > 100, name
     assert list((work.results / "plots").glob("*.png"))
     scores = pandas.read_csv(work.results / "tables/scores.csv")
-    assert set(scores["weights"]) == {"base", "trained"}
+    assert set(scores["weights"]) == {"base", "grpo"}
     metrics = [json.loads(line) for line in next(work.results.glob("tiny/grpo/grpo/*/metrics.jsonl")).open()]
     assert [row["rollout"] for row in metrics if "loss" in row] == [1, 2]
     assert len(work.samples("tiny/eval/sums-evaluation/base.jsonl")) == 16
@@ -105,7 +105,7 @@ def test_a_second_run_starts_nothing(work):
 
 
 @pytest.mark.slow
-def test_what_is_made_again_with_the_same_content_leaves_the_rest(work, tmp_path):
+def test_a_result_made_again_with_equal_content_reruns_nothing_else(work, tmp_path):
     """Another version of the pipeline: a text is other, then the code of the first stage."""
     clone(tmp_path)
     script = tmp_path / "workflow_scripts/make_tiny.py"

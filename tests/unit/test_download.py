@@ -156,7 +156,7 @@ def test_without_a_network_one_line_names_the_address(tmp_path):
     download.fails(download.model(), "no answer from http://127.0.0.1:9", "HF_HUB_OFFLINE=1")
 
 
-def test_what_is_not_there_is_named(hub, download):
+def test_a_missing_repository_revision_or_file_is_named(hub, download):
     hub.host("Qwen/tiny", MODEL, LFS)
     download.fails(download.model("Qwen/nowhere"), "model Qwen/nowhere", "no such repository", "HF_TOKEN")
     download.fails(download.model(revision="v9"), "revision v9", "not a branch, tag or commit")

@@ -76,7 +76,7 @@ def test_a_label_that_is_a_float_is_read_as_the_number_it_is(tmp_path, written, 
     assert [problem.label for problem in read_problems(file, "prompt", "label")[0]] == [label]
 
 
-def test_bytes_that_are_not_utf8_spoil_their_row_alone(tmp_path):
+def test_invalid_utf8_makes_only_its_own_row_bad(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(
         b"\xef\xbb\xbf" + row().encode() + b"\n\xff\n" + row(label="\u2028").encode() + b"\n" + row().encode()

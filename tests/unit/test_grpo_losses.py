@@ -111,7 +111,7 @@ def test_log_probs_survive_logits_far_beyond_the_range_of_exp():
 
 
 def test_low_variance_kl_is_exact_in_expectation_and_never_negative():
-    """As far as no token reaches the bound of the estimate."""
+    """As long as no token reaches the estimate's bound."""
     logits = 0.3 * torch.randn(2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     policy_log, reference_log = torch.log_softmax(logits, -1).unbind()
     estimate = low_variance_kl(policy_log, reference_log)
@@ -200,7 +200,7 @@ def reference_weights(log_ratios, settings):
 
 
 def make_sequences(lengths, hidden, weight):
-    """Sequences whose log-probs hang on (hidden, weight), with ratios on both sides of all clips."""
+    """Sequences whose log-probs depend on (hidden, weight), with ratios on both sides of all clips."""
     generator = torch.Generator().manual_seed(5)
     full = torch.log_softmax(hidden @ weight.T, -1)
     entropy = -(full.exp() * full).sum(-1)
@@ -302,7 +302,7 @@ def one_token(ratio, advantage, **changes):
         (1.50, -1.0, 1.50, 0.0),
     ],
 )
-def test_the_clip_bites_on_the_side_that_the_advantage_pushes_to(ratio, advantage, loss, clipped):
+def test_the_ratio_is_clipped_only_in_the_direction_of_the_advantage(ratio, advantage, loss, clipped):
     value, gradient, fraction = one_token(ratio, advantage)
     assert value == pytest.approx(loss)
     assert gradient == (0.0 if clipped else pytest.approx(-advantage * ratio))

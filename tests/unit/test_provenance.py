@@ -220,7 +220,7 @@ def test_base_scores_depend_on_the_download_and_trained_ones_on_the_training(rec
         ("def f():\n    return 1", "def f():\n    return 2", True),
     ],
 )
-def test_texts_for_people_are_no_code_and_all_else_is(digest, was, becomes, counts):
+def test_messages_are_not_code_and_everything_else_is(digest, was, becomes, counts):
     assert (digest(was) != digest(becomes)) == counts
 
 

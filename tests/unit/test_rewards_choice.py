@@ -1,4 +1,4 @@
-"""Multiple choice and exact text: one answer earns the reward, whatever else a response tries."""
+"""Multiple choice and exact text: only a single matching answer earns the reward."""
 
 import time
 

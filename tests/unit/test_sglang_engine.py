@@ -302,7 +302,9 @@ def test_a_restart_slower_than_all_responses_is_awaited_in_the_next_batch(start)
 
 
 def test_a_server_that_fails_at_the_start_says_why_in_one_line(start):
-    with pytest.raises(UserError, match="CUDA out of memory, as it were; its log is ") as caught:
+    with pytest.raises(
+        UserError, match="CUDA out of memory, as it were: fix that and run again; its log is "
+    ) as caught:
         start(1, random_seed=13)
     assert "\n" not in str(caught.value)
 
@@ -372,7 +374,7 @@ def test_a_server_sets_memory_aside_for_its_share_of_the_requests(package, tmp_p
     assert [server._arguments["max_running_requests"] for server in engine.servers] == [expected] * 2
 
 
-def test_what_drafts_remember_is_part_of_the_engine_s_memory(package, tmp_path, monkeypatch):
+def test_the_drafts_cache_is_part_of_the_engine_s_memory(package, tmp_path, monkeypatch):
     """SGLang ignores the drafts' cache: with one full-attention layer of four, it would take nearly twice its share."""
     monkeypatch.setenv("PYTHONPATH", str(package))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -100,7 +100,10 @@ def bind(architecture: Architecture, hub: HubCheckpoint, mtp_num_layers: int) ->
     covered = {name for binding in bindings for name in binding.hub} | set(untouched(hub, mtp_num_layers))
     for name in hub:
         if name not in covered:
-            raise UserError(f"{hub.folder}: no rule covers the tensor {name}: the checkpoint does not fit config.json")
+            raise UserError(
+                f"{hub.folder}: no rule covers the tensor {name}: the checkpoint does not fit config.json: use one that"
+                " does"
+            )
     return bindings
 
 
@@ -191,7 +194,10 @@ def _check_hub_tensor(hub: HubCheckpoint, name: str, shape: tuple[int, ...]) -> 
     if entry is None:
         raise UserError(f"{hub.folder}: has no tensor {name}, which config.json calls for: download the model again")
     if entry.shape != shape:
-        raise UserError(f"{hub.folder}: {name} has the shape {entry.shape}, config.json makes it {shape}")
+        raise UserError(
+            f"{hub.folder}: {name} has the shape {entry.shape}, config.json makes it {shape}: use a checkpoint that"
+            " fits its config.json"
+        )
     if entry.dtype not in TRAINABLE_DTYPES:
         raise UserError(f"{hub.folder}: {name} is stored as {entry.dtype}: use a checkpoint that is not quantized")
 

@@ -69,7 +69,7 @@ def read_problems(
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file: correct the path") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:

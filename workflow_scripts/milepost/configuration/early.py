@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from milepost.common.contents import content_of
 from milepost.common.errors import UserError
 from milepost.common.problems import load_problem_set
 from milepost.configuration import runs
@@ -16,6 +17,7 @@ from milepost.configuration.loading import Configuration, nearest
 from milepost.configuration.provenance import Provenance
 from milepost.configuration.rewards import Function, Reward
 from milepost.configuration.schema import Dataset
+from milepost.configuration.weights import checkpoint_of, run_of, train_manifest
 
 Job = tuple[str, dict[str, str]]  # its rule, its wildcards
 
@@ -62,6 +64,8 @@ def check_inputs(jobs: Sequence[Job], configuration: Configuration, provenance: 
                 labels = labels_of(wildcards["model"], settings.validation.dataset)
                 check_rows(settings.validation.dataset, 0.0, labels)
             _check_training(wildcards["model"], configuration, provenance)
+        elif rule == "export":
+            _check_checkpoint(wildcards["model"], wildcards["weights"], configuration, provenance)
         elif rule == "evaluate":
             check_rows(wildcards["dataset"], 0.0, labels_of(wildcards["model"], wildcards["dataset"]))
         elif rule == "check_reward":
@@ -106,7 +110,7 @@ def check_function(function: Function) -> None:
         functions = [name for name, node in names.items() if isinstance(node, ast.FunctionDef)]
         raise UserError(f"{function.file}: has no function {function.name!r}{nearest(function.name, functions)}")
     if isinstance(names.get(function.name), ast.AsyncFunctionDef | ast.ClassDef):
-        raise UserError(f"{function.file}: {function.name!r} has to be a plain function, defined by `def`")
+        raise UserError(f"{function.file}: {function.name!r} is not a plain function: define it with `def`")
 
 
 def _bound_at_top(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
@@ -145,6 +149,19 @@ def _check_training(model: str, configuration: Configuration, provenance: Proven
             f"{model}: training.rollouts is {training.rollouts} and the run {configuration.run!r} has {done} already:"
             " ask for at least as many, or give another run a name of its own (run: ...)"
         )
+
+
+def _check_checkpoint(model: str, weights: str, configuration: Configuration, provenance: Provenance) -> None:
+    """Of a run that is finished and not to be trained further."""
+    run = run_of(weights)
+    if (trained := provenance.training(model, run)).fresh:
+        manifest, download = (
+            train_manifest(configuration.results, model, run),
+            provenance.state("download", model=model),
+        )
+        runs.checkpoint_name(manifest.parent / trained.made["root"], trained.made["facts"], checkpoint_of(weights))
+        if download.fresh:
+            runs.require_same_start(manifest, trained.made["provenance"], content_of(download.made))
 
 
 def require_wandb() -> None:

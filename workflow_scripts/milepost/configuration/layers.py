@@ -65,15 +65,17 @@ def read_yaml(path: Path, origin: str | None = None) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
-        raise UserError(f"{origin}: no such file") from None
+        raise UserError(f"{origin}: no such file: correct the path") from None
     except OSError as error:
-        raise UserError(f"{origin}: can't be read: {error.strerror}") from None
+        raise UserError(f"{origin}: can't be read: {error.strerror}: name a file that you may read") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}: correct the file") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"{origin}: a mapping of settings is expected, not {type(content).__name__}")
+        raise UserError(
+            f"{origin}: a mapping of settings is expected, not {type(content).__name__}: write `key: value`"
+        )
     return content
 
 

@@ -1,14 +1,13 @@
-"""Advantages by name: how much better a response is than others, above all than those to the same prompt.
+"""Advantages by name: how much better a response is than others, in most cases than those to the same prompt.
 
-A new one is a function ``(rewards, lengths, algorithm) -> (G, n)`` here, with its name in `ADVANTAGES` and in
-`configuration.training.Advantage`. Each takes
+To add one, write a function ``(rewards, lengths, algorithm) -> (G, n)`` here and add its name to `ADVANTAGES` and to
+`configuration.training.Advantage`. Its arguments are
 
-    rewards: (G, n) one row a prompt, one column a sample, in float64; n of at least 2.
+    rewards: (G, n) one row per prompt, one column per sample, in float64; n is at least 2.
     lengths: (G, n) response tokens.
-    algorithm: ``std_epsilon`` is added to every standard deviation, which is unbiased.
+    algorithm: ``std_epsilon`` is added to every standard deviation; those are unbiased.
 
-Where rewards say nothing about answers, because all that are compared are equal, advantages are exactly zero, whatever
-rounding does to their mean.
+If all rewards that are compared are equal, their advantages are exactly 0, even if their mean is rounded.
 """
 
 from collections.abc import Callable
@@ -41,7 +40,7 @@ def rloo(rewards: Tensor, lengths: Tensor, algorithm: Algorithm) -> Tensor:
 def reinforce_plus_plus(rewards: Tensor, lengths: Tensor, algorithm: Algorithm) -> Tensor:
     """``r``, whitened over all tokens of the rollout (REINFORCE++, Hu et al. 2025, arXiv 2501.03262).
 
-    A group whose rewards are all equal teaches, too: it is compared with the other groups.
+    A group of equal rewards has a gradient, too: it is compared with the other groups.
     """
     return _whitened(rewards, lengths, algorithm)
 
@@ -61,12 +60,12 @@ ADVANTAGES: dict[str, Callable[[Tensor, Tensor, Algorithm], Tensor]] = {
 
 
 def has_spread(rewards: Tensor) -> Tensor:
-    """Which groups of ``rewards`` (G, n) hold at least two different rewards: booleans (G,)."""
+    """Whether each group of ``rewards`` (G, n) has at least two different rewards: booleans (G,)."""
     return rewards.amax(dim=1) > rewards.amin(dim=1)
 
 
 def _whitened(values: Tensor, lengths: Tensor, algorithm: Algorithm) -> Tensor:
-    """Shift and scale (G, n) values to mean 0 and standard deviation 1, each counted once for every token."""
+    """Shift and scale values (G, n) to mean 0 and standard deviation 1 over tokens."""
     if values.max() == values.min():
         return values.new_zeros(values.shape)
     tokens = lengths.sum()

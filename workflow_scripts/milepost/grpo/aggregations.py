@@ -1,8 +1,8 @@
-"""Aggregations by name: what one token weighs in the loss of an optimizer step.
+"""Aggregations by name: the weight of one token in the loss of an optimizer step.
 
-A new one is a function ``(response_length, step) -> weight`` here, with its name in `AGGREGATIONS` and in
-`configuration.training.Aggregation`. Weights depend on the token's own response and on counts of the whole step over
-all ranks, so that a step weighs the same however it is packed.
+To add one, write a function ``(response_length, step) -> weight`` here and add its name to `AGGREGATIONS` and to
+`configuration.training.Aggregation`. Its arguments are the tokens of the token's own response, and counts of the whole
+step over all ranks, so that packing does not change the weights.
 """
 
 from collections.abc import Callable
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What one optimizer step holds over all ranks; every mean is taken over these, however the step is packed.
+    """An optimizer step's counts over all ranks. Every mean divides by these, so packing does not change it.
 
     Attributes:
-        responses: that count in the loss.
+        responses: the number that the loss is taken over.
         tokens: of those responses.
-        constant_length: tokens that stand for every response's length where `constant_length` is asked for.
+        constant_length: the length that `constant_length` divides by.
     """
 
     responses: int
@@ -25,7 +25,7 @@ class StepTotals:
 
 
 def mean_of_response_means(response_length: int, step: StepTotals) -> float:
-    """GRPO's own: the mean over responses of the mean over each one's tokens (arXiv 2402.03300, eq. 3)."""
+    """GRPO's: the mean over responses of each response's mean over its tokens (arXiv 2402.03300, eq. 3)."""
     return 1.0 / (response_length * step.responses)
 
 
@@ -35,7 +35,7 @@ def token_mean(response_length: int, step: StepTotals) -> float:
 
 
 def constant_length(response_length: int, step: StepTotals) -> float:
-    """The mean over responses of the sum over each one's tokens, divided by a constant (Dr. GRPO, arXiv 2503.20783)."""
+    """The mean over responses of each response's sum over its tokens, over a constant (Dr. GRPO, arXiv 2503.20783)."""
     return 1.0 / (step.constant_length * step.responses)
 
 

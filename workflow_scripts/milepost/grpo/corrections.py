@@ -1,12 +1,12 @@
-"""Corrections by name: weights for tokens that the engine sampled with another probability than the trainer computes.
+"""Corrections by name: importance weights for the difference between engine and trainer.
 
-Engine and trainer round differently, so the engine's distribution mu is not quite the policy pi. Importance weights,
-rho = pi / mu, make up for it: unbounded they are unbiased, but a few tokens may outweigh all others.
+Engine and trainer round differently, so the engine samples from a distribution mu that is not exactly the policy pi.
+Importance weights rho = pi / mu correct the bias, and bounds on them limit the variance.
 
-A new one is a function ``(log_ratio (N,), responses, bounds) -> (importance (N,), weight (N,))`` here, with its name in
-`CORRECTIONS` and in `configuration.training.Correction`. ``log_ratio`` is log pi - log mu of each token, pi being the
-policy before the first step. The weight, which is never differentiated, multiplies the token's policy loss; the
-denominators of means stay as they are.
+To add one, write a function ``(log_ratio (N,), responses, bounds) -> (importance (N,), weight (N,))`` here and add its
+name to `CORRECTIONS` and to `configuration.training.Correction`. ``log_ratio`` is log pi - log mu of each token, where
+pi is the policy before the first step. The weight has no gradient and multiplies the policy loss of the token. It does
+not change the denominators of means.
 """
 
 from collections.abc import Callable
@@ -16,16 +16,16 @@ from torch import Tensor
 
 from milepost.grpo.responses import Responses
 
-MAX_LOG_RATIO = 20.0  # nats between two probabilities of one token, or two of one response: exp is 4.9e8
+MAX_LOG_RATIO = 20.0  # bound on a log ratio, in nats: exp(20) is 4.9e8
 
 Bounds = tuple[float, float]
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
-    """exp, with its argument held within ``MAX_LOG_RATIO``.
+    """A ratio of probabilities (N,) from its logarithm, which is clamped to ``MAX_LOG_RATIO``.
 
-    Beyond 88 a ratio in fp32 is infinite, and times an advantage of 0 not a number. Outside the bounds the gradient is
-    0, as in verl (``compute_policy_loss`` in trainer/ppo/core_algos.py); within them nothing changes.
+    Beyond 88 exp is infinite in fp32, and NaN times an advantage of 0. Where the clamp is active the gradient is 0, as
+    in verl (``compute_policy_loss`` in trainer/ppo/core_algos.py).
     """
     return torch.exp(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
 
@@ -37,19 +37,19 @@ def token_truncate(log_ratio: Tensor, responses: Responses, bounds: Bounds) -> t
 
 
 def token_mask(log_ratio: Tensor, responses: Responses, bounds: Bounds) -> tuple[Tensor, Tensor]:
-    """IcePop (arXiv 2510.18855): each token's rho, and 0 outside the bounds."""
+    """IcePop (arXiv 2510.18855): each token's rho, or 0 if it is out of bounds."""
     importance = bounded_exp(log_ratio)
     return importance, _masked(importance, bounds)
 
 
 def sequence_truncate(log_ratio: Tensor, responses: Responses, bounds: Bounds) -> tuple[Tensor, Tensor]:
-    """The product of rho over the response, clipped to the bounds: unbiased as far as they allow."""
+    """The product of rho over the response, clipped to the bounds; without bounds the gradient is unbiased."""
     importance = bounded_exp(responses.sums(log_ratio))
     return importance, importance.clamp(*bounds)
 
 
 def sequence_mask(log_ratio: Tensor, responses: Responses, bounds: Bounds) -> tuple[Tensor, Tensor]:
-    """The product of rho over the response, and 0 outside the bounds."""
+    """The product of rho over the response, or 0 if it is out of bounds."""
     importance = bounded_exp(responses.sums(log_ratio))
     return importance, _masked(importance, bounds)
 

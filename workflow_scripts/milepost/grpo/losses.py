@@ -1,12 +1,10 @@
 """Losses by name: what each response token adds to the loss of an optimizer step.
 
-A new policy loss is a function like `ppo` here, with its name in `POLICY_LOSSES` and in
-`configuration.training.PolicyLoss`; likewise an estimate of the KL divergence. `docs/algorithms.md` says where they
-differ.
+To add a policy loss, write a function like `ppo` here and add its name to `POLICY_LOSSES` and to
+`configuration.training.PolicyLoss`; an estimate of the KL divergence likewise. docs/algorithms.md compares them.
 
-Every token carries its weight in the step's mean (`aggregations`), worked out from global counts before anything is
-packed. The loss of a pack is then a plain weighted sum, and sums over packs and data-parallel ranks add up to the same
-loss and gradient however the sequences are laid out.
+Every token carries its weight in the step's mean (`aggregations`), computed from global counts before packing. So the
+loss of a pack is a weighted sum, and the sum over packs and data-parallel ranks does not depend on the packing.
 """
 
 from collections.abc import Callable
@@ -20,17 +18,17 @@ from milepost.configuration.schema import Algorithm
 from milepost.grpo.corrections import CORRECTIONS, MAX_LOG_RATIO, bounded_exp
 from milepost.grpo.responses import Responses
 
-MAX_KL = 10.0  # nats of one token's k3 estimate
-MAXIMA = ("importance_max",)  # metrics that are the largest value of all tokens, not a mean
+MAX_KL = 10.0  # bound on a token's k3 estimate, in nats
+MAXIMA = ("importance_max",)  # metrics that are a maximum over tokens, not a mean
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What the loss needs of N response tokens besides their log-probs; every tensor is (N,).
+    """The loss's inputs for N response tokens, besides their log-probs; every tensor is (N,).
 
     Attributes:
-        rollout_log_probs: the engine's, as it sampled.
-        old_log_probs: the trainer's before the first of several steps; None where the step is the first.
+        rollout_log_probs: the engine's, from sampling.
+        old_log_probs: the trainer's before the first of several steps; None for a single step.
     """
 
     weights: Tensor
@@ -45,8 +43,8 @@ class Surrogate(NamedTuple):
     """A policy loss of N tokens, to be minimised; every tensor is (N,).
 
     Attributes:
-        ratio: new over old probability, as the loss uses it.
-        clipped: whether a bound decided the loss.
+        ratio: new over old probability, of the token or of its whole response.
+        clipped: whether the loss of the token was clipped.
     """
 
     loss: Tensor
@@ -55,15 +53,15 @@ class Surrogate(NamedTuple):
 
 
 def has_kl_loss(algorithm: Algorithm) -> bool:
-    """Whether the loss includes the divergence from the starting weights."""
+    """Whether the loss includes the KL divergence from the reference, the starting weights."""
     return algorithm.use_kl_loss and algorithm.kl_coefficient > 0
 
 
 def ppo(log_probs: Tensor, old_log_probs: Tensor, batch: TokenBatch, algorithm: Algorithm) -> Surrogate:
-    """PPO's pessimistic surrogate (arXiv 1707.06347, eq. 7) with its own upper bound (DAPO, arXiv 2503.14476).
+    """PPO's clipped surrogate loss (arXiv 1707.06347, eq. 7), negated, with separate lower and upper bounds.
 
-    The ratio is clipped to between ``1 - clip`` and ``1 + clip_high``. With ``dual_clip`` the loss of a token is at
-    most that many times a negative advantage's size (arXiv 1912.09729).
+    The ratio is clipped to between ``1 - clip`` and ``1 + clip_high``. With ``dual_clip``, a token with a negative
+    advantage has a loss of at most ``dual_clip`` times the advantage's size (arXiv 1912.09729).
     """
     ratio = bounded_exp(log_probs - old_log_probs)
     loss, clipped = _pessimistic(ratio, batch.advantages, algorithm)
@@ -75,10 +73,10 @@ def ppo(log_probs: Tensor, old_log_probs: Tensor, batch: TokenBatch, algorithm: 
 
 
 def gspo(log_probs: Tensor, old_log_probs: Tensor, batch: TokenBatch, algorithm: Algorithm) -> Surrogate:
-    """PPO's surrogate of a whole response's ratio: the geometric mean of its tokens' (GSPO, arXiv 2507.18071).
+    """PPO's loss with one ratio per response: the geometric mean of its tokens' ratios (GSPO, arXiv 2507.18071).
 
-    Token by token this is the paper's GSPO-token: the ratio has the response's value, and the gradient of the token's
-    own log-prob. Where all tokens of a response weigh the same its gradient is GSPO's.
+    This is the paper's GSPO-token: each token's ratio has the response's value, and the gradient of its own log-prob.
+    If all tokens of a response have the same weight, the gradient is that of GSPO.
     """
     log_ratio = batch.responses.means(log_probs.detach() - old_log_probs)
     ratio = bounded_exp(log_ratio + (log_probs - log_probs.detach()))
@@ -87,9 +85,9 @@ def gspo(log_probs: Tensor, old_log_probs: Tensor, batch: TokenBatch, algorithm:
 
 
 def cispo(log_probs: Tensor, old_log_probs: Tensor, batch: TokenBatch, algorithm: Algorithm) -> Surrogate:
-    """REINFORCE with a bounded importance weight: no token loses its gradient (MiniMax-M1, arXiv 2506.13585).
+    """REINFORCE with a clipped importance weight, so that no token loses its gradient (MiniMax-M1, arXiv 2506.13585).
 
-    The weight has no lower bound, as in the paper's runs.
+    The weight is clipped above only, as in the paper's runs.
     """
     ratio = bounded_exp(log_probs.detach() - old_log_probs)
     bound = 1.0 + algorithm.clip_high
@@ -104,7 +102,7 @@ POLICY_LOSSES: dict[str, Callable[[Tensor, Tensor, TokenBatch, Algorithm], Surro
 
 
 def _pessimistic(ratio: Tensor, advantages: Tensor, algorithm: Algorithm) -> tuple[Tensor, Tensor]:
-    """The larger loss of a ratio (N,) and of the clipped ratio, and whether that was the clipped one's."""
+    """The larger of the losses with the ratio (N,) and with the clipped ratio, and whether that was the latter."""
     free = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - algorithm.clip, 1.0 + algorithm.clip_high)
     return torch.maximum(free, clipped), clipped > free
@@ -113,8 +111,9 @@ def _pessimistic(ratio: Tensor, advantages: Tensor, algorithm: Algorithm) -> tup
 def low_variance_kl(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     """The k3 estimate of KL(policy || reference) per token, never negative (Schulman 2020, "Approximating KL").
 
-    It is held below ``MAX_KL``, and its log ratio within ``MAX_LOG_RATIO``, as in verl (``kl_penalty`` in trainer/ppo/
-    core_algos.py): a token with a log ratio of 19 would otherwise count 1.8e8. Where a bound holds the gradient is 0.
+    It is clamped to ``MAX_KL``, and its log ratio to ``MAX_LOG_RATIO``, as in verl (``kl_penalty`` in trainer/ppo/
+    core_algos.py): a token with a log ratio of 19 would otherwise count 1.8e8. Where a clamp is active the gradient is
+    0.
     """
     log_ratio = (reference_log_probs - log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return (torch.exp(log_ratio) - log_ratio - 1.0).clamp(max=MAX_KL)
@@ -131,19 +130,19 @@ def grpo_loss(
     *,
     against_engine: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The step's share of the loss that N response tokens carry.
+    """The contribution of N response tokens to the loss of an optimizer step.
 
-    Without old log-probs the policy that sampled is the policy that trains, so that the ratio is exactly 1 and its
-    gradient that of the log-prob.
+    Without old log-probs the trained policy is the one that sampled: the ratio is exactly 1, and its gradient is that
+    of the log-prob.
 
     Args:
         log_probs: (N,) of the policy, with gradient.
-        entropy: (N,) of the policy, where it is asked for.
-        against_engine: take the ratio against the log-probs that the engine sampled with, not against the trainer's.
+        entropy: (N,) of the policy; None if it is not needed.
+        against_engine: use the engine's log-probs as the old ones.
 
     Returns:
-        the loss, a scalar to be summed over packs and data-parallel ranks; and the weighted sums of the metrics, which
-        are means once they are summed likewise and divided by the sum of ``weight``, but for `MAXIMA`.
+        the loss, a scalar to sum over packs and data-parallel ranks; and weighted sums of the metrics. Summed in the
+        same way and divided by the sum of ``weight``, those are means, except `MAXIMA`.
     """
     weights = batch.weights
     trainer = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs

@@ -1,4 +1,4 @@
-"""Sums over whole responses, however their tokens are packed and laid out over ranks."""
+"""Sums over whole responses, for any packing and any number of context-parallel ranks."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True)
 class Responses:
-    """Which of N tokens belong to which of a pack's S responses.
+    """Which of this rank's N response tokens belong to which of the pack's S responses.
 
     Attributes:
-        counts: (S,) tokens of each response among the N, which are in the order of the responses.
+        counts: (S,) this rank's tokens of each response; the N tokens are in the order of the responses.
         lengths: (S,) tokens of each response over all ranks of ``group``.
-        group: the context-parallel ranks, which share responses; None for one.
+        group: the context-parallel ranks, over which responses are split; None for a single rank.
     """
 
     counts: Tensor
@@ -23,18 +23,18 @@ class Responses:
     group: ProcessGroup | None = None
 
     def sums(self, values: Tensor) -> Tensor:
-        """For each token the sum over its whole response: (N,) -> (N,), without gradient.
+        """The sum over each token's whole response, without gradient: (N,) -> (N,). Every rank of ``group`` calls it.
 
-        Every rank of ``group`` calls this. Sums are taken in float64, so that their order leaves no trace in fp32.
+        It is taken in float64, so that the order of summation hardly matters.
         """
         return self._spread(self._sums(values), values)
 
     def means(self, values: Tensor) -> Tensor:
-        """For each token the mean over its whole response, as in `sums`."""
+        """The mean over each token's whole response, likewise."""
         return self._spread(self._sums(values) / self.lengths, values)
 
     def _sums(self, values: Tensor) -> Tensor:
-        # A scatter would add in whatever order a GPU's threads come.
+        # Unlike a scatter, this adds in a fixed order on a GPU, too.
         sums = torch.segment_reduce(values.detach().double(), "sum", lengths=self.counts, unsafe=True)
         if self.group is not None and self.group.size() > 1:
             dist.all_reduce(sums, group=self.group)

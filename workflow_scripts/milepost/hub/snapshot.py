@@ -138,9 +138,9 @@ def _require_model(source: str, names: Iterable[str]) -> None:
                 f"{source}: its weights are pickles only ({pickles[0]}), which are never loaded:"
                 f" choose one with {WEIGHTS} files"
             )
-        raise UserError(f"{source}: holds no {WEIGHTS} file: it is not a model's weights")
+        raise UserError(f"{source}: holds no {WEIGHTS} file: name a source with a model's weights")
     if CONFIG not in names:
-        raise UserError(f"{source}: holds no {CONFIG}: it is not a model in the Hub's format")
+        raise UserError(f"{source}: holds no {CONFIG}: name a source with a model in the Hub's format")
 
 
 def _model_files(source: str, names: Iterable[str], folder: Path) -> list[str]:
@@ -153,10 +153,10 @@ def _model_files(source: str, names: Iterable[str], folder: Path) -> list[str]:
         index = read_json(folder / INDEX)
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{source}: {INDEX} holds no weight_map: the source is damaged")
+            raise UserError(f"{source}: {INDEX} holds no weight_map: the source is damaged; repair or replace it")
         weights = {INDEX, *map(str, weight_map.values())}
         if missing := sorted(weights - set(names)):
-            raise UserError(f"{source}: {INDEX} names {missing[0]}, which is missing: the source is incomplete")
+            raise UserError(f"{source}: {INDEX} names {missing[0]}, which is missing: complete the source")
     else:
         weights = {name for name in names if name.endswith(WEIGHTS) and "/" not in name}
     side_files = {name for name in names if _matches(name, SIDE_FILES) and not _matches(name, INDICES)}
