@@ -71,7 +71,7 @@ def prepare(folder: Path, kind: str = "dense", rows: int = 7, **tiny) -> Path:
         (folder / split).mkdir()
         lines = [json.dumps(addition.row("prompt", "label")) for addition in all_additions(split)[:count]]
         (folder / split / "rows.jsonl").write_text("\n".join(lines))
-        facts = {"file": "rows.jsonl", "rows": count, "prompt_key": "prompt", "label_key": "label"}
+        facts = {"rows": count}
         provenance = {"config": {"dataset": {"folder": "here", "file": "rows.jsonl"}}}
         write_manifest(folder / f"{split}.json", "download", folder / split, ["rows.jsonl"], provenance, facts)
     return folder

@@ -43,7 +43,7 @@ def main() -> None:
 
 def overlaps_of(scores: Sequence[Score], trainings: Sequence[Training], sources: Sequence[Manifest]) -> list[str]:
     """A sentence (`overlap`) for each training set that shares prompts with a set its model is scored on."""
-    sets = {source.path.stem: source for source in sources if "prompt_key" in source.facts}
+    sets = {source.path.stem: source for source in sources if "rows" in source.facts}
     wanted = {}
     for training in trainings:
         trained_on = training.datasets

@@ -93,7 +93,7 @@ MISTAKES = {
     ),
     "a data set's file that is not there": (
         ["--config", "datasets={sums-train: {folder: ., file: gone.jsonl}}"],
-        "gone.jsonl: no such file: correct datasets.sums-train.folder or .file",
+        ".: holds no file gone.jsonl; there: rows.jsonl: correct datasets.sums-train.file",
     ),
     "a bad row": (
         ["--config", "datasets={sums-train: {folder: ., file: rows.jsonl}}"],
@@ -115,7 +115,7 @@ MISTAKES = {
     ),
     "a model's folder without a model": (
         ["--config", "per_model={tiny: {source: {folder: empty}}}"],
-        "empty: has no config.json: correct source.folder of tiny, or complete the folder",
+        "empty: holds no .safetensors file: name a checkpoint in Transformers' format as source",
     ),
     "a mistyped target": (
         ["--", "train_tny"],

@@ -27,8 +27,9 @@ def data(tmp_path):
         ]
         rows = [json.dumps({"chat": chat, "answer": "1"}) for chat in messages]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
-        facts = {"file": f"{name}.jsonl", "prompt_key": "chat", "label_key": "answer"}
-        return write_manifest(tmp_path / f"{name}.json", "download", tmp_path, [f"{name}.jsonl"], {}, facts)
+        keys = {"folder": "x", "file": f"{name}.jsonl", "prompt_key": "chat", "label_key": "answer"}
+        job = {"config": {"dataset": keys}}
+        return write_manifest(tmp_path / f"{name}.json", "download", tmp_path, [f"{name}.jsonl"], job, {"rows": 4})
 
     return make
 

@@ -44,7 +44,7 @@ def inputs(tmp_path_factory):
         {"prompt": [{"role": "user", "content": f"What is {n} + {n}?"}], "label": str(2 * n)} for n in range(PROBLEMS)
     ]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    facts = {"file": "sums.jsonl", "rows": PROBLEMS, "prompt_key": "prompt", "label_key": "label"}
+    facts = {"rows": PROBLEMS}
     write_manifest(folder / "sums.json", "download", folder, ["sums.jsonl"], {"config": {"dataset": SOURCES}}, facts)
     return folder
 

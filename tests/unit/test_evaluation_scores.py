@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from milepost.common.problems import Problem
 from milepost.configuration.schema import Reward
 from milepost.evaluation.sampling import Sample
 from milepost.evaluation.scores import scores
+from milepost.problems.loading import Problem
 from milepost.rewards.base import Verdict
 from milepost.rewards.grader import Grader
 from settings import section

@@ -21,7 +21,7 @@ def tokenizer(tmp_path_factory):
 
 def manifest(folder, lines, **settings):
     (folder / "data.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    facts = {"file": "data.jsonl", "rows": len(lines), "prompt_key": "prompt", "label_key": "label"}
+    facts = {"rows": len(lines)}
     dataset = {"folder": "x", "file": "data.jsonl", **settings}
     return write_manifest(
         folder / "m.json", "download", folder, ["data.jsonl"], {"config": {"dataset": dataset}}, facts

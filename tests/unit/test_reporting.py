@@ -15,10 +15,10 @@ from scipy import stats
 
 from milepost.checkpoints.manifest import read_manifest, write_manifest
 from milepost.common.errors import UserError
-from milepost.common.problems import Problem
 from milepost.configuration.schema import Reward
 from milepost.evaluation.sampling import Sample
 from milepost.evaluation.scores import scores
+from milepost.problems.loading import Problem
 from milepost.reporting.plots import all_plots
 from milepost.reporting.report import HEAD, TAIL, _training_facts, shortened
 from milepost.reporting.results import pairs, read_scores, read_trainings
@@ -172,8 +172,8 @@ def reported(written, tmp_path):
         for name, questions in sets.items():
             rows = [{"prompt": [{"role": "user", "content": text}], "label": "1"} for text in questions]
             (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-            facts = {"file": f"{name}.jsonl", "prompt_key": "prompt", "label_key": "label"}
-            write_manifest(tmp_path / f"{name}.json", "download", tmp_path, [f"{name}.jsonl"], {"code": "d"}, facts)
+            facts, job = {"rows": len(rows)}, {"config": {"dataset": {"folder": "x", "file": f"{name}.jsonl"}}}
+            write_manifest(tmp_path / f"{name}.json", "download", tmp_path, [f"{name}.jsonl"], job, facts)
         done = run(
             *("make_report", {}, "--scores", *sorted(written.glob("*/eval/*/*.json"))),
             *("--trainings", *sorted(written.glob("*/grpo/*/train.json")), "--html", tmp_path / "report.html"),

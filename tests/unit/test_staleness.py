@@ -59,7 +59,7 @@ class Workflow:
         file = folder / NAMES.get(stage, "file")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content)
-        facts = {"prompt_key": "prompt"} if stage == "dataset" else {}
+        facts = {"rows": 1} if stage == "dataset" else {}
         kind = "download" if stage == "dataset" else stage
         write_manifest(path, kind, folder, [str(file.relative_to(folder))], job, facts)
 

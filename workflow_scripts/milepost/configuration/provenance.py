@@ -21,8 +21,9 @@ from milepost.common.files import read_json, sha256_of
 from milepost.configuration import runs, scored, staleness
 from milepost.configuration.code import code_digest, digest, user_code_digest
 from milepost.configuration.loading import Configuration
-from milepost.configuration.schema import Engine, Evaluation, Reward, Section
+from milepost.configuration.schema import Dataset, Engine, Evaluation, Reward, Section
 from milepost.configuration.weights import BASE, BEST, checkpoint_of, run_of
+from milepost.problems.selection import files_in_folder
 
 OF_TRAINING = {"mem_fraction_static", "check_weights", "replay_routing"}  # of the engine; only a training reads them
 TRAIN_SECTIONS = (
@@ -56,7 +57,7 @@ class Parts(NamedTuple):
         config: its slice of the settings.
         scripts: the entry script, and other files that `code_digest` must include.
         packages: those whose versions count.
-        upstream: name -> (stage, what tells its results apart).
+        upstream: name -> (stage, the arguments that identify its result).
     """
 
     config: dict[str, Any]
@@ -71,8 +72,8 @@ class State(NamedTuple):
     Attributes:
         made: its manifest, or None.
         stale: the reasons to make it again, in words.
-        tolerated: changes that are no reason to.
-        damage: those of ``stale`` that are about missing or damaged files.
+        tolerated: changes that are not.
+        damage: the reasons in ``stale`` that are missing or damaged files.
     """
 
     made: dict[str, Any] | None
@@ -134,7 +135,7 @@ class Provenance:
 
     @functools.cache  # noqa: B019
     def key(self, stage: str, **which: str) -> str:
-        """The value of a rule's param, a change of which makes Snakemake run the job again."""
+        """The value of a rule's param; if it changes, Snakemake runs the job again."""
         state = self.state(stage, **which)
         if state.fresh:
             return state.made["provenance"]["key"]
@@ -143,7 +144,7 @@ class Provenance:
         return digest([record | {"config": _deciding(stage, record["config"]), "upstream": upstream}, state.damage])
 
     def job(self, stage: str, **which: str) -> dict[str, Any]:
-        """What a job is given: the record, its key, the commit of the code, and what else the stage needs."""
+        """A job's input: the record, its key, the commit of the code, and what else the stage needs."""
         job = self.of(stage, **which) | {"key": self.key(stage, **which), "commit": _commit(self._scripts)}
         if stage == "train":
             job["on_code_change"] = self._on_code_change(**which)
@@ -257,15 +258,14 @@ class Provenance:
         # The reward is read by what trains and evaluates: with another one the set need not be fetched again.
         config = {"dataset": dataset.model_dump(mode="json", exclude={"reward"}), "name": name}
         if dataset.folder:
-            file = Path(dataset.folder).expanduser() / dataset.file
-            config["content"] = _content(file) if file.is_file() else None  # if it is missing, the download says so
+            config["content"] = _contents(dataset, name)
         return Parts(config, [f"{dataset.script}.py"], (), {})
 
     def _download(self, model: str) -> Parts:
         settings = self._configuration.models[model]
         config = {"source": settings.source}
         if not settings.source.tiny:
-            config["architecture"] = settings.architecture
+            config |= {"architecture": settings.architecture, "mtp": settings.uses_mtp}
         packages = versions.CONVERTING if settings.source.tiny else ()
         return Parts(config, [f"{settings.source.script}.py"], packages, {})
 
@@ -390,6 +390,15 @@ def _read(path: Path) -> dict[str, Any] | None:
         made = read_json(path)
         return made if {"key", "inputs", "versions"} <= made["provenance"].keys() else None
     except (UserError, AttributeError, KeyError, TypeError, OSError):
+        return None
+
+
+def _contents(dataset: Dataset, name: str) -> dict[str, str] | None:
+    """The digests of a local set's files by their names; None if they can't be told, as the download will say."""
+    folder = Path(dataset.folder).expanduser()
+    try:
+        return {file: _content(folder / file) for file in files_in_folder(folder, dataset, name)}
+    except (UserError, OSError):
         return None
 
 

@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from milepost.common.errors import UserError
 from milepost.common.files import atomic_write, json_line
-from milepost.common.problems import Problem
 from milepost.configuration.schema import Evaluation
+from milepost.problems.loading import Problem
 from milepost.rollout.engine import Completion, Request, RolloutEngine, SamplingParams, request_seed
 from milepost.rollout.prompts import decode, encode_prompt
 
@@ -233,7 +233,7 @@ class _Sampler:
                 sample=number,
                 seed=requests[position].seed,
                 prompt=self.problems[problem].messages,
-                response=decode(self.tokenizer, completion.token_ids),
+                response=decode(self.tokenizer, completion.token_ids, self.params.stop_token_ids),
                 tokens=len(completion.token_ids),
                 finish=completion.finish,
                 seconds=round(now - last, 6),

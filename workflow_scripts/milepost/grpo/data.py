@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from milepost.checkpoints.manifest import Manifest
 from milepost.common.errors import UserError
-from milepost.common.problems import load_problem_set
 from milepost.configuration.schema import Dataset, Sampling
+from milepost.problems.loading import load_problem_set
 from milepost.rollout.prompts import encode_prompt
 
 
@@ -59,9 +59,8 @@ def load_prompts(
     the data set's ``max_bad_share`` allows, another number of rows than its ``rows``, or no usable row is a
     `UserError`.
     """
-    file = data.root / data.facts["file"]
     settings = Dataset.model_validate(data.provenance["config"]["dataset"])
-    problems, bad = load_problem_set(file, settings, labels)
+    found = load_problem_set(data.root, sorted(data.files), settings, labels)
     encoded = [
         Prompt(
             dataset=name,
@@ -71,14 +70,14 @@ def load_prompts(
             messages=problem.messages,
             row=problem.row,
         )
-        for problem in problems
+        for problem in found.problems
     ]
     prompts = [prompt for prompt in encoded if len(prompt.ids) <= sampling.max_prompt_tokens]
     if not prompts:
         raise UserError(
-            f"{file}: every prompt is longer than sampling.max_prompt_tokens {sampling.max_prompt_tokens}: raise it"
+            f"{name}: every prompt is longer than sampling.max_prompt_tokens {sampling.max_prompt_tokens}: raise it"
         )
-    return prompts, Intake(used=len(prompts), bad=len(bad), too_long=len(encoded) - len(prompts))
+    return prompts, Intake(used=len(prompts), bad=len(found.bad), too_long=len(encoded) - len(prompts))
 
 
 class PromptSet:

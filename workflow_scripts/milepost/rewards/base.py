@@ -13,7 +13,7 @@ ERROR = "grading_"  # the prefix of every reason for failed grading
 
 
 class Asked(Protocol):
-    """The problem that a response answers: `common.problems.Problem`, or `grpo.data.Prompt`."""
+    """The problem that a response answers: `problems.loading.Problem`, or `grpo.data.Prompt`."""
 
     row: Mapping[str, Any]
     messages: Sequence[Mapping[str, str]]

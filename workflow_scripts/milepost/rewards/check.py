@@ -9,8 +9,8 @@ from tabulate import tabulate
 
 from milepost.common.errors import UserError
 from milepost.common.labels import READERS
-from milepost.common.problems import Problem
 from milepost.configuration.rewards import Reward
+from milepost.problems.loading import Problem
 from milepost.rewards.base import Response, Verdict
 from milepost.rewards.grader import Grader
 
