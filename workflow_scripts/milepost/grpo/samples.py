@@ -97,9 +97,9 @@ class Rollout:
 
 def to_training(samples: Sequence[Sample], settings: Settings) -> list[TrainingSequence]:
     """Training sequences with advantages; every ``samples_per_prompt`` consecutive samples form a group."""
-    advantages = ADVANTAGES[settings.algorithm.advantage](
-        _rewards(samples, settings.training.samples_per_prompt), settings.algorithm
-    )
+    rewards = _rewards(samples, settings.training.samples_per_prompt)
+    lengths = torch.tensor([len(sample.completion.token_ids) for sample in samples]).view_as(rewards)
+    advantages = ADVANTAGES[settings.algorithm.advantage](rewards, lengths, settings.algorithm)
     return [
         TrainingSequence(
             ids=torch.tensor(sample.prompt.ids + sample.completion.token_ids),

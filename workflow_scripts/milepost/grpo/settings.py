@@ -24,6 +24,11 @@ class Settings(schema.Section):
     validation_reward_code: dict[str, str] | None = None
     hardware: schema.Hardware
 
+    @property
+    def ratio_against_engine(self) -> bool:
+        """Whether the loss takes its ratio against the log-probs that the engine sampled with."""
+        return self.algorithm.old_log_probs == "engine"
+
     def graded_by(self, dataset: str) -> schema.Reward:
         """The reward of a training set's responses."""
         return self.reward_of.get(dataset, self.reward)
