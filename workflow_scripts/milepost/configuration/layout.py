@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from milepost.configuration.schema import Experts, Hardware, Model, Parallel
+from milepost.configuration.schema import Algorithm, Experts, Hardware, Model, Parallel, Sampling
 from milepost.configuration.shape import architecture_of
 from milepost.qwen3_5.architecture import Architecture
 
@@ -129,6 +129,15 @@ def _rules(model: Model) -> Iterator[Rule]:
         yield *found, True
 
 
+def against_engine(algorithm: Algorithm, sampling: Sampling) -> bool:
+    """Whether the loss takes its ratio against the log-probs that the engine sampled with.
+
+    Under over-sampling it does by default: tokens of several weights have no other log-probs of their own weights.
+    """
+    chosen = algorithm.old_log_probs
+    return chosen == "engine" or (chosen == "auto" and sampling.over_sampling > 1)
+
+
 def _algorithm_rules(model: Model) -> Iterator[Rule]:
     """Combinations of algorithms that compute something else than their names say."""
     algorithm, sampling = model.algorithm, model.sampling
@@ -148,12 +157,12 @@ def _algorithm_rules(model: Model) -> Iterator[Rule]:
         f"is for loss_aggregation: constant_length; {algorithm.loss_aggregation} ignores it: leave it out",
         algorithm.constant_length is not None and algorithm.loss_aggregation != "constant_length",
     )
-    corrected, against_engine = algorithm.correction != "none", algorithm.old_log_probs == "engine"
+    corrected, of_engine = algorithm.correction != "none", against_engine(algorithm, sampling)
     yield (
         "algorithm.correction",
         f"{algorithm.correction} counts the ratio between trainer and engine twice: with old_log_probs: engine the"
         " loss's own ratio is taken against the engine: use none",
-        corrected and against_engine,
+        corrected and of_engine,
     )
     yield (
         "algorithm.correction_bounds",
@@ -164,7 +173,7 @@ def _algorithm_rules(model: Model) -> Iterator[Rule]:
         "algorithm.correction" if corrected else "algorithm.old_log_probs",
         f"{algorithm.correction if corrected else 'engine'} compares the engine's probabilities with the trainer's, to"
         f" which sampling.top_p {sampling.top_p:g} and top_k {sampling.top_k} do not apply: use top_p 1 and top_k -1",
-        (corrected or against_engine) and (sampling.top_p < 1 or sampling.top_k != -1),
+        (corrected or of_engine) and (sampling.top_p < 1 or sampling.top_k != -1),
     )
 
 

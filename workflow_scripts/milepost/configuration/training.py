@@ -49,7 +49,7 @@ class Algorithm(Section):
     old_log_probs: Literal["auto", "trainer", "engine"] = Field(
         "auto",
         description="what the ratio is taken against: log-probs that the trainer computes before its first step, or"
-        " those that the engine sampled with; auto: trainer",
+        " those that the engine sampled with; auto: the engine's if sampling.over_sampling is above 1",
     )
     correction: Correction = Field(
         "none", description="importance weights between engine and trainer; a function in grpo/corrections.py"

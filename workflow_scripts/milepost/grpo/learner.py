@@ -18,7 +18,8 @@ PER_STEP = (
     *("expert_load_max", "expert_load_min", "expert_imbalance", "routing_agreement"),
 )
 MEANS = (
-    *("clip_fraction", "ratio", "kl", "entropy", "log_prob_diff", "engine_kl"),
+    *("clip_fraction", "ratio", "kl", "entropy", "log_prob_diff", "log_prob_diff_older", "engine_kl"),
+    "fresh_share",
     *("importance_mean", "importance_square", "importance_clipped_share"),
 )
 
@@ -104,6 +105,9 @@ def _summary(reports: list[dict[str, float]]) -> dict[str, float]:
         return {"loss": 0.0, "grad_norm": 0.0, "clip_fraction": 0.0, "learning_rate": 0.0}
     weight = sum(report["weight"] for report in reports)
     means = {name: sum(r[name] for r in reports) / weight for name in MEANS if name in reports[0]}
+    if fresh := means.get("fresh_share"):  # of fresh tokens alone, and of the others
+        means["log_prob_diff"] /= fresh
+        means["log_prob_diff_older"] /= 1.0 - fresh if fresh < 1.0 else 1.0
     per_step = [name for name in PER_STEP if name in reports[0]]
     if "importance_mean" in means:
         # The effective sample size (Kish 1965), as a share of the tokens, or responses.

@@ -29,6 +29,7 @@ class TokenBatch:
     Attributes:
         rollout_log_probs: the engine's, from sampling.
         old_log_probs: the trainer's before the first of several steps; None for a single step.
+        fresh: whether the weights that are trained sampled the token; None if all tokens are fresh.
     """
 
     weights: Tensor
@@ -37,6 +38,7 @@ class TokenBatch:
     responses: Responses
     old_log_probs: Tensor | None = None
     reference_log_probs: Tensor | None = None
+    fresh: Tensor | None = None
 
 
 class Surrogate(NamedTuple):
@@ -155,6 +157,10 @@ def grpo_loss(
         "ratio": weights * ratio,
         "log_prob_diff": weights * gap.abs(),
     }
+    if batch.fresh is not None:  # older tokens differ, although engine and trainer compute alike
+        metrics["fresh_share"] = weights * batch.fresh
+        metrics["log_prob_diff"] = weights * batch.fresh * gap.abs()
+        metrics["log_prob_diff_older"] = weights * ~batch.fresh * gap.abs()
     if algorithm.correction == "none":
         importance = bounded_exp(gap)
     else:

@@ -106,6 +106,9 @@ class Policy:
                 torch.cat([sequence.log_probs for sequence in sequences] or [torch.empty(0)]),
             ]
         )
+        fresh = None
+        if self.settings.sampling.over_sampling > 1:
+            fresh = torch.cat([sequence.fresh for sequence in sequences] or [torch.empty(0, dtype=torch.bool)])
         shard = input_ids.shape[1] // _context_size()
         start = shard * parallel_state.get_context_parallel_rank()
         predicting = row_of_token[response_tokens - 1] - start
@@ -129,6 +132,7 @@ class Policy:
                     lengths=response_lengths,
                     group=parallel_state.get_context_parallel_group(),
                 ),
+                fresh=None if fresh is None else fresh.to(self.device)[mine],
             ),
             routing=self._routing(sequences, packed) if self.settings.engine.replay_routing else None,
         )

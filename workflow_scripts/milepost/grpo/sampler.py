@@ -68,10 +68,10 @@ class Sampler:
         sampled = time.perf_counter()
         self.engine.sleep()
         slept = time.perf_counter()
-        samples = samples_of(draw.taken)
+        samples = samples_of(draw.taken, version=number - 1)
         return Rollout(
             samples=samples,
-            generated=[*samples, *samples_of(draw.replaced)],
+            generated=[*samples, *samples_of(draw.replaced, version=number - 1)],
             sequences=to_training(samples, self.settings),
             flow=draw.flow(),
             seconds={"rollout": sampled - began, "sleep_wake": slept - sampled},
@@ -220,10 +220,10 @@ class Draw:
         return len(self._groups) - len(unfinished) >= self.wanted and not is_late
 
 
-def samples_of(groups: Sequence[Group]) -> list[Sample]:
-    """The graded responses of groups, one after the other."""
+def samples_of(groups: Sequence[Group], version: int) -> list[Sample]:
+    """The graded responses of groups, one after the other, for weights that have trained on ``version`` rollouts."""
     return [
-        Sample(group.prompt, answer.completion, answer.text, answer.verdict)
+        Sample(group.prompt, answer.completion, answer.text, answer.verdict, [version - v for v in answer.versions])
         for group in groups
         for answer in group.answers
     ]

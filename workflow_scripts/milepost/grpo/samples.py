@@ -16,12 +16,17 @@ from milepost.rollout.engine import Completion
 
 @dataclass(frozen=True)
 class Sample:
-    """One response and its reward."""
+    """One response and its reward.
+
+    Attributes:
+        ages: for each token, how many rollouts older the weights are that sampled it than those that train on it.
+    """
 
     prompt: Prompt
     completion: Completion
     text: str
     verdict: Verdict
+    ages: Sequence[int] = ()
 
     @property
     def reward(self) -> float:
@@ -54,12 +59,14 @@ class TrainingSequence:
         log_probs: (R,) of the response tokens in the engine that sampled them, fp32.
         advantage: of the whole response.
         routing: (P + R, layers x k) experts to visit, layer by layer; None if the routers choose.
+        fresh: (R,) whether the weights that are trained sampled the token; None if all tokens are fresh.
     """
 
     ids: Tensor
     log_probs: Tensor
     advantage: float
     routing: Tensor | None = None
+    fresh: Tensor | None = None
 
     @property
     def prompt_length(self) -> int:
@@ -106,6 +113,7 @@ def to_training(samples: Sequence[Sample], settings: Settings) -> list[TrainingS
             log_probs=torch.tensor(sample.completion.log_probs, dtype=torch.float32),
             advantage=advantage,
             routing=_whole_routing(sample.completion.routing),
+            fresh=torch.tensor(sample.ages) == 0 if settings.sampling.over_sampling > 1 else None,
         )
         for sample, advantage in zip(samples, advantages.flatten().tolist(), strict=True)
     ]

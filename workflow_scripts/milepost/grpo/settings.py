@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from milepost.configuration import schema
+from milepost.configuration.layout import against_engine
 
 
 class Settings(schema.Section):
@@ -27,7 +28,7 @@ class Settings(schema.Section):
     @property
     def ratio_against_engine(self) -> bool:
         """Whether the loss takes its ratio against the log-probs that the engine sampled with."""
-        return self.algorithm.old_log_probs == "engine"
+        return against_engine(self.algorithm, self.sampling)
 
     def graded_by(self, dataset: str) -> schema.Reward:
         """The reward of a training set's responses."""
