@@ -187,7 +187,7 @@ def _parquet(path: Path, file: BinaryIO) -> Iterator[Row]:
                     yield Row(number, values | {name: _plain(values[name]) for name in converted})
                 except ValueError as error:
                     yield Row(number, None, str(error))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
         said = (str(error).splitlines() or ["no reason given"])[0]
         raise UserError(f"{path}: damaged parquet file ({said}), after row {number}: fetch or write it again") from None
 
