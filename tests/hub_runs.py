@@ -1,16 +1,21 @@
 """Run download.py against a local Hub, and the model that this Hub hosts."""
 
 import ctypes
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import torch
 
 from hub_server import HubServer
 from milepost.checkpoints.manifest import read_manifest
 from stages import job_arguments
+from tiny_hub import make_tiny_hub, write_weights
 
 SCRIPTS = Path(__file__).parents[1] / "workflow_scripts"
 # The real script, with shorter waits between retries.
@@ -23,16 +28,30 @@ faults.WAITS = (0, 0.1, 0.2)
 run(download.main)
 """
 TOKEN = "hf_goodtoken"
-WEIGHTS = bytes(range(256)) * 4096  # 1 MiB
-MODEL = {
-    "config.json": b'{"model_type": "qwen3_5"}',
+
+
+@functools.cache
+def checkpoint(shards: int = 2, padding: int = 0) -> dict[str, bytes]:
+    """The files of a tiny Qwen3.5; with ``padding`` its vision tower is that many bytes larger."""
+    with tempfile.TemporaryDirectory() as folder:
+        tensors = make_tiny_hub(Path(folder))
+        Path(folder, "model.safetensors").unlink()
+        if padding:
+            tensors["model.visual.padding"] = torch.zeros(padding, dtype=torch.uint8)
+        write_weights(Path(folder), tensors, shards)
+        described = ("config.json", "model*.safetensors", "*.index.json")
+        return {file.name: file.read_bytes() for pattern in described for file in Path(folder).glob(pattern)}
+
+
+def config_json(**changes) -> bytes:
+    """Its config.json with changed keys of the text model."""
+    content = json.loads(MODEL["config.json"])
+    return json.dumps(content | {"text_config": content["text_config"] | changes}).encode()
+
+
+MODEL = checkpoint() | {
     "tokenizer.json": b'{"version": "1.0"}',
     "chat_template.jinja": b"{{ messages }}",
-    "model-00001-of-00002.safetensors": WEIGHTS,
-    "model-00002-of-00002.safetensors": WEIGHTS[::-1],
-    "model.safetensors.index.json": json.dumps(
-        {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    ).encode(),
     "extra/vocab.json": b"{}",
     "README.md": b"# hello",
     "modeling_evil.py": b"import os",
@@ -40,6 +59,7 @@ MODEL = {
     "pytorch_model.bin.index.json": b"{}",
     "extra/optimizer.pt": b"pickle",
 }
+WEIGHTS = checkpoint(shards=1)["model.safetensors"]
 WANTED = {name for name in MODEL if not re.search(r"README|\.py$|\.bin|\.pt$", name)}
 LFS = {name for name in MODEL if name.endswith(".safetensors")} | {"tokenizer.json", "pytorch_model.bin"}
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from milepost.checkpoints import mapping, torch_dist
 from milepost.checkpoints.manifest import keep_manifest, read_manifest, rewrite_manifest, same_result, write_manifest
-from milepost.checkpoints.name_table import TEXT
+from milepost.checkpoints.name_table import text_prefix
 from milepost.checkpoints.safetensors_io import HubCheckpoint
 from milepost.common.errors import UserError, run
 from milepost.common.files import hold
@@ -64,7 +64,7 @@ def convert(arguments: argparse.Namespace) -> None:
             arguments.job,
             {
                 "mtp_num_layers": arguments.mtp_num_layers,
-                "dtype": str(hub.entries[TEXT + "embed_tokens.weight"].dtype).removeprefix("torch."),
+                "dtype": str(hub.dtype(text_prefix(hub) + "embed_tokens.weight")).removeprefix("torch."),
                 "processes": dist.get_world_size(),
                 "parallel": parallel.model_dump(mode="json"),
             },

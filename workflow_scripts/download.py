@@ -2,17 +2,16 @@
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from milepost.checkpoints.inspection import Inspection
 from milepost.checkpoints.manifest import write_manifest
 from milepost.common.errors import run
 from milepost.common.files import hold
 from milepost.common.jobs import job_parser
 from milepost.common.labels import READERS
 from milepost.configuration.schema import Architecture, Dataset, ModelSource, Section
-from milepost.configuration.shape import require_shape
 from milepost.hub import environment
 from milepost.problems.loading import Problem, kinds_of, load_problem_set, says_how_to_answer, source_of
 
@@ -22,6 +21,7 @@ class ModelSettings(Section):
 
     source: ModelSource
     architecture: Architecture | None = None
+    mtp: bool = False
 
 
 def main() -> None:
@@ -49,12 +49,11 @@ def download(arguments: argparse.Namespace) -> None:
         facts = {"rows": check_rows(arguments.name, dataset, arguments.job, root, sorted(snapshot.files))}
     else:
         model = ModelSettings.model_validate(settings)
-        source, shape = model.source, model.architecture
-        inspect = partial(require_shape, shape=shape) if shape else None
+        source, inspection = model.source, Inspection(model.architecture, model.mtp)
         if source.folder:
-            snapshot = model_from_folder(Path(source.folder), arguments.name, arguments.folder, inspect)
+            snapshot = model_from_folder(Path(source.folder), arguments.name, arguments.folder, inspection)
         else:
-            snapshot = model_from_hub(source.repo, source.revision, arguments.folder, inspect)
+            snapshot = model_from_hub(source.repo, source.revision, arguments.folder, inspection)
         facts = {}
 
     write_manifest(

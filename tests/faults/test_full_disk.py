@@ -3,7 +3,6 @@
 The disk is a small tmpfs, mounted where only the test's processes see it.
 """
 
-import os
 import shlex
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import grpo_run
+from hub_runs import checkpoint
 from hub_server import serve
 from milepost.checkpoints.manifest import read_manifest
 from settings import section
@@ -57,17 +57,15 @@ def on_a_disk(environment, tmp_path):
 
 
 def test_download(on_a_disk):
-    weights = os.urandom(2**21)
     settings = {"source": {"repo": "Qwen/tiny", "revision": "main"}}
     command = [
         *(script("download"), *job_arguments(settings), "--name", "tiny"),
         *("--folder", str(on_a_disk.disk / "hub"), "--manifest", str(on_a_disk.disk / "download.json")),
     ]
     with serve() as hub:
-        files = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": weights}
-        hub.host("Qwen/tiny", files, {"model.safetensors"})
+        hub.host("Qwen/tiny", checkpoint(shards=1, padding=2**21), {"model.safetensors"})
         line, kept = on_a_disk(1024, command, HF_ENDPOINT=hub.address, HF_HOME=str(on_a_disk.disk / "home"))
-    assert "2.0 MiB to download, but only 1.0 MiB free" in line and "make room, or set HF_HOME" in line
+    assert " MiB to download, but only 1.0 MiB free" in line and "make room, or set HF_HOME" in line
     read_manifest(kept / "download.json").require(digests=True)
 
 

@@ -115,7 +115,7 @@ MISTAKES = {
     ),
     "a model's folder without a model": (
         ["--config", "per_model={tiny: {source: {folder: empty}}}"],
-        "empty: has no config.json: correct source.folder of tiny, or complete the folder",
+        "empty: holds no .safetensors file: name a checkpoint in Transformers' format as source",
     ),
     "a mistyped target": (
         ["--", "train_tny"],

@@ -114,6 +114,12 @@ OVERRIDES = {
         {DATASET.format("aime-2024")} | trained("9B") | evaluated("9B", "aime-2024"),
     ),
     "the conversion's processes": ("per_model={9B: {conversion: {processes: 1, launcher: python}}}", set()),
+    "the evaluation's GPUs": ("per_model={9B: {evaluation: {gpus: 1}}}", set()),
+    "the checkpoint that is scored": (
+        "per_model={9B: {export: {checkpoint: best}}}",
+        {"9B: export the grpo@best weights in the Hub's format", EVALUATE.format("9B", "grpo@best", "aime-2024")}
+        | SUMMARY,
+    ),
     "memory that only preflight reads": ("per_model={9B: {hardware: {host_memory_gib: 300}}}", set()),
     "the same value written otherwise": ("per_model={9B: {optimizer: {learning_rate: 0.000001}}}", set()),
 }

@@ -7,15 +7,15 @@ import time
 
 import pytest
 
-from hub_runs import LFS, MODEL, SCRIPTS, TOKEN, WANTED, WEIGHTS, Run
+from hub_runs import LFS, MODEL, SCRIPTS, TOKEN, WANTED, WEIGHTS, Run, checkpoint, config_json
 from hub_server import Fault, serve
 from milepost.common.errors import UserError
-from milepost.configuration.schema import Architecture
-from milepost.configuration.shape import text_config
 from milepost.evaluation.problems import load_problems
 
-SHAPE = {"layers": 32, "hidden": 2560, "ffn": 9216, "attention_heads": 16, "key_value_groups": 4, "head_dim": 256}
-SHAPE |= {"linear_key_heads": 16, "linear_value_heads": 32, "linear_head_dim": 128, "tied_embeddings": True}
+# The shape of the hosted model.
+SHAPE = {"layers": 4, "hidden": 64, "ffn": 128, "attention_heads": 4, "key_value_groups": 2, "head_dim": 32}
+SHAPE |= {"linear_key_heads": 2, "linear_value_heads": 4, "linear_head_dim": 16, "tied_embeddings": True}
+SHAPE |= {"vocabulary": 288}
 ROWS = b"".join(
     json.dumps({"prompt": [{"role": "user", "content": f"What is {n} + 1?"}], "label": str(n + 1)}).encode() + b"\n"
     for n in range(5)
@@ -56,7 +56,7 @@ def test_a_second_run_fetches_nothing_and_another_commit_only_what_changed(hub, 
     hub.requests.clear()
     download.succeeds(download.model())
     assert not hub.asked("^GET .*(/resolve/|/content/)")
-    commit = hosted.commit(MODEL | {"config.json": b'{"model_type": "qwen3_5", "new": 1}'})
+    commit = hosted.commit(MODEL | {"config.json": config_json(new=1)})
     hub.requests.clear()
     manifest = download.succeeds(download.model())
     assert manifest.facts["commit"] == commit
@@ -68,7 +68,7 @@ def test_a_second_run_fetches_nothing_and_another_commit_only_what_changed(hub, 
 def test_a_branch_a_tag_and_a_commit_resolve_to_the_commit_they_name(hub, download):
     hosted = hub.host("Qwen/tiny", MODEL, LFS)
     old = hosted.refs["main"]
-    new = hosted.commit(MODEL | {"config.json": b"{}"}, branch="next")
+    new = hosted.commit(MODEL | {"config.json": config_json(new=1)}, branch="next")
     for revision, commit in (("main", old), ("next", new), (old, old)):
         manifest = download.succeeds(download.model(revision=revision))
         assert manifest.facts == {"repo": "Qwen/tiny", "revision": revision, "commit": commit}
@@ -76,8 +76,7 @@ def test_a_branch_a_tag_and_a_commit_resolve_to_the_commit_they_name(hub, downlo
 
 
 def test_a_dropped_connection_resumes_where_it_broke_off(hub, download):
-    large = WEIGHTS * 12
-    hub.host("Qwen/tiny", {"config.json": b"{}", "model.safetensors": large}, {"model.safetensors"})
+    hub.host("Qwen/tiny", checkpoint(shards=1, padding=12 * 2**20), {"model.safetensors"})
     hub.faults.append(Fault("GET /content/", cut=11 * 2**20))
     download.succeeds(download.model())
     ranges = [request.headers.get("range") for request in hub.asked("GET /content/")]
@@ -205,7 +204,7 @@ def test_only_the_weights_that_the_index_names_are_fetched(hub, download):
 
 
 def test_without_an_index_the_weights_of_the_top_folder_are_fetched(hub, download):
-    files = {"config.json": b"{}", "model.safetensors": WEIGHTS, "checkpoint-100/model.safetensors": WEIGHTS[1:]}
+    files = checkpoint(shards=1) | {"checkpoint-100/model.safetensors": WEIGHTS[1:]}
     hub.host("Qwen/tiny", files, {"model.safetensors", "checkpoint-100/model.safetensors"})
     manifest = download.succeeds(download.model())
     assert set(manifest.files) == {"config.json", "model.safetensors"}
@@ -215,7 +214,7 @@ def test_without_an_index_the_weights_of_the_top_folder_are_fetched(hub, downloa
 
 
 def test_a_name_that_a_pattern_would_not_fit_is_fetched(hub, download):
-    files = {"config.json": b"{}", "model[1].safetensors": WEIGHTS}
+    files = {"config.json": config_json(), "model[1].safetensors": WEIGHTS}
     hub.host("Qwen/tiny", files, {"model[1].safetensors"})
     for offline in ("0", "1"):
         assert set(download.succeeds(download.model(HF_HUB_OFFLINE=offline)).files) == set(files)
@@ -239,7 +238,7 @@ def test_a_name_that_leaves_the_folder_is_refused(hub, download, name):
 
 
 def test_only_the_weights_that_are_missing_must_fit_the_disk(hub, download):
-    hub.host("Qwen/tiny", MODEL, LFS)
+    hub.host("Qwen/tiny", checkpoint(shards=1, padding=2**20), {"model.safetensors"})
     sitecustomize = download.folder / "sitecustomize.py"
     sitecustomize.write_text("import shutil; shutil.disk_usage = lambda path: shutil._ntuple_diskusage(9, 9, 2**20)")
     path = f"{download.folder}:{SCRIPTS}"
@@ -276,26 +275,43 @@ def test_a_local_folder_is_linked_and_named_by_its_digests(tmp_path):
     assert (first.root / "config.json").samefile(folder / "config.json")
     assert download.succeeds(download(config)).root == first.root
     (folder / "config.json").unlink()  # replaced, not overwritten: the first snapshot shares the file
-    (folder / "config.json").write_bytes(b"{}")
+    (folder / "config.json").write_bytes(config_json(new=1))
     assert download.succeeds(download(config)).root != first.root
     download.manifest.unlink()
     download.fails(download({"source": {"folder": str(tmp_path / "none")}}), "no such folder")
 
 
-def shaped(**changes) -> bytes:
-    """The config.json of a checkpoint of `SHAPE` with changes; context, rotation and norms are not in the shape."""
-    text = text_config(Architecture.model_validate(SHAPE)) | {"rope_theta": 1e6, "max_position_embeddings": 4096}
-    return json.dumps({"text_config": text | changes}).encode()
-
-
 def test_another_model_s_checkpoint_is_refused_before_its_weights_are_fetched(hub, download):
-    hosted = hub.host("Qwen/tiny", MODEL | {"config.json": shaped(num_hidden_layers=36, hidden_size=4096)}, LFS)
-    config = {"source": {"repo": "Qwen/tiny"}, "architecture": SHAPE}
-    download.fails(download(config), "config.json: num_layers is 36", "declares 32")
+    hosted = hub.host("Qwen/tiny", MODEL | {"config.json": config_json(num_attention_heads=8, hidden_size=128)}, LFS)
+    settings = {"source": {"repo": "Qwen/tiny"}, "architecture": SHAPE}
+    download.fails(download(settings), "config.json: hidden_size is 128", "declares 64")
     assert hub.asked("resolve/.*/config.json") and not hub.asked("^GET /content/")
-    hosted.commit(MODEL | {"config.json": shaped()})
-    assert set(download.succeeds(download(config)).files) == WANTED
-    download.succeeds(download(config, HF_HUB_OFFLINE="1"))
+    hosted.commit(MODEL | {"config.json": config_json(max_position_embeddings=8192)})  # which the shape does not say
+    assert set(download.succeeds(download(settings)).files) == WANTED
+    download.succeeds(download(settings, HF_HUB_OFFLINE="1"))
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            {"config.json": config_json(quantization_config={"quant_method": "gptq"})},
+            "quantized (quantization_config: gptq",
+        ),
+        ({"config.json": config_json(model_type="qwen3_next")}, "not a Qwen3.5 text model (model_type 'qwen3_next')"),
+        (
+            {"config.json": config_json(num_hidden_layers=8, layer_types=None)},
+            "has no tensor model.language_model.layers.4.",
+        ),
+        ({"config.json": None, "adapter_config.json": b"{}"}, "holds an adapter (adapter_config.json)"),
+    ],
+    ids=["quantized", "other-family", "other-tensors", "adapter"],
+)
+def test_what_config_json_and_the_index_tell_is_known_before_the_weights_are_fetched(hub, download, files, said):
+    hosted = {name: content for name, content in (MODEL | files).items() if content is not None}
+    hub.host("Qwen/tiny", hosted, LFS)
+    download.fails(download.model(), said)
+    assert not hub.asked("^GET /content/")
 
 
 def test_another_model_s_checkpoint_in_a_local_folder_is_refused(tmp_path):
@@ -303,11 +319,11 @@ def test_another_model_s_checkpoint_in_a_local_folder_is_refused(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(WEIGHTS)
-    (folder / "config.json").write_bytes(shaped(linear_value_head_dim=64))
-    config = {"source": {"folder": str(folder)}, "architecture": SHAPE}
-    download.fails(download(config), "linear_value_head_dim is 64", "declares 128")
-    (folder / "config.json").write_bytes(shaped())
-    download.succeeds(download(config))
+    (folder / "config.json").write_bytes(config_json(linear_value_head_dim=64))
+    settings = {"source": {"folder": str(folder)}, "architecture": SHAPE}
+    download.fails(download(settings), "linear_value_head_dim is 64", "declares 16")
+    (folder / "config.json").write_bytes(config_json())
+    download.succeeds(download(settings))
 
 
 def test_a_data_set_is_the_one_file_that_the_configuration_names(hub, download):

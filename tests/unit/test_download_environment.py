@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from hub_runs import LFS, MODEL, SCRIPTS, TOKEN, WANTED, Run
+from hub_runs import LFS, MODEL, SCRIPTS, TOKEN, WANTED, Run, config_json
 from hub_server import Fault, serve
 from stages import job_arguments, script
 
@@ -194,7 +194,7 @@ def test_a_read_only_cache_that_holds_everything_is_enough(download, offline):
 
 def test_a_read_only_cache_that_lacks_a_file_says_so(hub, download):
     kept(download, "a-w")
-    hub.repositories["models/Qwen/tiny"].commit(MODEL | {"config.json": b'{"model_type": "qwen3_5", "new": 1}'})
+    hub.repositories["models/Qwen/tiny"].commit(MODEL | {"config.json": config_json(new=1)})
     download.fails(download.model(), "config.json", "the cache lacks the file and can't be written: set HF_HOME")
 
 

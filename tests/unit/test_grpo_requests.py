@@ -59,9 +59,14 @@ def metrics(asked, of):
     return [line for line in lines if of in line]
 
 
+def response(asked, completion):
+    """A completion's text."""
+    return decode(asked[2], completion.token_ids, stop_token_ids(asked[1] / "hub", asked[2]))
+
+
 def earned(asked, completions):
     """The reward of each response by `FixedReward`."""
-    return [sum(map(ord, decode(asked[2], completion.token_ids))) % 2 == 0 for completion in completions]
+    return [sum(map(ord, response(asked, completion))) % 2 == 0 for completion in completions]
 
 
 def test_rollouts_and_validations_are_sampled_as_their_settings_say(asked, rollouts, validations):
@@ -125,7 +130,7 @@ def test_kept_samples_are_the_first_groups_of_their_rollout(asked, rollouts):
         kept = [row for row in rows if row["rollout"] == number]
         expected = list(zip(requests, completions, earned(asked, completions), strict=True))[: 2 * GROUP]
         assert [(row["prompt"], row["response"], row["reward"], row["tokens"], row["finish"]) for row in kept] == [
-            (decode(asked[2], r.prompt_ids), decode(asked[2], c.token_ids), float(right), len(c.token_ids), c.finish)
+            (decode(asked[2], r.prompt_ids), response(asked, c), float(right), len(c.token_ids), c.finish)
             for r, c, right in expected
         ]
 

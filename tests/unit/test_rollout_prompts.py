@@ -34,23 +34,40 @@ def test_enable_thinking_reaches_the_template(tokenizer):
 
 
 def test_only_the_closing_tokens_are_left_out_of_a_text(tokenizer):
-    end, padding = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    stops = end, padding = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     ids = tokenizer.encode("<think>12<|im_start|></think>  \\boxed{46} .")
-    assert decode(tokenizer, [*ids, end]) == "<think>12<|im_start|></think>  \\boxed{46} ."
-    assert decode(tokenizer, [*ids, padding, end]) == decode(tokenizer, ids)
-    assert decode(tokenizer, [*ids, end, *ids]).count("<|im_end|>") == 1
-    assert decode(tokenizer, [end]) == ""
+    assert decode(tokenizer, [*ids, end], stops) == "<think>12<|im_start|></think>  \\boxed{46} ."
+    assert decode(tokenizer, [*ids, padding, end], stops) == decode(tokenizer, ids, stops)
+    assert decode(tokenizer, [*ids, end, *ids], stops).count("<|im_end|>") == 1
+    assert decode(tokenizer, [end], stops) == ""
+    assert decode(tokenizer, [*ids, end]).endswith("<|im_end|>")
 
 
-def test_responses_stop_at_end_of_turn_end_of_text_and_the_checkpoint_s_own_tokens(tmp_path, tokenizer):
+def test_responses_stop_at_what_tokenizer_generation_config_and_chat_template_name(tmp_path, folder, capfd):
+    tokenizer = load_tokenizer(folder)
     end, padding, more = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>", "<|image_pad|>"])
     assert stop_token_ids(tmp_path, tokenizer) == tuple(sorted([end, padding]))
-    write_json(tmp_path / "generation_config.json", {"eos_token_id": [end, more]})
-    assert stop_token_ids(tmp_path, tokenizer) == tuple(sorted([end, padding, more]))
-    write_json(tmp_path / "generation_config.json", {"eos_token_id": more})
-    assert stop_token_ids(tmp_path, tokenizer) == tuple(sorted([end, padding, more]))
+    for named in ([end, more], more):
+        write_json(tmp_path / "generation_config.json", {"eos_token_id": named})
+        assert stop_token_ids(tmp_path, tokenizer) == tuple(sorted([end, padding, more]))
     write_json(tmp_path / "generation_config.json", {"temperature": 1.0})
     assert stop_token_ids(tmp_path, tokenizer) == tuple(sorted([end, padding]))
+    tokenizer.eos_token = "<|endoftext|>"  # as base models have it: only the template knows the end of a turn
+    assert stop_token_ids(tmp_path, tokenizer) == tuple(sorted([end, padding]))
+    assert not capfd.readouterr().err
+
+
+ENDLESS = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n\n' }}{% endfor %}"
+PROMPTS_ONLY = "{{ messages[-1].content if messages[-1].role == 'user' else raise_exception('no answers') }}<|im_end|>"
+
+
+@pytest.mark.parametrize("template", [ENDLESS, PROMPTS_ONLY])
+def test_a_template_whose_turn_never_ends_is_said(tmp_path, folder, capfd, template):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template, tokenizer.eos_token = template, "<|endoftext|>"
+    assert stop_token_ids(tmp_path, tokenizer) == (tokenizer.pad_token_id,)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "ends an assistant's turn with no special token: responses end only with <|endoftext|>, or are cut" in line
 
 
 def test_tokenizer_without_a_chat_template_is_refused(tmp_path):

@@ -68,6 +68,13 @@ def test_two_tensors_of_linear_attention_are_float32_and_all_else_bfloat16(made)
     assert {tensor.dtype for name, tensor in tensors.items() if name not in expected} == {torch.bfloat16}
 
 
+def test_a_model_asked_for_in_float32_is_stored_unrounded(made, tmp_path):
+    exact = tensors_of(make(tmp_path, **made.facts["tiny"] | {"dtype": "float32"}))
+    assert {tensor.dtype for tensor in exact.values()} == {torch.float32}
+    for name, rounded in tensors_of(made).items():
+        assert exact[name].to(rounded.dtype).equal(rounded), name
+
+
 def test_the_parts_of_the_architecture_are_there_under_the_hub_s_names(made):
     tensors, config = tensors_of(made), read_json(made.root / "config.json")
     moe, layer = made.facts["tiny"]["kind"] == "moe", "model.language_model.layers"

@@ -25,7 +25,7 @@ BLOCK_BYTES = 32 * 2**20
 def take_dtypes(model: nn.Module, architecture: Architecture, hub: HubCheckpoint) -> None:
     """Reallocate every parameter in the dtype that ``hub`` stores it in, so that a copy is exact; values are lost."""
     for binding, parameter in local_bindings(model, architecture, hub):
-        dtype = reduce(torch.promote_types, (hub.entries[name].dtype for name in binding.hub))
+        dtype = reduce(torch.promote_types, (hub.dtype(name) for name in binding.hub))
         parameter.data = torch.empty_like(parameter, dtype=dtype)
 
 
@@ -67,10 +67,13 @@ def to_hub(model: nn.Module, architecture: Architecture, hub: HubCheckpoint) -> 
         for name, shape in binding.hub.items():
             if len(stages) > 1:
                 if name not in full:
-                    full[name] = torch.empty(shape, dtype=hub.entries[name].dtype, device=device)
+                    full[name] = torch.empty(shape, dtype=hub.dtype(name), device=device)
                 group = parallel_state.get_pipeline_model_parallel_group()
                 dist.broadcast(full[name], dist.get_global_rank(group, owner), group=group)
-            yield name, full.pop(name)
+            tensor = full.pop(name)
+            yield name, tensor
+            if binding.twin:
+                yield binding.twin, tensor
 
 
 def local_bindings(
@@ -113,11 +116,9 @@ def _assemble(binding: Binding, shards: dict[tuple[Place, Place], Tensor], hub: 
     """Assemble full Hub tensors from the shards of all ranks."""
     if len(binding.hub) == len(shards) == 1 and not binding.rule.grouped:
         (name, shape), (shard,) = next(iter(binding.hub.items())), shards.values()
-        return {name: shard.to(hub.entries[name].dtype).view(shape)}
+        return {name: shard.to(hub.dtype(name)).view(shape)}
     device = next(iter(shards.values())).device
-    full = {
-        name: torch.empty(shape, dtype=hub.entries[name].dtype, device=device) for name, shape in binding.hub.items()
-    }
+    full = {name: torch.empty(shape, dtype=hub.dtype(name), device=device) for name, shape in binding.hub.items()}
     for places, shard in shards.items():
         for piece in binding.pieces(*places):
             full[piece.hub][piece.source].copy_(shard[piece.target])

@@ -9,11 +9,21 @@ values, z, b and a. ``linear_qkv`` holds whole KV groups: the group's query head
 value.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 TEXT = "model.language_model."
 VISION = "model.visual."
 MTP = "mtp."
+HEAD_NAME = "lm_head.weight"
+
+
+def text_prefix(names: Iterable[str]) -> str:
+    """What the names of the text model's tensors begin with, in a checkpoint that holds ``names``.
+
+    A checkpoint of the text model alone, as `Qwen3_5ForCausalLM` saves it, has shorter names than one with vision.
+    """
+    return "model." if any(name.startswith(("model.layers.", "model.embed_tokens.")) for name in names) else TEXT
 
 
 class Rule(NamedTuple):
@@ -35,10 +45,10 @@ class Rule(NamedTuple):
 
 
 OUTER = (
-    Rule("embedding.word_embeddings.weight", {TEXT + "embed_tokens.weight": "vocabulary hidden"}, 0),
-    Rule("decoder.final_layernorm.weight", {TEXT + "norm.weight": "hidden"}),
+    Rule("embedding.word_embeddings.weight", {"embed_tokens.weight": "vocabulary hidden"}, 0),
+    Rule("decoder.final_layernorm.weight", {"norm.weight": "hidden"}),
 )
-HEAD = (Rule("output_layer.weight", {"lm_head.weight": "vocabulary hidden"}, 0),)
+HEAD = (Rule("output_layer.weight", {HEAD_NAME: "vocabulary hidden"}, 0),)
 MTP_OUTER = (
     Rule("enorm.weight", {"pre_fc_norm_embedding.weight": "hidden"}),
     Rule("hnorm.weight", {"pre_fc_norm_hidden.weight": "hidden"}),

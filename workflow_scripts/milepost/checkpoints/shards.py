@@ -5,17 +5,17 @@
 checkpoint, copying them the other way writes one. No value is ever computed, so a round trip is bit for bit.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
-
+from milepost.checkpoints.headers import ANOTHER, Headers
 from milepost.checkpoints.name_table import (
     DENSE_MLP,
     FULL_ATTENTION,
     FUSED_EXPERTS,
     HEAD,
+    HEAD_NAME,
     LINEAR_ATTENTION,
     MOE_MLP,
     MTP,
@@ -23,15 +23,14 @@ from milepost.checkpoints.name_table import (
     NORMS,
     OUTER,
     SEPARATE_EXPERTS,
-    TEXT,
     VISION,
     Rule,
+    text_prefix,
 )
-from milepost.checkpoints.safetensors_io import HubCheckpoint
 from milepost.common.errors import UserError
 from milepost.qwen3_5.architecture import Architecture
 
-TRAINABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TRAINABLE_DTYPES = ("BF16", "F16", "F32")
 
 
 class Piece(NamedTuple):
@@ -70,6 +69,8 @@ class Binding:
         hub: Hub name -> shape.
         rule: its row of the table.
         experts: it holds the routed experts, which expert-parallel ranks split along its first axis.
+        twin: another Hub tensor with the same values: the head that some checkpoints store though it is tied to the
+            embedding.
     """
 
     megatron: str
@@ -77,6 +78,7 @@ class Binding:
     rule: Rule
     experts: bool
     _pieces: Callable[[Place, Place], Iterator[Piece]]
+    twin: str | None = None
 
     def pieces(self, tensor: Place, expert: Place = WHOLE) -> list[Piece]:
         """The blocks held by the rank at tensor-parallel (for experts: expert-tensor-parallel) place ``tensor`` and
@@ -85,50 +87,81 @@ class Binding:
         return list(self._pieces(tensor, expert))
 
 
-def bind(architecture: Architecture, hub: HubCheckpoint, mtp_num_layers: int) -> list[Binding]:
+def bind(architecture: Architecture, hub: Headers, mtp_num_layers: int) -> list[Binding]:
     """Bind every tensor of the text model to its Hub tensors, in the model's order, layer by layer.
 
     Raises:
         UserError: a tensor is missing, covered by no rule, of the wrong shape or of a dtype that can't be trained; the
             message names it.
     """
+    require_names(str(hub.folder), architecture, hub.entries, mtp_num_layers)
     sizes_by_name = _sizes(architecture)
     bindings = [
         _bind_rule(rule, megatron, prefix, sizes_by_name, hub)
-        for rule, megatron, prefix in _rules(architecture, hub, mtp_num_layers)
+        for rule, megatron, prefix in _rules(architecture, hub.entries, mtp_num_layers)
     ]
-    covered = {name for binding in bindings for name in binding.hub} | set(untouched(hub, mtp_num_layers))
-    for name in hub:
-        if name not in covered:
-            raise UserError(
-                f"{hub.folder}: no rule covers the tensor {name}: the checkpoint does not fit config.json: use one that"
-                " does"
-            )
+    if architecture.tie_embeddings and HEAD_NAME in hub:
+        (embedding,) = bindings[0].hub
+        _check_hub_tensor(hub, HEAD_NAME, bindings[0].hub[embedding], hub.entries[embedding].dtype)
+        bindings[0] = replace(bindings[0], twin=HEAD_NAME)
     return bindings
 
 
-def untouched(hub: HubCheckpoint, mtp_num_layers: int) -> list[str]:
+def require_names(source: str, architecture: Architecture, names: Collection[str], mtp_num_layers: int) -> None:
+    """Refuse (`UserError`) a checkpoint whose tensors' ``names`` are not those of ``architecture``.
+
+    Args:
+        source: the checkpoint's folder or repository, for the message.
+        mtp_num_layers: 1 if the MTP layer is used, too.
+    """
+    if mtp_num_layers and not any(name.startswith(MTP) for name in names):
+        raise UserError(
+            f"{source}: has no MTP layer (no tensor {MTP}*): set conversion: {{mtp_num_layers: 0}},"
+            " mtp: {train: false} and engine: {speculation: null}, or use a checkpoint that has kept it"
+        )
+    needed = set()
+    for rule, _, prefix in _rules(architecture, names, mtp_num_layers):
+        for name in rule.hub:
+            experts = range(architecture.num_experts) if "{expert}" in name else range(1)
+            needed.update(prefix + name.format(expert=expert) for expert in experts)
+    if missing := needed - set(names):
+        raise UserError(
+            f"{source}: has no tensor {min(missing)} ({len(missing)} missing), which config.json calls for: use a"
+            " complete checkpoint, with its own config.json"
+        )
+    tied_head = {HEAD_NAME} if architecture.tie_embeddings else set()
+    if unknown := set(names) - needed - tied_head - set(untouched(names, mtp_num_layers)):
+        raise UserError(
+            f"{source}: no rule covers the tensor {min(unknown)} ({len(unknown)} such): use a checkpoint of a plain"
+            " Qwen3.5, with adapters merged and not quantized"
+        )
+
+
+def untouched(names: Iterable[str], mtp_num_layers: int) -> list[str]:
     """Names of tensors that an export copies unchanged: the vision tower, and the MTP layer unless it is built."""
     prefixes = (VISION,) if mtp_num_layers else (VISION, MTP)
-    return [name for name in hub if name.startswith(prefixes)]
+    return [name for name in names if name.startswith(prefixes)]
 
 
-def _rules(architecture: Architecture, hub: HubCheckpoint, mtp_num_layers: int) -> Iterator[tuple[Rule, str, str]]:
+def _rules(architecture: Architecture, names: Collection[str], mtp_num_layers: int) -> Iterator[tuple[Rule, str, str]]:
     """(rule, Megatron prefix, Hub prefix) for every tensor of the model, in order."""
+    text = text_prefix(names)
 
     def layer(megatron: str, prefix: str, full_attention: bool):
         rules = (*NORMS, *(FULL_ATTENTION if full_attention else LINEAR_ATTENTION))
         if architecture.is_moe:
-            fused = f"{prefix}mlp.experts.gate_up_proj" in hub
+            fused = f"{prefix}mlp.experts.gate_up_proj" in names
             rules += (*MOE_MLP, *(FUSED_EXPERTS if fused else SEPARATE_EXPERTS))
         else:
             rules += DENSE_MLP
         yield from ((rule, megatron, prefix) for rule in rules)
 
-    yield OUTER[0], "", ""
+    yield OUTER[0], "", text
     for number, kind in enumerate(architecture.layer_kinds):
-        yield from layer(f"decoder.layers.{number}.", f"{TEXT}layers.{number}.", kind == "full_attention")
-    yield from ((rule, "", "") for rule in (*OUTER[1:], *(() if architecture.tie_embeddings else HEAD)))
+        yield from layer(f"decoder.layers.{number}.", f"{text}layers.{number}.", kind == "full_attention")
+    yield OUTER[1], "", text
+    if not architecture.tie_embeddings:
+        yield HEAD[0], "", ""
     for number in range(mtp_num_layers):
         yield from ((rule, f"mtp.layers.{number}.", MTP) for rule in MTP_OUTER)
         yield from layer(f"mtp.layers.{number}.mtp_model_layer.", f"{MTP}layers.{number}.", True)
@@ -157,7 +190,7 @@ def _sizes(architecture: Architecture) -> dict[str, int]:
     }
 
 
-def _bind_rule(rule: Rule, megatron: str, prefix: str, sizes_by_name: dict[str, int], hub: HubCheckpoint) -> Binding:
+def _bind_rule(rule: Rule, megatron: str, prefix: str, sizes_by_name: dict[str, int], hub: Headers) -> Binding:
     """Resolve a row of the table for one layer, and check the Hub tensors that it needs."""
     # Hub name -> its axes, each a list of its components' sizes.
     axes = {
@@ -189,17 +222,19 @@ def _bind_rule(rule: Rule, megatron: str, prefix: str, sizes_by_name: dict[str, 
     return Binding(megatron + rule.megatron, shapes, rule, experts, pieces)
 
 
-def _check_hub_tensor(hub: HubCheckpoint, name: str, shape: tuple[int, ...]) -> None:
-    entry = hub.entries.get(name)
-    if entry is None:
-        raise UserError(f"{hub.folder}: has no tensor {name}, which config.json calls for: download the model again")
+def _check_hub_tensor(hub: Headers, name: str, shape: tuple[int, ...], dtype: str | None = None) -> None:
+    entry = hub.entries[name]
     if entry.shape != shape:
         raise UserError(
             f"{hub.folder}: {name} has the shape {entry.shape}, config.json makes it {shape}: use a checkpoint that"
             " fits its config.json"
         )
     if entry.dtype not in TRAINABLE_DTYPES:
-        raise UserError(f"{hub.folder}: {name} is stored as {entry.dtype}: use a checkpoint that is not quantized")
+        raise UserError(f"{hub.folder}: {name} is stored as {entry.dtype}, which can't be trained: {ANOTHER}")
+    if dtype and entry.dtype != dtype:
+        raise UserError(
+            f"{hub.folder}: {name} is stored as {entry.dtype}, the embedding that it is tied to as {dtype}: remove it"
+        )
 
 
 def _component_pieces(axes: dict[str, list[list[int]]], axis: int | None, place: Place) -> Iterator[Piece]:

@@ -1,8 +1,9 @@
 """Megatron-Core distributed checkpoints (torch_dist): saved under one parallel layout, loaded under any other.
 
-The format is Megatron-Core's, written and read through its ``dist_checkpointing``. Two things differ from its defaults,
-both to save host memory: the writer copies one tensor at a time to the host (by default, everything a rank writes at
-once), and the reader fills the model's own storage (by default, it copies every tensor that is stored in components).
+The format is Megatron-Core's, written and read through its ``dist_checkpointing``. Names and conventions are those of
+its own GPTModel, which can load these checkpoints. Two things differ from its defaults, both to save host memory: the
+writer copies one tensor at a time to the host (by default, everything a rank writes at once), and the reader fills the
+model's own storage (by default, it copies every tensor that is stored in components).
 
 Every function here is collective: all processes of the job must call it.
 """
@@ -10,6 +11,7 @@ Every function here is collective: all processes of the job must call it.
 import math
 import os
 import pickle
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
@@ -45,6 +47,10 @@ from milepost.qwen3_5.model import bare
 
 MAX_FILES = 8  # per rank
 FILE_BYTES = 2**29
+# Gated DeltaNet's norm scales by its weight, Qwen3.5's others by 1 + weight. Megatron-Core has one convention for all,
+# so this weight is stored less 1; in float64, since the difference would be rounded in float32.
+OUT_NORM = ".self_attention.out_norm.weight"
+OLD_NORMS = re.compile(r"\.(input|pre_mlp)_layernorm\.weight$")  # what `qwen3_5.specs` renames
 # All names that a .metadata contains, besides torch's dtypes.
 DESCRIPTIONS = {
     "pathlib": {"PosixPath"},
@@ -74,8 +80,12 @@ def save(model: nn.Module, folder: Path | str, progress: Progress | None = None)
         start_folder(partial)
     dist.barrier()
     require_room(partial, whole_bytes(model))
+    state = _sharded_state_dict(model)
+    for norm in _out_norms(state):
+        norm.data = norm.data.double() - 1
+        norm.dtype = norm.data.dtype
     try:
-        dist_checkpointing.save(_sharded_state_dict(model), str(partial), _OneTensorAtATime(progress))
+        dist_checkpointing.save(state, str(partial), _OneTensorAtATime(progress))
     except CheckpointException as error:  # raised on every rank, with every rank's error, e.g. a full disk
         raise next((cause for cause, _ in error.failures.values() if isinstance(cause, OSError)), error) from error
     if dist.get_rank() == 0:
@@ -107,11 +117,18 @@ def load(model: nn.Module, folder: Path | str) -> None:
     state = _sharded_state_dict(model)
     apply_factories(state)  # into views of the parameters' own storage
     _check(state, Path(folder))
+    norms = [(norm, norm.data) for norm in _out_norms(state)]
+    for norm, parameter in norms:
+        norm.data = torch.empty_like(parameter, dtype=torch.float64)
+        norm.dtype = norm.data.dtype
     try:
         dist_checkpointing.load(state, str(folder))
     except (CheckpointException, CheckpointingException) as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"{folder}: damaged ({reason}): delete it and run again") from error
+    with torch.no_grad():
+        for norm, parameter in norms:
+            parameter.copy_(norm.data + 1)
 
 
 def mtp_num_layers(folder: Path | str) -> int:
@@ -125,6 +142,10 @@ def _sharded_state_dict(model: nn.Module) -> dict[str, Any]:
     state = bare(model).sharded_state_dict(metadata=groups)
     # Transformer Engine keeps FP8 scales in these entries; without it they are empty.
     return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
+def _out_norms(state: dict[str, Any]) -> list[ShardedTensor]:
+    return [tensor for name, tensor in state.items() if name.endswith(OUT_NORM)]
 
 
 class _OneTensorAtATime(TorchDistSaveShardedStrategy):
@@ -206,6 +227,11 @@ def _check(state: dict[str, Any], folder: Path) -> None:
     stored = _tensors(folder)
     for wanted in nested_values(state):
         found = stored.get(wanted.key)
+        if found is None and wanted.key.endswith("layer_norm_weight") and any(map(OLD_NORMS.search, stored)):
+            raise UserError(
+                f"{folder}: written by an earlier version, which named norms otherwise: go on with that version, or"
+                " delete it and run again"
+            )
         if found is None:
             raise UserError(f"{folder}: has no tensor {wanted.key}: it holds another model; delete it and run again")
         if tuple(found.global_shape) != tuple(wanted.global_shape):

@@ -1,9 +1,9 @@
 r"""Read the answer from a row's label, or say why no response could ever match it.
 
-What a label may be is for the reward to say (`READERS`). To the math reward it is what a response has to say in its
-``\boxed{}``: a number, an expression, a list, an interval, a few words. Two spellings that hold more are unambiguous
-and read: a solution that ends ``#### 4``, as in GSM8K, and one with a single ``\boxed{4}``. All else that is longer
-than an answer is refused, since training on it would earn nothing.
+The reward decides what a label may be (`READERS`). For the math reward it is the expected content of ``\boxed{}``: a
+number, an expression, a list, an interval, a few words. Two longer forms are unambiguous and accepted: a solution that
+ends with ``#### 4``, as in GSM8K, and one with a single ``\boxed{4}``. Anything else that is longer than an answer is
+refused, since no response could match it.
 """
 
 import json
@@ -93,7 +93,7 @@ def read_any(value: Any) -> str | None:
 
 @dataclass(frozen=True)
 class LabelReader:
-    """How a reward reads labels, and by what it knows a prompt that says how to answer.
+    """How a reward reads labels, and how it recognizes a prompt that says how to answer.
 
     Attributes:
         read: from JSON's value to the label; a `ValueError` says what is wrong with it.

@@ -1,6 +1,6 @@
 """Find mistakes before the first job starts, in a run and in a dry run alike.
 
-What the machine lacks is found by `configuration.preflight`, which only a real run asks.
+`configuration.preflight` checks the machine, in real runs only.
 """
 
 import ast
@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from milepost.checkpoints.inspection import Inspection
 from milepost.common.contents import content_of
 from milepost.common.errors import UserError
 from milepost.configuration import runs
@@ -26,16 +27,16 @@ Job = tuple[str, dict[str, str]]  # its rule, its wildcards
 
 
 def mistyped(targets: Iterable[str], rules: Sequence[str], said: str) -> str:
-    """The error for a target that nothing makes, if that is what Snakemake ``said``; otherwise an empty text."""
+    """The error for an unknown target, if that is what Snakemake ``said``; otherwise an empty text."""
     for target in targets:
         if f"No rule to produce {target} " in said and target not in rules:
-            close = nearest(target, rules).partition(";")[0]  # not all that there are
+            close = nearest(target, rules).partition(";")[0]  # without the list of all rules
             return f"nothing makes {target!r}{close}: snakemake --list-target-rules lists the targets"
     return ""
 
 
 def check_inputs(jobs: Sequence[Job], configuration: Configuration, provenance: Provenance) -> None:
-    """Refuse (`UserError`) jobs that are sure to fail, judging by the user's files and settings.
+    """Refuse (`UserError`) jobs that would fail because of the user's files or settings.
 
     Args:
         jobs: every job that is about to run.
@@ -78,7 +79,7 @@ def check_inputs(jobs: Sequence[Job], configuration: Configuration, provenance: 
 
 
 def _check_rows(name: str, dataset: Dataset, max_bad_share: float, labels: str) -> None:
-    """Of a local set; a score, unlike a training, needs every row. Of a large set only the first rows, to be fast."""
+    """Check the rows of a local set, the first of a large one; a score needs every row, training tolerates bad ones."""
     if dataset.folder:
         folder = Path(dataset.folder).expanduser()
         files = files_in_folder(folder, dataset, name)
@@ -92,7 +93,7 @@ def check_functions(reward: Reward) -> None:
 
 
 def check_function(function: Function) -> None:
-    """Refuse (`UserError`) a reward whose file is not there, can't be parsed, or has no such function."""
+    """Refuse (`UserError`) a function whose file is missing, can't be parsed, or does not define it."""
     try:
         tree = ast.parse(function.path.read_bytes(), filename=function.file)
     except OSError:
@@ -109,7 +110,7 @@ def check_function(function: Function) -> None:
 
 
 def _bound_at_top(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
-    """The names that statements make in a module, each with its statement; also those within an `if` or `try`."""
+    """The names that a module's statements define, each with its statement, including those in an `if` or `try`."""
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name, node
@@ -124,14 +125,12 @@ def _bound_at_top(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
 
 
 def _check_folder(model: str, configuration: Configuration) -> None:
-    source = configuration.models[model].source
-    if source.folder:
-        folder = Path(source.folder).expanduser()
+    settings = configuration.models[model]
+    if settings.source.folder:
+        folder = Path(settings.source.folder).expanduser()
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder: correct source.folder of {model}")
-        for pattern in ("config.json", "*.safetensors"):
-            if not any(folder.glob(pattern)):
-                raise UserError(f"{folder}: has no {pattern}: correct source.folder of {model}, or complete the folder")
+        Inspection(settings.architecture, settings.uses_mtp).check_folder(folder)
 
 
 def _check_training(model: str, configuration: Configuration, provenance: Provenance) -> None:
@@ -160,7 +159,7 @@ def _check_checkpoint(model: str, weights: str, configuration: Configuration, pr
 
 
 def require_wandb() -> None:
-    """Refuse (`UserError`) to log to Weights & Biases where its package is missing."""
+    """Refuse (`UserError`) to log to Weights & Biases if its package is missing."""
     if importlib.util.find_spec("wandb") is None:
         raise UserError(
             "training.wandb_project is set, but wandb is not installed: unset the key, or run"

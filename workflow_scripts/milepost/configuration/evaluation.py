@@ -57,7 +57,7 @@ class Evaluation(Section):
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """The settings that decide how an answer is sampled: not which, how many or how they are scored, nor memory."""
+        """The settings that decide how answers are sampled; not how many, how they are scored, or on what resources."""
         others = {"datasets", "samples_per_problem", "pass_at", "bootstrap_samples", *RESOURCES}
         return self.model_dump(mode="json", exclude=others)
 

@@ -57,7 +57,7 @@ class Parts(NamedTuple):
         config: its slice of the settings.
         scripts: the entry script, and other files that `code_digest` must include.
         packages: those whose versions count.
-        upstream: name -> (stage, what tells its results apart).
+        upstream: name -> (stage, the arguments that identify its result).
     """
 
     config: dict[str, Any]
@@ -72,8 +72,8 @@ class State(NamedTuple):
     Attributes:
         made: its manifest, or None.
         stale: the reasons to make it again, in words.
-        tolerated: changes that are no reason to.
-        damage: those of ``stale`` that are about missing or damaged files.
+        tolerated: changes that are not.
+        damage: the reasons in ``stale`` that are missing or damaged files.
     """
 
     made: dict[str, Any] | None
@@ -135,7 +135,7 @@ class Provenance:
 
     @functools.cache  # noqa: B019
     def key(self, stage: str, **which: str) -> str:
-        """The value of a rule's param, a change of which makes Snakemake run the job again."""
+        """The value of a rule's param; if it changes, Snakemake runs the job again."""
         state = self.state(stage, **which)
         if state.fresh:
             return state.made["provenance"]["key"]
@@ -144,7 +144,7 @@ class Provenance:
         return digest([record | {"config": _deciding(stage, record["config"]), "upstream": upstream}, state.damage])
 
     def job(self, stage: str, **which: str) -> dict[str, Any]:
-        """What a job is given: the record, its key, the commit of the code, and what else the stage needs."""
+        """A job's input: the record, its key, the commit of the code, and what else the stage needs."""
         job = self.of(stage, **which) | {"key": self.key(stage, **which), "commit": _commit(self._scripts)}
         if stage == "train":
             job["on_code_change"] = self._on_code_change(**which)
@@ -265,7 +265,7 @@ class Provenance:
         settings = self._configuration.models[model]
         config = {"source": settings.source}
         if not settings.source.tiny:
-            config["architecture"] = settings.architecture
+            config |= {"architecture": settings.architecture, "mtp": settings.uses_mtp}
         packages = versions.CONVERTING if settings.source.tiny else ()
         return Parts(config, [f"{settings.source.script}.py"], packages, {})
 

@@ -59,7 +59,7 @@ def made_by(folder: Path) -> list[dict[str, Any]]:
 
 
 def identity(job: dict[str, Any]) -> dict[str, Any]:
-    """What a run and a job must share for the job to continue it: settings that decide numbers, and inputs."""
+    """What a run and a job must have in common for the job to continue it: settings that decide numbers, and inputs."""
     return {
         "config": {
             section: _deciding(section, content)

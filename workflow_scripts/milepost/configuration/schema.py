@@ -11,6 +11,7 @@ Other modules import every section from here:
     training.py     layout, algorithm, optimizer, rollouts, sampling, validation
     machine.py      hardware, engine, conversion
     evaluation.py   scores, plots
+    weights.py      the names of weights: runs, checkpoints
 """
 
 import os
@@ -83,6 +84,11 @@ class Model(Section):
         shared = evaluation.gpus_per_engine or gcd(engine.gpus_per_engine, self.evaluation_gpus)
         layout = {"gpus_per_engine": shared, "expert_parallel": gcd(engine.expert_parallel, shared)}
         return engine.model_copy(update=layout | {"mem_fraction_static": evaluation.mem_fraction_static})
+
+    @property
+    def uses_mtp(self) -> bool:
+        """Whether the MTP layer is converted, trained or drafts, so that the starting weights must have one."""
+        return bool(self.conversion.mtp_num_layers or self.mtp.train or self.engine.speculation)
 
     @property
     def scored_sets(self) -> set[str]:

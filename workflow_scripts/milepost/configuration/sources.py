@@ -48,6 +48,10 @@ class TinyModel(Section):
     head_dim: Annotated[int, Field(gt=0, multiple_of=16)] = Field(
         32, description="size of a head, of full and of linear attention"
     )
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16",
+        description="how the weights are stored, before training and after; as training.dtype none is rounded",
+    )
     warm_up: WarmUp = Field(WarmUp(), description="supervised training of the initial weights")
 
 

@@ -233,7 +233,7 @@ class _Sampler:
                 sample=number,
                 seed=requests[position].seed,
                 prompt=self.problems[problem].messages,
-                response=decode(self.tokenizer, completion.token_ids),
+                response=decode(self.tokenizer, completion.token_ids, self.params.stop_token_ids),
                 tokens=len(completion.token_ids),
                 finish=completion.finish,
                 seconds=round(now - last, 6),

@@ -147,7 +147,7 @@ class Sampler:
         )
 
     def _graded(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Sample]:
-        texts = [decode(self.tokenizer, completion.token_ids) for completion in completions]
+        texts = [decode(self.tokenizer, completion.token_ids, self.stop_token_ids) for completion in completions]
         verdicts: list[Verdict | None] = [None] * len(texts)
         for grader in dict.fromkeys(self.graders.values()):
             its = [place for place, prompt in enumerate(prompts) if self.graders[prompt.dataset] is grader]

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,22 +13,18 @@ from typing import Any
 
 from tqdm import tqdm
 
+from milepost.checkpoints.headers import INDEX, read_index, weight_files
+from milepost.checkpoints.inspection import CONFIG, Inspection, require_files
 from milepost.common.errors import UserError, is_disk_full
-from milepost.common.files import atomic_path, read_json, sha256_of_all
+from milepost.common.files import atomic_path, sha256_of_all
 from milepost.configuration.schema import Dataset
 from milepost.hub.client import Listing, RemoteFile, Repository, cached, resolve
 from milepost.problems.selection import CARD, as_regex, files_in_folder, select_files
 
 # Files to take besides the weights: never a pickle, never code.
 SIDE_FILES = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "LICENSE*"]
-PICKLES = [f"*.{ending}" for ending in ("bin", "pt", "pth", "pkl", "pickle", "ckpt")]
 INDICES = ["*.bin.index.json", "*.safetensors.index.json"]  # the model's own index is taken with its weights
-WEIGHTS = ".safetensors"
-INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
 CHUNK = 8 * 2**20  # bytes read at a time
-
-Inspect = Callable[[Path], None]  # raises if the folder's config.json is not the expected model's
 
 
 @dataclass(frozen=True)
@@ -52,20 +48,21 @@ def _files_explained() -> Iterator[None]:
 
 
 @_files_explained()
-def model_from_hub(repo: str, revision: str, hub: Path, inspect: Inspect | None = None) -> Snapshot:
-    """Fetch a model's files at ``revision`` and link them below ``hub``; a `UserError` if it has only pickles.
+def model_from_hub(repo: str, revision: str, hub: Path, inspection: Inspection) -> Snapshot:
+    """Fetch a model's files at ``revision`` and link them below ``hub``; a `UserError` if they are of no use.
 
-    ``inspect`` is called with the folder of config.json before the weights are fetched.
+    What config.json and the index tell is known before the weights are fetched.
     """
     listing = resolve(Repository("model", repo), revision)
     source = str(listing.repository)
-    _require_model(source, listing.files)
+    require_files(source, listing.files)
     heads = listing.only(name for name in (CONFIG, INDEX) if name in listing.files)
     folder = cached(heads)
     check(folder, heads.files, source)
-    if inspect:
-        inspect(folder)
-    return _from_hub(listing.only(_model_files(source, listing.files, folder)), revision, hub)
+    inspection.check_description(folder, source)
+    snapshot = _from_hub(listing.only(_model_files(source, listing.files, folder)), revision, hub)
+    inspection.check_headers(snapshot.root)
+    return snapshot
 
 
 @_files_explained()
@@ -106,13 +103,11 @@ def _from_hub(listing: Listing, revision: str, hub: Path) -> Snapshot:
 
 
 @_files_explained()
-def model_from_folder(folder: Path, name: str, hub: Path, inspect: Inspect | None = None) -> Snapshot:
+def model_from_folder(folder: Path, name: str, hub: Path, inspection: Inspection) -> Snapshot:
     """Link the model files of a local ``folder`` into ``hub/name@digest``."""
     folder = folder.expanduser()
     names = _names(folder)
-    _require_model(str(folder), names)
-    if inspect:
-        inspect(folder)
+    inspection.check_folder(folder)
     return _from_folder(folder, _model_files(str(folder), names, folder), name, hub, link)
 
 
@@ -139,44 +134,16 @@ def _from_folder(
     return Snapshot(root, entries, {"folder": str(folder)})
 
 
-def _require_model(source: str, names: Iterable[str]) -> None:
-    """Refuse (`UserError`) a source without a config.json, or without weights as safetensors."""
-    weights = [name for name in names if name.endswith(WEIGHTS)]
-    if not any("/" not in name for name in weights):
-        pickles = sorted(name for name in names if _matches(name, PICKLES))
-        if weights:
-            raise UserError(
-                f"{source}: holds {WEIGHTS} files only in subfolders ({min(weights)}): the weights belong next to"
-                f" {CONFIG}; name a source that is that subfolder"
-            )
-        if pickles:
-            raise UserError(
-                f"{source}: its weights are pickles only ({pickles[0]}), which are never loaded:"
-                f" choose one with {WEIGHTS} files"
-            )
-        raise UserError(f"{source}: holds no {WEIGHTS} file: name a source with a model's weights")
-    if CONFIG not in names:
-        raise UserError(f"{source}: holds no {CONFIG}: name a source with a model in the Hub's format")
+def _model_files(source: str, names: Collection[str], folder: Path) -> list[str]:
+    """The files to take of a model, sorted: its weights (`weight_files`) and the files that describe them.
 
-
-def _model_files(source: str, names: Iterable[str], folder: Path) -> list[str]:
-    """The files to take of a model, sorted: its weights and the files that describe them.
-
-    The weights are those that the index (in ``folder``) names or, without an index, those in the top folder. Others,
-    such as a training's checkpoints in subfolders, are not taken.
+    Others, such as a training's checkpoints in subfolders, are not taken.
     """
-    if INDEX in names:
-        index = read_json(folder / INDEX)
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{source}: {INDEX} holds no weight_map: the source is damaged; repair or replace it")
-        weights = {INDEX, *map(str, weight_map.values())}
-        if missing := sorted(weights - set(names)):
-            raise UserError(f"{source}: {INDEX} names {missing[0]}, which is missing: complete the source")
-    else:
-        weights = {name for name in names if name.endswith(WEIGHTS) and "/" not in name}
+    weights = set(weight_files(names, read_index(folder / INDEX) if INDEX in names else None))
+    if missing := sorted(weights - set(names)):
+        raise UserError(f"{source}: {INDEX} names {missing[0]}, which is missing: complete the source")
     side_files = {name for name in names if _matches(name, SIDE_FILES) and not _matches(name, INDICES)}
-    return sorted(weights | side_files)
+    return sorted(weights | side_files | ({INDEX} & set(names)))
 
 
 def _matches(name: str, patterns: list[str]) -> bool:

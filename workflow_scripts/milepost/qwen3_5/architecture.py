@@ -59,11 +59,11 @@ class Architecture:
 
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str = "config.json") -> Self:
-        """Read a parsed ``config.json``, whose ``text_config`` describes the text model.
+        """Read a parsed ``config.json``; in one of a text-only checkpoint the keys of ``text_config`` are at the top.
 
         A missing key takes Transformers' default; without one it is a `UserError`.
         """
-        text = config.get("text_config", config)
+        text = config.get("text_config", config)  # a text-only checkpoint has its fields at the top
         if not isinstance(text, dict) or text.get("model_type") not in _MODEL_TYPES:
             found = text.get("model_type") if isinstance(text, dict) else text
             raise UserError(f"{where}: not a Qwen3.5 text model (model_type {found!r}): choose a Qwen3.5 checkpoint")
@@ -71,10 +71,10 @@ class Architecture:
         def number(key: str, default: float | None = None, kind: type = int, section: dict[str, Any] = text) -> Any:
             value = default if section.get(key) is None else section[key]
             if value is None:
-                raise UserError(f"{where}: text_config has no {key}: the file is incomplete; download it again")
+                raise UserError(f"{where}: has no {key}: the file is incomplete: use the checkpoint's own")
             if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
                 expected = "a whole number" if kind is int else "a number"
-                raise UserError(f"{where}: text_config: {key} is {value!r}: set it to {expected} above 0")
+                raise UserError(f"{where}: {key} is {value!r}: set it to {expected} above 0")
             return value
 
         is_moe = text["model_type"] == "qwen3_5_moe_text"
@@ -123,6 +123,10 @@ class Architecture:
                 (text.get("hidden_act", "silu") != "silu", f"hidden_act {text.get('hidden_act')!r} is not silu"),
                 (bool(text.get("attention_bias")), "attention_bias is set"),
                 (text.get("attn_output_gate") is False, "attn_output_gate is off"),
+                (
+                    text.get("output_gate_type") not in (None, "silu", "swish"),  # of linear attention
+                    f"output_gate_type {text.get('output_gate_type')!r} is not swish",
+                ),
                 (
                     self.num_attention_heads % self.num_query_groups != 0,
                     f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads"
@@ -222,5 +226,5 @@ def _full_attention_interval(text: dict[str, Any], where: str) -> int | None:
     if not kinds:
         return None
     if not isinstance(kinds, list) or "full_attention" not in kinds:
-        raise UserError(f"{where}: text_config: layer_types names no full_attention layer: choose a Qwen3.5 checkpoint")
+        raise UserError(f"{where}: layer_types names no full_attention layer: choose a Qwen3.5 checkpoint")
     return kinds.index("full_attention") + 1

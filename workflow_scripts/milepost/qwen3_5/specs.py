@@ -87,8 +87,19 @@ def layer_spec(architecture: Architecture, kind: LayerKind, dispatcher: str) -> 
             pre_mlp_layernorm=ZeroCenteredRMSNorm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=_stock_names(architecture, kind),
         ),
     )
+
+
+def _stock_names(architecture: Architecture, kind: LayerKind) -> dict[str, str]:
+    """Names in distributed checkpoints, where Megatron-Core's own layers (of Transformer Engine) have others.
+
+    These compute a norm within the projection that follows it.
+    """
+    projection = "linear_qkv" if kind == "full_attention" else "in_proj"
+    names = {"input_layernorm.": f"self_attention.{projection}.layer_norm_"}
+    return names if architecture.is_moe else names | {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 def decoder_spec(architecture: Architecture, layers: range, dispatcher: str) -> TransformerBlockSubmodules:

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 
+from milepost.checkpoints.name_table import HEAD_NAME, MTP, VISION, text_prefix
+from milepost.checkpoints.safetensors_io import HubCheckpoint
 from milepost.common.errors import UserError
 from milepost.qwen3_5.architecture import Architecture
 from milepost.rollout.cpu_layers import (
@@ -23,8 +24,7 @@ from milepost.rollout.cpu_layers import (
     one_plus,
 )
 
-_TEXT = "model.language_model."
-_IGNORED = ("model.visual.", "mtp.")  # not needed to generate text
+_IGNORED = (VISION, MTP)  # not needed to generate text
 
 
 class ModelCache:
@@ -90,18 +90,20 @@ class CpuModel:
         rotary = int(a.head_dim * a.rotary_percent)
         self.frequencies = a.rotary_base ** -(torch.arange(0, rotary, 2).float() / rotary)  # (rotary / 2,)
 
+        hub = HubCheckpoint(folder)
+        text = text_prefix(hub)
         self._destinations = {
-            f"{_TEXT}embed_tokens.weight": Destination(self.embedding),
-            f"{_TEXT}norm.weight": Destination(self.final_norm, one_plus),
+            f"{text}embed_tokens.weight": Destination(self.embedding),
+            f"{text}norm.weight": Destination(self.final_norm, one_plus),
+            HEAD_NAME: Destination(self.head),  # some checkpoints store it though it is tied to the embedding
         }
-        if not a.tie_embeddings:
-            self._destinations["lm_head.weight"] = Destination(self.head)
         for index, layer in enumerate(self.layers):
             for name, destination in layer.destinations().items():
-                self._destinations[f"{_TEXT}layers.{index}.{name}"] = destination
-        missing = self._destinations.keys() - self.load(_stored_tensors(folder))
+                self._destinations[f"{text}layers.{index}.{name}"] = destination
+        loaded = self.load((name, hub.read(name)) for name in hub if not name.startswith(_IGNORED))
+        missing = self._destinations.keys() - loaded - ({HEAD_NAME} if a.tie_embeddings else set())
         if missing:
-            raise UserError(f"{folder}: no tensor {min(missing)} ({len(missing)} missing): download the model again")
+            raise UserError(f"{folder}: no tensor {min(missing)} ({len(missing)} missing): use a complete checkpoint")
 
     def load(self, named: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Copy tensors into the model by Hub name and return the names loaded.
@@ -185,12 +187,3 @@ def _expert_by_expert(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str
             parts = weights.chunk(2) if packed == "gate_up_proj" else [weights]
             for part, weight in zip(packed.removesuffix("_proj").split("_"), parts, strict=True):
                 yield f"{prefix}.{expert}.{part}_proj.weight", weight
-
-
-def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The text model's tensors in a folder, one at a time."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                if not name.startswith(_IGNORED):
-                    yield name, file.get_tensor(name)

@@ -26,6 +26,7 @@ from milepost.qwen3_5.architecture import Architecture
 from milepost.rollout import sglang_weights
 from milepost.rollout.engine import Completion, Request, SamplingParams
 from milepost.rollout.sglang_dispatch import Dispatch
+from milepost.rollout.sglang_model import folder_to_serve
 from milepost.rollout.sglang_server import KINDS_OF_MEMORY, Server, ServerDown
 
 UPDATE_SECONDS = 600.0  # for one bucket of weights
@@ -50,7 +51,8 @@ def start(folder: Path, settings: Engine, logs: Path, max_requests: int | None =
         settings = settings.model_copy(update={"max_running_requests": running})
     if settings.speculation:
         settings = settings.model_copy(update={"mem_fraction_static": _fraction_without_drafts(folder, settings)})
-    engine = SglangEngine(folder, settings, [Server(folder, settings, index, logs) for index in range(count)])
+    served = folder_to_serve(folder, logs)
+    engine = SglangEngine(folder, settings, [Server(served, settings, index, logs) for index in range(count)])
     try:
         engine.start()
     except BaseException:

@@ -227,6 +227,7 @@ def server_arguments(folder: Path, settings: Engine, index: int) -> dict[str, An
     speculation = settings.speculation
     arguments: dict[str, Any] = {
         "model_path": str(folder),
+        "dtype": "bfloat16",  # like the training's weights, in whatever type the checkpoint is stored
         "host": HOST,
         "tp_size": settings.gpus_per_engine,
         "ep_size": settings.expert_parallel,

@@ -29,7 +29,7 @@ SHARDS = 2  # one would do, but real checkpoints have several files with an inde
 FLOAT32_TENSORS = (
     ".linear_attn.A_log",
     ".linear_attn.norm.weight",
-)  # fp32 on the Hub; all other tensors are bf16
+)  # fp32 on the Hub, where all other tensors are bf16
 
 
 def model_config(tiny: TinyModel, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def model_config(tiny: TinyModel, tokenizer: Tokenizer) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": 0.0,
         "attn_output_gate": True,
-        "dtype": "bfloat16",
+        "dtype": tiny.dtype,
         "eos_token_id": token_id(tokenizer, END_OF_TEXT),
         "full_attention_interval": FULL_ATTENTION_INTERVAL,
         "head_dim": tiny.head_dim,
@@ -124,6 +124,7 @@ def random_model(tiny: TinyModel, config: dict[str, Any]) -> PreTrainedModel:
     """Transformers' randomly initialized model for ``config`` in fp32, including the vision tower."""
     torch.manual_seed(tiny.seed)
     config = copy.deepcopy(config)  # Transformers modifies the dictionaries that it is given
+    config["text_config"]["dtype"] = "bfloat16"  # it draws in this type: the same weights, however they are stored
     if tiny.kind == "dense":
         model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(**config)).float()
     else:
@@ -147,13 +148,14 @@ def lengthen_memory(linear_attention: nn.Module) -> None:
 
 
 def hub_tensors(tiny: TinyModel, model: PreTrainedModel) -> dict[str, Tensor]:
-    """All tensors with the Hub's names and dtypes: the model's own, and an untrained MTP layer."""
+    """All tensors with the Hub's names and, unless ``tiny`` asks for fp32, dtypes; the MTP layer is untrained."""
     tensors = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     tensors |= _mtp_tensors(tiny, model)
+    dtype = getattr(torch, tiny.dtype)
     return {
-        name: tensor.detach().to(torch.float32 if name.endswith(FLOAT32_TENSORS) else torch.bfloat16).contiguous()
+        name: tensor.detach().to(torch.float32 if name.endswith(FLOAT32_TENSORS) else dtype).contiguous()
         for name, tensor in tensors.items()
     }
 
