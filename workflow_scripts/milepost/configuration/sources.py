@@ -183,7 +183,7 @@ class Dataset(Source):
 
     @property
     def row_slice(self) -> tuple[int, int | None]:
-        """The first row to use, from 0, and the one after the last (None: to the end), of those that pass the filter."""
+        """Of the rows that pass the filter, the first to use, from 0, and the one after the last (None: all)."""
         start, _, end = (self.rows if isinstance(self.rows, str) else ":").partition(":")
         return int(start or 0), int(end) if end else None
 
