@@ -25,7 +25,7 @@ rule all:
     default_target: True
     input:
         f"{RESULTS}/report.html",
-        [f"{RESULTS}/{model}/hf/{settings.run}.json" for model in settings.listed],
+        [results_of("export", model) for model in settings.listed],
 
 
 # Runs once, in the process that the user starts, not in an executor's processes for single jobs.

@@ -95,7 +95,8 @@ def record_run(arguments: argparse.Namespace, results: Path, seconds: float) -> 
 
     figure("demo_seconds", seconds, "s", kernels="cold" if arguments.cold else "kept" if arguments.gpus else "none")
     scores = pd.read_csv(results / "tables" / "scores.csv").set_index("weights")
-    for weights, row in scores.iterrows():
+    for name, row in scores.iterrows():
+        weights = "base" if name == "base" else "trained"
         shares = row.filter(regex="@").astype(float).mul(100).round(1).to_dict()
         shape = {"problems": int(row["problems"]), "samples": int(row["samples"])}
         figure(f"tiny_accuracy_{weights}", 100 * row["avg@n"], "%", **shape, percent=shares)

@@ -18,14 +18,17 @@ from milepost.common.errors import UserError
 from milepost.common.failed_jobs import FailedJobs
 from milepost.common.files import write_json
 from milepost.common.working_folder import claim
+from milepost.configuration import layout
 from milepost.configuration.cgroups import usable_cores, usable_memory
 from milepost.configuration.early import check_inputs, mistyped
 from milepost.configuration.gpus import visible_gpus
 from milepost.configuration.layers import user_layers
-from milepost.configuration.layout import processes
-from milepost.configuration.loading import load
+from milepost.configuration.loading import load, no_such_run
+from milepost.configuration.memory import asked_gib
 from milepost.configuration.preflight import check_jobs, table
 from milepost.configuration.provenance import Provenance
+from milepost.configuration.weights import BASE as BASE_WEIGHTS
+from milepost.configuration.weights import WEIGHTS, checkpoint_of, run_of
 
 
 def complain(function, *arguments):
@@ -105,7 +108,7 @@ for variable in (
 wildcard_constraints:
     model="|".join([*settings.models, *settings.faults]),
     dataset="|".join(settings.datasets),
-    weights=f"base|{settings.run}",
+    weights=WEIGHTS,
 
 
 def of_model(wildcards):
@@ -212,14 +215,15 @@ if workflow.is_main_process:
 # ---- a job's resources -------------------------------------------------------------------------------------------
 
 
-def gpus(wildcards):
-    return of_model(wildcards).hardware.gpus
+def gpus(stage):
+    return lambda wildcards: layout.gpus(of_model(wildcards), stage)
 
 
-def gpu_host_gib(wildcards):
+def gpu_host_gib(stage):
     """Host memory of a job with GPUs, in GiB."""
-    model = of_model(wildcards)
-    return model.hardware.host_memory_gib if model.hardware.gpus else 0
+    return lambda wildcards: (
+        asked_gib(of_model(wildcards), stage) if gpus(stage)(wildcards) else 0
+    )
 
 
 def cores(wildcards):
@@ -228,8 +232,8 @@ def cores(wildcards):
     return min(wanted, usable_cores()) if workflow.local_exec else wanted
 
 
-def host_memory_mb(wildcards):
-    return of_model(wildcards).hardware.host_memory_gib * 1024
+def host_memory_mb(stage):
+    return lambda wildcards: asked_gib(of_model(wildcards), stage) * 1024
 
 
 def partitions(jobs):
@@ -247,7 +251,7 @@ def launched(by, count):
 
 
 def training_processes(wildcards):
-    return processes(of_model(wildcards).hardware)
+    return layout.processes(of_model(wildcards).hardware)
 
 
 def training_launch(wildcards):
@@ -274,20 +278,33 @@ def validation_data(wildcards):
     return [f"{RESULTS}/data/{validation.dataset}.json"] if validation.interval else []
 
 
+def training_of(wildcards):
+    """The training that made the weights to export: of the run that is trained, or of any that is finished."""
+    run = run_of(wildcards.weights)
+    if not settings.has_run(wildcards.model, run):
+        sys.exit(f"error: {no_such_run(settings, run, wildcards.model)}")
+    return f"{RESULTS}/{wildcards.model}/grpo/{run}/train.json"
+
+
 def evaluated_model(wildcards):
     """The weights to evaluate: the download, or the export of a run."""
-    if wildcards.weights == "base":
+    if wildcards.weights == BASE_WEIGHTS:
         return f"{RESULTS}/{wildcards.model}/download.json"
     return f"{RESULTS}/{wildcards.model}/hf/{wildcards.weights}.json"
 
 
-def scores(model):
-    """The score files of a model: base and trained, on every problem set that it is evaluated on."""
-    return expand(
-        f"{RESULTS}/{model}/eval/{{dataset}}/{{weights}}.json",
-        dataset=settings.models[model].evaluation.datasets,
-        weights=["base", settings.run],
-    )
+def scores(*evaluations):
+    """The files of scores: (model, dataset, weights) of each."""
+    return [
+        f"{RESULTS}/{model}/eval/{dataset}/{weights}.json"
+        for model, dataset, weights in evaluations
+    ]
+
+
+def scores_of(model, *weights):
+    """The scores of a model's weights on every problem set that it is evaluated on."""
+    datasets = settings.models[model].evaluation.datasets
+    return scores(*((model, dataset, name) for dataset in datasets for name in weights))
 
 
 def sources(model):
@@ -307,6 +324,7 @@ def results_of(stage, model):
         "download": sources(model),
         "convert": [f"{RESULTS}/{model}/convert.json"],
         "train": [f"{RESULTS}/{model}/grpo/{settings.run}/train.json"],
-        "export": [f"{RESULTS}/{model}/hf/{settings.run}.json"],
-        "eval": scores(model),
+        "export": [f"{RESULTS}/{model}/hf/{settings.trained(model)}.json"],
+        "evaluate": scores_of(model, BASE_WEIGHTS),
+        "eval": scores_of(model, BASE_WEIGHTS, settings.trained(model)),
     }[stage]

@@ -12,7 +12,7 @@ rule convert:
         f"{RESULTS}/benchmarks/{{model}}/convert.tsv"
     threads: lambda wildcards: min(cores(wildcards), 2 * of_model(wildcards).conversion.processes)
     resources:
-        mem_mb=host_memory_mb,
+        mem_mb=host_memory_mb("convert"),
         runtime=120,
     params:
         key=key("convert"),
@@ -34,24 +34,25 @@ rule convert:
 rule export:
     input:
         hub=f"{RESULTS}/{{model}}/download.json",
-        weights=f"{RESULTS}/{{model}}/grpo/{settings.run}/train.json",
+        weights=training_of,
     output:
-        f"{RESULTS}/{{model}}/hf/{settings.run}.json",
+        f"{RESULTS}/{{model}}/hf/{{weights}}.json",
     log:
-        f"{RESULTS}/logs/{{model}}/export-{settings.run}.log",
+        f"{RESULTS}/logs/{{model}}/export-{{weights}}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/{{model}}/export-{settings.run}.tsv"
+        f"{RESULTS}/benchmarks/{{model}}/export-{{weights}}.tsv"
     threads: 2
     resources:
-        mem_mb=host_memory_mb,
+        mem_mb=host_memory_mb("export"),
         runtime=120,
     params:
         key=key("export"),
         job=job_file,
         changes=changes("export"),
+        checkpoint=lambda wildcards, output: checkpoint_of(wildcards.weights),
         folder=subpath(output[0], strip_suffix=".json"),
     message:
-        "{wildcards.model}: export the trained weights in the Hub's format{params.changes}"
+        "{wildcards.model}: export the {wildcards.weights} weights in the Hub's format{params.changes}"
     shell:
         'begin {log:q}; CUDA_VISIBLE_DEVICES= python "$SCRIPTS"/export.py --job {params.job:q} --hub {input.hub:q} --weights {input.weights:q}'
-        " --folder {params.folder:q} --manifest {output:q} |& logged"
+        " --checkpoint {params.checkpoint} --folder {params.folder:q} --manifest {output:q} |& logged"

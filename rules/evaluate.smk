@@ -13,13 +13,13 @@ rule evaluate:
         f"{RESULTS}/benchmarks/{{model}}/evaluate-{{dataset}}-{{weights}}.tsv"
     threads: cores
     resources:
-        gpu=gpus,
-        gpu_host_gib=gpu_host_gib,
-        mem_mb=host_memory_mb,
+        gpu=gpus("evaluate"),
+        gpu_host_gib=gpu_host_gib("evaluate"),
+        mem_mb=host_memory_mb("evaluate"),
         runtime=24 * 60,
     params:
         key=key("evaluate"),
-        gpus=untracked(gpus),
+        gpus=untracked(gpus("evaluate")),
         job=job_file,
         changes=changes("evaluate"),
         samples=subpath(output[0], strip_suffix=".json"),

@@ -1,17 +1,18 @@
-# Tables, plots and one self-contained page about the models that config.yaml lists.
+# Tables, plots and one self-contained page about the models that config.yaml lists or compares.
 
 
-ALL_SCORES = [path for model in settings.listed for path in scores(model)]
+ALL_SCORES = scores(*settings.evaluations)
 ALL_TRAININGS = [
-    f"{RESULTS}/{model}/grpo/{settings.run}/train.json" for model in settings.listed
+    f"{RESULTS}/{model}/grpo/{run}/train.json" for model, run in settings.trainings
 ]
-ALL_SOURCES = sorted({path for model in settings.listed for path in sources(model)})
+ALL_SOURCES = sorted({path for model in settings.covered for path in sources(model)})
 
 
 rule tables:
     """Write the tables."""
     input:
         scores=ALL_SCORES,
+        trainings=ALL_TRAININGS,
     output:
         csv=f"{RESULTS}/tables/scores.csv",
         differences=f"{RESULTS}/tables/differences.csv",
@@ -30,8 +31,8 @@ rule tables:
     message:
         "write the tables"
     shell:
-        'begin {log:q}; python "$SCRIPTS"/make_tables.py --job {params.job:q} --scores {input.scores:q} --csv {output.csv:q}'
-        " --differences {output.differences:q} --markdown {output.markdown:q} |& logged"
+        'begin {log:q}; python "$SCRIPTS"/make_tables.py --job {params.job:q} --scores {input.scores:q} --trainings {input.trainings:q}'
+        " --csv {output.csv:q} --differences {output.differences:q} --markdown {output.markdown:q} |& logged"
 
 
 rule plots:

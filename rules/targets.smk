@@ -4,6 +4,7 @@ STAGES = {
     "download": "fetch the starting weights and the problem sets",
     "convert": "convert the starting weights to Megatron torch_dist",
     "train": "train with GRPO",
+    "evaluate": "evaluate the base weights alone, without any training",
     "export": "export the trained weights in the Hub's format",
     "eval": "evaluate the base and the trained weights",
 }

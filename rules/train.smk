@@ -16,14 +16,14 @@ rule train:
         f"{RESULTS}/benchmarks/{{model}}/train-{settings.run}.tsv"
     threads: cores
     resources:
-        gpu=gpus,
-        gpu_host_gib=gpu_host_gib,
+        gpu=gpus("train"),
+        gpu_host_gib=gpu_host_gib("train"),
         data_first=1,
-        mem_mb=host_memory_mb,
+        mem_mb=host_memory_mb("train"),
         runtime=7 * 24 * 60,
     params:
         key=key("train"),
-        gpus=untracked(gpus),
+        gpus=untracked(gpus("train")),
         job=job_file,
         changes=changes("train"),
         processes=untracked(training_processes),

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import pytest
 
-from milepost.common.problems import Problem
 from milepost.configuration.rewards import ThinkBlock
+from milepost.problems.loading import Problem
 from milepost.rewards.base import Response, Verdict
 from milepost.rewards.grader import Grader
 

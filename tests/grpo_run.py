@@ -23,7 +23,7 @@ from milepost.tiny.checkpoint import hub_tensors, model_config, random_model, wr
 from milepost.tiny.problems import all_additions
 from milepost.tiny.tokenizer import train_tokenizer
 from settings import training_settings
-from stages import convert_arguments, job_arguments, vouch
+from stages import convert_arguments, download_manifest, job_arguments
 
 SETTINGS = {
     "training": {
@@ -66,12 +66,12 @@ def prepare(folder: Path, kind: str = "dense", rows: int = 7, **tiny) -> Path:
     tokenizer = train_tokenizer()
     config = model_config(tiny, tokenizer)
     write_checkpoint(folder / "hub", config, hub_tensors(tiny, random_model(tiny, config)), tokenizer)
-    vouch(folder / "hub", folder / "download.json")
+    download_manifest(folder / "hub", folder / "download.json")
     for split, count in (("train", rows), ("evaluation", 2)):
         (folder / split).mkdir()
         lines = [json.dumps(addition.row("prompt", "label")) for addition in all_additions(split)[:count]]
         (folder / split / "rows.jsonl").write_text("\n".join(lines))
-        facts = {"file": "rows.jsonl", "rows": count, "prompt_key": "prompt", "label_key": "label"}
+        facts = {"rows": count}
         provenance = {"config": {"dataset": {"folder": "here", "file": "rows.jsonl"}}}
         write_manifest(folder / f"{split}.json", "download", folder / split, ["rows.jsonl"], provenance, facts)
     return folder

@@ -71,6 +71,7 @@ class Run:
         self.folder, self.home = folder, folder / "home"
         self.endpoint = hub.address if hub else "http://127.0.0.1:9"  # nothing listens there
         self.manifest = folder / "results" / "tiny" / "download.json"
+        self.labels = "math"
 
     def __call__(self, config: dict, every_row: bool = False, **environment: str) -> subprocess.CompletedProcess:
         """Run the script; its output must never contain a token."""
@@ -79,7 +80,7 @@ class Run:
                 sys.executable,
                 "-c",
                 IMPATIENT,
-                *job_arguments(config, every_row=every_row, labels="math"),
+                *job_arguments(config, every_row=every_row, labels=self.labels),
                 *("--name", "tiny", "--folder", str(self.folder / "results/hub")),
                 "--manifest",
                 str(self.manifest),

@@ -19,11 +19,12 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Hosted:
-    """A repository: commits (commit -> name -> content), branches and tags (name -> commit)."""
+    """A repository: commits (commit -> name -> content), branches and tags (name -> commit), metadata of its card."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     lfs: set[str] = field(default_factory=set)
+    card: dict = field(default_factory=dict)
     gated: bool = False
 
     def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
@@ -163,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
             if file in hosted.lfs:
                 entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
             siblings.append(entry)
-        return {"id": name, "sha": commit, "private": False, "siblings": siblings}
+        return {"id": name, "sha": commit, "private": False, "cardData": hosted.card, "siblings": siblings}
 
     def tree(self, hosted: Hosted, commit: str) -> list[dict]:
         entries = []

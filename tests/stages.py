@@ -23,8 +23,8 @@ def script(name: str) -> str:
     return str(SCRIPTS / f"{name}.py")
 
 
-def vouch(hub: Path, manifest: Path) -> Path:
-    """The manifest of a download, for a folder made by a test."""
+def download_manifest(hub: Path, manifest: Path) -> Path:
+    """Write the manifest of a download for a folder that a test made."""
     files = [str(path.relative_to(hub)) for path in hub.rglob("*") if path.is_file()]
     return write_manifest(manifest, "download", hub, files, {}, {"repo": "owner/name"}).path
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from milepost.checkpoints import mapping, torch_dist
-from milepost.checkpoints.manifest import keep_manifest, read_manifest, same_result, vouch_again, write_manifest
+from milepost.checkpoints.manifest import keep_manifest, read_manifest, rewrite_manifest, same_result, write_manifest
 from milepost.checkpoints.name_table import text_prefix
 from milepost.checkpoints.safetensors_io import HubCheckpoint
 from milepost.common.errors import UserError, run
@@ -38,7 +38,7 @@ def convert(arguments: argparse.Namespace) -> None:
     if same := same_result(arguments.folder, arguments.job):
         if first:
             print("the same weights, settings and code as before: nothing to convert", file=sys.stderr)
-            vouch_again(same, arguments.manifest, arguments.job)
+            rewrite_manifest(same, arguments.manifest, arguments.job)
         return
     source = read_manifest(arguments.hub).require(digests=first)
     architecture, hub = Architecture.from_folder(source.root), HubCheckpoint(source.root)

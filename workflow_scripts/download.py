@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from milepost.checkpoints.inspection import Inspection
 from milepost.checkpoints.manifest import write_manifest
@@ -10,9 +11,9 @@ from milepost.common.errors import run
 from milepost.common.files import hold
 from milepost.common.jobs import job_parser
 from milepost.common.labels import READERS
-from milepost.common.problems import Problem, kinds_of, load_problem_set, says_how_to_answer
 from milepost.configuration.schema import Architecture, Dataset, ModelSource, Section
 from milepost.hub import environment
+from milepost.problems.loading import Problem, kinds_of, load_problem_set, says_how_to_answer, source_of
 
 
 class ModelSettings(Section):
@@ -41,29 +42,11 @@ def download(arguments: argparse.Namespace) -> None:
     settings = arguments.job["config"]
     if "dataset" in settings:
         dataset = Dataset.model_validate(settings["dataset"])
-        if dataset.folder:
-            snapshot = dataset_from_folder(Path(dataset.folder), dataset.file, arguments.name, arguments.folder)
-            path = Path(dataset.folder).expanduser() / dataset.file  # name the user's own file in errors, not the copy
-        else:
-            snapshot = dataset_from_hub(dataset.repo, dataset.revision, dataset.file, arguments.folder)
-            path = snapshot.root / dataset.file
-        labels = arguments.job["labels"]
-        problems, bad = load_problem_set(
-            path,
-            dataset.model_copy(update={"instruction": None}),
-            labels,
-            max_bad_share=0.0 if arguments.job["every_row"] else dataset.max_bad_share,
-        )
-        for kind in kinds_of(bad):
-            print(f"warning: {path}: skipped: {kind}", file=sys.stderr)
-        if asks := READERS[labels].asks:
-            print(boxes(arguments.name, problems, dataset.instruction, asks), file=sys.stderr)
-        facts = {
-            "file": dataset.file,
-            "rows": len(problems),
-            "prompt_key": dataset.prompt_key,
-            "label_key": dataset.label_key,
-        }
+        fetch = dataset_from_folder if dataset.folder else dataset_from_hub
+        snapshot = fetch(arguments.name, dataset, arguments.folder)
+        # Errors name the user's own files, not the copies.
+        root = Path(dataset.folder).expanduser() if dataset.folder else snapshot.root
+        facts = {"rows": check_rows(arguments.name, dataset, arguments.job, root, sorted(snapshot.files))}
     else:
         model = ModelSettings.model_validate(settings)
         source, inspection = model.source, Inspection(model.architecture, model.mtp)
@@ -81,6 +64,22 @@ def download(arguments: argparse.Namespace) -> None:
         arguments.job,
         snapshot.facts | facts,
     )
+
+
+def check_rows(name: str, dataset: Dataset, job: dict[str, Any], root: Path, files: list[str]) -> int:
+    """Read a problem set, say what is noteworthy about its rows, and return how many are usable."""
+    share = 0.0 if job["every_row"] else dataset.max_bad_share
+    found = load_problem_set(root, files, dataset, job["labels"], max_bad_share=share, instructed=False)
+    if dataset.filter or dataset.part != (0, None):
+        print(f"{name}: uses {len(found.problems)} of the {found.read} rows that were read", file=sys.stderr)
+    for kind in kinds_of(found.bad):
+        print(f"warning: {source_of(root, files)}: skipped: {kind}", file=sys.stderr)
+    own = sum(problem.messages[0] != {"role": "system", "content": dataset.system} for problem in found.problems)
+    if dataset.system and own:
+        print(f"{name}: {own} of {len(found.problems)} prompts keep a system message of their own", file=sys.stderr)
+    if asks := READERS[job["labels"]].asks:
+        print(boxes(name, found.problems, dataset.instruction, asks), file=sys.stderr)
+    return len(found.problems)
 
 
 def boxes(name: str, problems: list[Problem], instruction: str | None, asks: tuple[str, ...]) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,8 +13,8 @@ from milepost.checkpoints.manifest import (
     Manifest,
     keep_manifest,
     read_manifest,
+    rewrite_manifest,
     same_result,
-    vouch_again,
     write_manifest,
 )
 from milepost.checkpoints.safetensors_io import HubCheckpoint, HubWriter
@@ -21,6 +22,9 @@ from milepost.checkpoints.shards import untouched
 from milepost.common.errors import UserError, run
 from milepost.common.files import hold, require_room
 from milepost.common.jobs import job_parser
+from milepost.configuration.runs import checkpoint_name, require_same_start
+from milepost.configuration.weights import BEST, LAST
+from milepost.evaluation.selection import selection
 from milepost.qwen3_5.architecture import Architecture
 from milepost.qwen3_5.build import build_model, finalize, initialize
 
@@ -29,6 +33,7 @@ def main() -> None:
     parser = job_parser(__doc__)
     parser.add_argument("--hub", type=Path, required=True, help="manifest of the download that training started from")
     parser.add_argument("--weights", type=Path, required=True, help="manifest of a conversion or a training run")
+    parser.add_argument("--checkpoint", default=LAST, help="of a training: last, best, or a number of rollouts")
     parser.add_argument("--folder", type=Path, required=True, help="where to write the checkpoint")
     parser.add_argument("--manifest", type=Path, required=True, help="its manifest, written last")
     arguments = parser.parse_args()
@@ -37,12 +42,18 @@ def main() -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    if same := same_result(arguments.folder, arguments.job):
+    trained = read_manifest(arguments.weights)
+    checkpoint = checkpoint_name(trained.root, trained.facts, arguments.checkpoint) if trained.kind == "train" else None
+    if arguments.checkpoint == BEST and (chosen := selection(trained)):
+        print(chosen, file=sys.stderr)
+    same = same_result(arguments.folder, arguments.job)
+    if same and same.facts.get("checkpoint", checkpoint) == checkpoint:
         print("the same weights and code as before: nothing to export", file=sys.stderr)
-        vouch_again(same, arguments.manifest, arguments.job)
+        rewrite_manifest(same, arguments.manifest, arguments.job)
         return
     source = read_manifest(arguments.hub).require(digests=True)
-    weights = weights_folder(read_manifest(arguments.weights).require(digests=True))
+    require_same_start(arguments.weights, trained.provenance, arguments.job.get("inputs", {}).get("download"))
+    weights = weights_folder(trained, checkpoint)
 
     architecture, hub = Architecture.from_folder(source.root), HubCheckpoint(source.root)
     initialize()
@@ -69,19 +80,26 @@ def export(arguments: argparse.Namespace) -> None:
         arguments.folder,
         writer.files(),
         arguments.job,
-        source.facts | {"mtp_num_layers": mtp_num_layers},
+        source.facts | {"mtp_num_layers": mtp_num_layers, "checkpoint": checkpoint},
     )
     keep_manifest(made)
     finalize()
 
 
-def weights_folder(manifest: Manifest) -> Path:
-    """The folder of the torch_dist weights in ``manifest``."""
+def weights_folder(manifest: Manifest, checkpoint: str | None) -> Path:
+    """The folder of torch_dist weights, its files checked: of a conversion, or of a training's ``checkpoint``."""
     if manifest.kind == "convert":
-        return manifest.root
-    if manifest.kind == "train":
-        return manifest.root / manifest.facts["weights"]
-    raise UserError(f"{manifest.path}: a manifest of {manifest.kind!r}: give one of a conversion or a training")
+        return manifest.require(digests=True).root
+    if manifest.kind != "train":
+        raise UserError(f"{manifest.path}: a manifest of {manifest.kind!r}: give one of a conversion or a training")
+    folder = manifest.root / checkpoint / "weights"
+    if folder == manifest.root / manifest.facts["weights"]:
+        manifest.require(digests=True)
+    else:  # the training's manifest lists the last checkpoint's files alone
+        saved = read_manifest(folder.with_name("manifest.json"))
+        weights = {name: entry for name, entry in saved.files.items() if name.startswith("weights/")}
+        replace(saved, files=weights).require(digests=True)
+    return folder
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     settings = Plots.model_validate(arguments.job["config"]["plots"])
-    plots = all_plots(read_trainings(arguments.trainings), pairs(read_scores(arguments.scores)))
+    scores = read_scores(arguments.scores)
+    compared = pairs(scores, arguments.job["config"].get("compare", ()))
+    plots = all_plots(read_trainings(arguments.trainings), scores, compared)
     facts, files = [], []
     for plot in tqdm(plots, desc="plots", mininterval=1):
         names = {"png": f"{plot.name}.png", "light": f"{plot.name}.svg", "dark": f"{plot.name}-dark.svg"}

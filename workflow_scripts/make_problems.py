@@ -22,13 +22,7 @@ def main() -> None:
 
     rows = [addition.row(dataset.prompt_key, dataset.label_key) for addition in draw(dataset.problems)]
     atomic_write(folder / dataset.file, "".join(json.dumps(row) + "\n" for row in rows))
-    facts = {
-        "file": dataset.file,
-        "rows": len(rows),
-        "prompt_key": dataset.prompt_key,
-        "label_key": dataset.label_key,
-    }
-    write_manifest(arguments.manifest, "download", folder, [dataset.file], arguments.job, facts)
+    write_manifest(arguments.manifest, "download", folder, [dataset.file], arguments.job, {"rows": len(rows)})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from milepost.common.errors import run
 from milepost.common.files import atomic_write
 from milepost.common.jobs import job_parser
 from milepost.configuration.schema import Plots
-from milepost.configuration.schema import Training as TrainingSettings
 from milepost.evaluation.overlap import overlap
 from milepost.reporting.report import report_page
 from milepost.reporting.results import Score, Training, pairs, read_scores, read_trainings
@@ -32,7 +31,7 @@ def main() -> None:
         print(f"warning: {sentence}", file=sys.stderr)
     page = report_page(
         scores,
-        pairs(scores),
+        pairs(scores, arguments.job["config"].get("compare", ())),
         trainings,
         plots,
         sources,
@@ -44,10 +43,10 @@ def main() -> None:
 
 def overlaps_of(scores: Sequence[Score], trainings: Sequence[Training], sources: Sequence[Manifest]) -> list[str]:
     """A sentence (`overlap`) for each training set that shares prompts with a set its model is scored on."""
-    sets = {source.path.stem: source for source in sources if "prompt_key" in source.facts}
+    sets = {source.path.stem: source for source in sources if "rows" in source.facts}
     wanted = {}
     for training in trainings:
-        trained_on = TrainingSettings.model_validate(training.settings["training"]).datasets
+        trained_on = training.datasets
         scored_on = [score.dataset for score in scores if score.model == training.model]
         if training.settings["validation"]["interval"]:
             scored_on.append(training.settings["validation"]["dataset"])

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from milepost.checkpoints.manifest import same_result, vouch_again
+from milepost.checkpoints.manifest import rewrite_manifest, same_result
 from milepost.common.errors import run
 from milepost.common.files import hold
 from milepost.common.jobs import job_parser
@@ -35,7 +35,7 @@ def main() -> None:
     by = () if job["on_code_change"] == "continue" else ("code", "versions")
     if same := same_result(folder, job, ("config", "inputs", *by)):
         print(f"{folder}: all {same.facts['rollouts']} rollouts are done: nothing to train", file=sys.stderr)
-        vouch_again(same, arguments.manifest, job)
+        rewrite_manifest(same, arguments.manifest, job)
     print(folder)
 
 

@@ -1,7 +1,7 @@
-"""Train a model with GRPO: alone, or as one of several processes under torchrun. A stopped run is continued.
+"""Train a model with GRPO: alone, or as one of several processes under torchrun. A stopped run is resumed.
 
-This script gets a run ready: its weights, its last checkpoint and its engine. `grpo.loop` trains; the head of that file
-shows what happens to a rollout.
+This script prepares a run: its weights, its last checkpoint and its engine. `grpo.loop` trains; its docstring shows the
+path of a rollout.
 """
 
 import argparse
@@ -53,10 +53,10 @@ from milepost.rollout.prompts import load_tokenizer, stop_token_ids
 
 @dataclass(frozen=True)
 class Source:
-    """What a run begins with.
+    """What a run starts from.
 
     Attributes:
-        hub: the model in the Hub's format: its tokenizer, and everything that training leaves as it is.
+        hub: the model in the Hub's format: its tokenizer, and everything that training does not change.
         weights: the starting weights in torch_dist.
         inputs: digests of the starting weights and of the prompts.
     """
@@ -72,9 +72,9 @@ class MemoryPlan:
     """How a GPU's memory is used.
 
     Attributes:
-        gpu_gib: of one GPU; infinite without.
-        recompute: which activations the backward pass computes again.
-        stay: whether weights and Adam's states keep their place on the GPU while the engine generates.
+        gpu_gib: memory of one GPU; infinite without one.
+        recompute: which activations the backward pass recomputes.
+        stay: whether weights and Adam's states stay on the GPU while the engine generates.
     """
 
     gpu_gib: float
@@ -100,8 +100,8 @@ def main() -> None:
     try:
         with ExitStack() as stack:
             checkpoint = train(arguments, settings, stack)
-    except MemoryError as error:  # the host's, of this rank perhaps alone
-        raise UserError(f"rank {dist.get_rank()}: {error}") from error
+    except MemoryError as error:  # host memory, perhaps on this rank alone
+        raise UserError(f"rank {dist.get_rank()}: {error or 'out of host memory: free some, and run again'}") from error
     except RuntimeError as error:  # the allocator's, NCCL's or the driver's
         if "out of memory" not in str(error).lower():
             raise
@@ -123,13 +123,13 @@ def check_processes(settings: Settings) -> None:
 
 
 def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -> Path:
-    """Train, or go on training, and return the folder of the final checkpoint. Every rank calls this."""
+    """Train, or resume training, and return the folder of the final checkpoint. Every rank calls this."""
     first, control = dist.get_rank() == 0, control_group()
     if first:
         stack.enter_context(hold(arguments.work))
         arguments.work.mkdir(exist_ok=True)
-    from_rank_0(None, control)  # another training may be at work there for days
-    interrupts = stack.enter_context(Interrupts())  # not while it waits for another training's end
+    from_rank_0(None, control)  # rank 0 may wait for days for another training in this folder
+    interrupts = stack.enter_context(Interrupts())  # only now: until here a signal ends the process as usual
     say = narrator(settings)
 
     say("checking the weights")
@@ -152,13 +152,13 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
     ):
         return saved
 
-    optimizer.sleep()  # the engine takes its share of what is free when it starts
+    optimizer.sleep()  # a starting engine takes its share of the memory that is free
     say("starting the engine")
     if plan.stay:
         engine = rescaled_engine(settings.engine, taken_gib(), plan.gpu_gib)
         settings = settings.model_copy(update={"engine": engine})
     lead = start_lead(arguments, settings, source, progress, interrupts, stack) if first else None
-    from_rank_0(None, control)  # until then the others' weights wait on the host: the engine measures what is free
+    from_rank_0(None, control)  # no rank wakes before the engine has measured the free memory
     engine, hub = lead.sampler.engine if lead else None, HubCheckpoint(source.hub.root)
     return Loop(
         settings=settings,
@@ -189,10 +189,10 @@ def check_source(arguments: argparse.Namespace, settings: Settings) -> Source:
 
 
 def plan_memory(architecture: Architecture, settings: Settings, say: Callable[[str], None]) -> MemoryPlan:
-    """Decide what to recompute and what stays on the GPU, from rank 0's GPU for all."""
+    """Decide what to recompute and what stays on the GPU, for all ranks by rank 0's GPU."""
     gpu_gib = from_rank_0(gpu_memory_gib())
     memory = estimate(architecture, settings, gpu_gib)
-    stay = memory.lasts_beside_engine(gpu_gib)
+    stay = memory.fits_beside_engine(gpu_gib)
     if settings.training.recompute == "auto":
         say(f"recompute: {memory.recompute}, the least that fits {gpu_gib:.0f} GiB a GPU")
     say(f"while the engine generates weights and Adam's states {'stay on the GPU' if stay else 'wait on the host'}")
@@ -214,12 +214,12 @@ def load_model(source: Source, settings: Settings, plan: MemoryPlan) -> nn.Modul
 
 
 def find_checkpoint(work: Path, inputs: dict[str, str]) -> Path | None:
-    """The checkpoint to go on from; `UserError` if it was made from other weights or prompts than ``inputs``."""
+    """The checkpoint to resume from; `UserError` if it was made from other weights or prompts than ``inputs``."""
     saved = run_state.newest(work)
     run_state.clear(work)
     if saved and (then := run_state.read_progress(saved).inputs) != inputs:
         changed = " and ".join(name for name in inputs if then.get(name) != inputs[name])
-        raise UserError(f"{work}: begun with {changed} that have changed since: move that folder away to begin anew")
+        raise UserError(f"{work}: begun with {changed} that have changed since: move that folder away to start again")
     return saved
 
 
@@ -231,7 +231,7 @@ def resume(
     arguments: argparse.Namespace,
     settings: Settings,
 ) -> Progress:
-    """Load the checkpoint ``saved``, if there is one, and cut the logs to where it left them."""
+    """Load the checkpoint ``saved``, if there is one, and truncate the logs to their lengths at that time."""
     progress = run_state.load(saved, model, optimizer) if saved else Progress(inputs=source.inputs)
     if settings.validation.interval and progress.protocol != (protocol := validation_protocol(arguments, settings)):
         progress.score, progress.protocol = None, protocol
@@ -253,7 +253,7 @@ def start_lead(
     interrupts: Interrupts,
     stack: ExitStack,
 ) -> Lead:
-    """Start what rank 0 alone has: prompts, engine, graders, validation, logs."""
+    """Start what only rank 0 has: prompts, engine, graders, validation, logs."""
     training, validation = settings.training, settings.validation
     validation_set = read_manifest(arguments.validation) if validation.interval else None
     tokenizer = load_tokenizer(source.hub.root)
@@ -277,11 +277,11 @@ def start_lead(
     engine = start_engine(source.hub.root, settings.engine, arguments.work / "engine", max_requests)
     stack.callback(engine.close)
     engine.sleep()
-    engine.wake()  # as in every step: its caches, which are not needed yet, leave their room for what sends the weights
+    engine.wake()  # as in every step: now it holds no caches, which leaves room for sending the weights
     started: list[Grader] = []
 
     def grader(reward: schema.Reward) -> Grader:
-        """The one grader of a reward, which may be that of several sets."""
+        """The grader of a reward, shared by all sets that have this reward."""
         if not (same := [one for one in started if one.settings == reward]):
             started.append(stack.enter_context(Grader(reward)))
         return same[0] if same else started[-1]
@@ -296,10 +296,13 @@ def start_lead(
     def validate(rollout: int) -> dict[str, float]:
         samples = arguments.work / "validation" / f"{rollout:06d}.jsonl"
         samples.parent.mkdir(exist_ok=True)
-        samples.unlink(missing_ok=True)  # of a run that ended before it saved these weights: perhaps not quite the same
+        samples.unlink(
+            missing_ok=True
+        )  # by weights that were lost before they were saved, perhaps slightly different ones
         wanted, sampler = validation_settings(settings), {"rollout": rollout}
         scores = evaluate(engine, tokenizer, stops, problems, wanted, validation_grader, samples, sampler)
-        return {f"validation_{name}": scores[name] for name in ("average", "truncated_share", "mean_tokens")}
+        names = ("average", "standard_error", "truncated_share", "mean_tokens")
+        return {f"validation_{name}": scores[name] for name in names if scores[name] is not None}
 
     return Lead(
         sampler=Sampler(settings, engine, tokenizer, stops, graders, cursor, interrupts),
@@ -326,13 +329,13 @@ def validation_settings(settings: Settings) -> schema.Evaluation:
 
 
 def validation_protocol(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
-    """Everything but the weights that a validation score depends on."""
+    """Everything that a validation score depends on, except the weights."""
     problems = read_manifest(arguments.validation)
     return {
         **settings.validation.model_dump(mode="json", exclude={"interval"}),
         "enable_thinking": settings.sampling.enable_thinking,
         "problems": sha256_of_all(problems.files),
-        "prompts": problems.provenance["config"]["dataset"],  # how they are made of the problems
+        "prompts": problems.provenance["config"]["dataset"],  # how prompts are made from the problems
         "reward": settings.validated_by.model_dump(mode="json"),
         "reward_code": settings.validation_reward_code if settings.validation_reward else settings.reward_code,
     }
@@ -358,7 +361,7 @@ def taken_gib() -> float:
 
 
 def out_of_memory(error: RuntimeError) -> str:
-    """Where a GPU's memory ran out, and what to do."""
+    """The error line for a GPU out of memory: where, and what to do."""
     here = Path(__file__).parent
     ours = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(here)]
     place = f"{Path(ours[-1].filename).relative_to(here)}, line {ours[-1].lineno}"
@@ -369,7 +372,7 @@ def out_of_memory(error: RuntimeError) -> str:
 
 
 def write_result(arguments: argparse.Namespace, checkpoint: Path) -> None:
-    """The manifest of the trained weights: what the final checkpoint holds, and the logs beside it."""
+    """Write the manifest of the trained weights: the final checkpoint's files, and the logs."""
     whole = read_manifest(checkpoint / "manifest.json")
     weights = {f"{checkpoint.name}/{name}": entry for name, entry in whole.files.items() if name.startswith("weights/")}
     logs = {name: describe(arguments.work / name) for name in (metrics.METRICS, metrics.SAMPLES)}

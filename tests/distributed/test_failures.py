@@ -1,4 +1,4 @@
-"""A user's mistake ends in one line, whichever processes find it, and no process waits for another."""
+"""A user's mistake ends in one line, whichever process finds it, and no process waits for another."""
 
 import subprocess
 
@@ -9,7 +9,7 @@ from stages import launcher
 
 
 @pytest.mark.slow
-def test_a_fault_is_one_line_whichever_process_has_it(root, tmp_path, environment):
+def test_an_error_in_any_process_is_one_line(root, tmp_path, environment):
     grpo_run.prepare(tmp_path)
     grpo_run.convert_model(tmp_path)
     worker = str(root / "tests" / "distributed" / "failing_worker.py")

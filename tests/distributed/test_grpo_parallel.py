@@ -1,4 +1,4 @@
-"""GRPO over several processes: every layout has the gradient of one process, and a whole run goes on when stopped."""
+"""GRPO over several processes: every layout has the gradient of one process, and a stopped run resumes."""
 
 import json
 import subprocess
@@ -60,7 +60,7 @@ def test_every_layout_has_the_loss_and_the_gradient_of_one_process(layouts, kind
         # The two share each pack, or all of them.
         assert layout == Parallel() or reported["packs"] < packs or packs == 1, layout
         for name, value in metrics.items():
-            # Padding, of which layouts differ, visits experts too: up to a token a pack, half of an expert's mean each.
+            # Layouts differ in padding, which visits experts too: up to a token per pack, half an expert's mean each.
             of_experts = name.startswith(("expert", "routing"))
             rel = packs * EXPERTS / EXPERTS_PER_TOKEN / tokens if of_experts else HALF_THE_DIGITS
             assert reported[name] == pytest.approx(value, rel=rel, abs=HALF_THE_DIGITS), (layout, name)
@@ -93,7 +93,7 @@ def test_two_processes_train_as_one_does(root, tmp_path, environment):
         "rank-00001.safetensors",
     }
 
-    # The same again, but the second rank is killed under way.
+    # The same again, but the second rank is killed during the run.
     killed = grpo_run.arguments(
         tmp_path,
         tmp_path / "killed",

@@ -1,4 +1,4 @@
-"""An engine that loses its weights in the middle gets them from all processes, as if nothing had happened."""
+"""An engine that loses its weights during a run gets them from all processes again, and results do not change."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from stages import torchrun, unmeasured
 
 
 @pytest.mark.slow
-def test_all_processes_send_the_weights_again_when_the_engine_wants_them(root, tmp_path, environment):
+def test_all_processes_send_the_weights_again_to_a_restarted_engine(root, tmp_path, environment):
     grpo_run.prepare(tmp_path)
     grpo_run.convert_model(tmp_path)
     for worker in ("grpo_run.py", "distributed/restarted_engine_worker.py"):

@@ -3,7 +3,7 @@
 import pytest
 
 import export
-from stages import assert_same_files, call, convert_arguments, export_arguments, script, torchrun, vouch
+from stages import assert_same_files, call, convert_arguments, download_manifest, export_arguments, script, torchrun
 from tiny_hub import DENSE, MOE, make_tiny_hub
 
 
@@ -19,7 +19,7 @@ def test_weights_survive_every_change_of_layout(root, tmp_path, environment):
 @pytest.mark.parametrize("kind", [DENSE, MOE])
 def test_two_processes_convert_to_what_exports_to_the_same_bytes(monkeypatch, tmp_path, environment, kind):
     make_tiny_hub(tmp_path / "hub", kind, shards=2)
-    download = vouch(tmp_path / "hub", tmp_path / "download.json")
+    download = download_manifest(tmp_path / "hub", tmp_path / "download.json")
     torchrun(2, script("convert"), *convert_arguments(download, tmp_path / "torch_dist"), env=environment)
     call(monkeypatch, export.main, export_arguments(download, tmp_path / "torch_dist.json", tmp_path / "hf"))
     assert_same_files(tmp_path / "hub", tmp_path / "hf")

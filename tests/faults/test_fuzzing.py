@@ -1,6 +1,7 @@
-"""For any file content, a reader accepts it or says in one line what is wrong with it."""
+"""Whatever a file contains, it is accepted or refused with a one-line error."""
 
 import json
+import re
 import string
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 
 from milepost.checkpoints.safetensors_io import HubCheckpoint
 from milepost.common.errors import UserError
-from milepost.common.problems import read_problems
 from milepost.configuration.loading import load
+from milepost.configuration.schema import Dataset
+from milepost.problems.loading import read_problems
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
@@ -44,13 +46,18 @@ INDEX = st.none() | JSON | st.fixed_dictionaries({"weight_map": st.dictionaries(
 
 @settings(max_examples=300, deadline=None)
 @given(lines=st.lists(ROWS, max_size=6))
-def test_every_row_of_a_data_set_is_a_problem_or_is_set_aside_with_a_reason(tmp_path_factory, lines):
+def test_every_row_of_a_data_set_is_a_problem_or_has_a_reason_why_not(tmp_path_factory, lines):
     path = tmp_path_factory.getbasetemp() / "rows.jsonl"
     path.write_bytes(b"\n".join(lines))
-    problems, bad = read_problems(path, "prompt", "label")
-    there = [number for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
-    assert sorted([problem.line for problem in problems] + [line for line, _ in bad]) == there
-    assert all(reason and "\n" not in reason for _, reason in bad)
+    try:
+        found = read_problems(path.parent, [path.name], Dataset(folder="x", file=path.name))
+    except UserError as error:  # the whole file is something else
+        assert re.match(rf"{re.escape(str(path))}: is (a|an|binary|text|empty|parquet|compressed)", str(error))
+        assert "\n" not in str(error)
+        return
+    there = [f"line {number}" for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+    assert sorted([f"line {p.line}" for p in found.problems] + [row.place for row in found.bad]) == sorted(there)
+    assert all(row.reason and "\n" not in row.reason for row in found.bad)
 
 
 @settings(max_examples=300, deadline=None)

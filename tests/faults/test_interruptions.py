@@ -132,7 +132,7 @@ def strike(snakemake: psutil.Popen, draw: random.Random) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_storm_of_kills_changes_nothing(snakefile, tmp_path):
+def test_random_kills_change_no_result(snakefile, tmp_path):
     calm = Run(snakefile, tmp_path / "calm")
     calm.finish()
     expected = calm.outcome()
@@ -161,7 +161,7 @@ def test_a_storm_of_kills_changes_nothing(snakefile, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_scheduler_s_warning_to_all_processes_lets_the_training_save_itself(snakefile, tmp_path):
+def test_a_training_saves_itself_when_slurm_signals_all_processes(snakefile, tmp_path):
     """Slurm sends SIGTERM to every process of a job at once, and kills what is left when the first one has ended."""
     run = Run(snakefile, tmp_path / "warned", targets=("train_tiny",))
     snakemake = run.start()

@@ -34,7 +34,7 @@ def holder(environment, tmp_path):
         process.kill()
 
 
-def test_the_second_says_who_is_at_work_and_waits(holder, tmp_path, capfd):
+def test_the_second_names_the_first_and_waits(holder, tmp_path, capfd):
     other, began = holder(1.0), time.monotonic()
     with hold(tmp_path / "result"):
         assert time.monotonic() - began > 0.5

@@ -11,7 +11,7 @@ from milepost.configuration.provenance import Provenance
 
 @pytest.fixture
 def said(snakemake, snakefile, tmp_path):
-    """Run the workflow in a folder of the user's own; the lines that it printed. It must have failed."""
+    """Run the workflow in a user's folder, assert that it fails, and return the printed lines."""
     (tmp_path / "mine.yaml").write_text("optimizer: {lr: 1.0e-6}\n")
     (tmp_path / "good.yaml").write_text("run: grpo\n")
     (tmp_path / "other.yaml").write_text("hardware: {gpus: 6}\n")
@@ -93,7 +93,7 @@ MISTAKES = {
     ),
     "a data set's file that is not there": (
         ["--config", "datasets={sums-train: {folder: ., file: gone.jsonl}}"],
-        "gone.jsonl: no such file: correct datasets.sums-train.folder or .file",
+        ".: holds no file gone.jsonl; there: rows.jsonl: correct datasets.sums-train.file",
     ),
     "a bad row": (
         ["--config", "datasets={sums-train: {folder: ., file: rows.jsonl}}"],

@@ -168,12 +168,12 @@ def test_the_visible_gpus_limit_the_choice(spans):
     assert {tuple(job["gpus"]) for job in found} == {("GPU-b",)} and not overlaps(found)
 
 
-def test_no_gpu_is_shared_even_where_a_run_is_told_that_there_are_more(spans):
+def test_no_gpu_is_shared_even_if_snakemake_is_given_more(spans):
     found = spans("--resources", "gpu=64", "gpu_host_gib=1000", gpus=2)
     assert all(job["gpus"] == ["0", "1"] for job in found) and not overlaps(found)
 
 
-def test_every_training_is_sent_to_a_node_of_its_own(begin, root, slurm):
+def test_every_training_is_submitted_to_a_node_of_its_own(begin, root, slurm):
     environment, submitted = slurm
     begin(
         lambda _: submitted.exists() and submitted.read_text().count("\n") == len(MODELS),
@@ -192,7 +192,7 @@ def test_every_training_is_sent_to_a_node_of_its_own(begin, root, slurm):
         assert not any(word.startswith("--ntasks") for word in asked)
 
 
-def test_a_training_that_no_node_of_its_partition_can_hold_is_not_sent(snakefile, root, downloaded, slurm):
+def test_a_training_that_fits_no_node_of_its_partition_is_not_submitted(snakefile, root, downloaded, slurm):
     environment, submitted = slurm
     (downloaded / "bin/sinfo").write_text("#!/bin/sh\necho 'main*|gpu:h100:4|2063937|128'\n")
     where = ("--snakefile", str(snakefile), "--directory", str(downloaded), "--rerun-triggers", "mtime")

@@ -1,4 +1,4 @@
-"""Models and settings of the user's own, in a clone and outside of it."""
+"""A user's own models and settings, inside and outside the clone."""
 
 import re
 import subprocess
@@ -18,7 +18,7 @@ TARGETS = [
 ]
 
 
-# Whatever reads it does something else: other models, another folder, too few GPUs for 35B-A3B.
+# Settings that would change any test that reads them: other models, another folder, too few GPUs for 35B-A3B.
 LOCAL = """
 models: [tiny, Qwen3.6-27B]
 results: elsewhere
@@ -30,7 +30,7 @@ per_model: {9B: {training: {rollouts: 5}, parallel: {tensor: 1}}}
 
 @pytest.fixture(scope="module")
 def with_a_model(tmp_path_factory):
-    """A copy of the repository with another recipe, config/models/Qwen3.6-27B.yaml, and settings of the user's own."""
+    """A copy of the repository with another recipe, config/models/Qwen3.6-27B.yaml, and a config/local.yaml."""
     folder = clone(tmp_path_factory.mktemp("repository"), "tests", "benchmarks", "pyproject.toml", "README.md")
     models = folder / "config/models"
     (models / "Qwen3.6-27B.yaml").write_text((models / "27B.yaml").read_text().replace("Qwen3.5-27B", "Qwen3.6-27B"))
@@ -38,15 +38,18 @@ def with_a_model(tmp_path_factory):
     return folder
 
 
-def test_it_has_all_targets_and_the_user_s_own_settings_hold(snakemake, with_a_model):
+def test_a_new_model_has_all_targets_and_local_yaml_applies(snakemake, with_a_model):
     done = snakemake("-n", "--", "eval_Qwen3.6-27B", cwd=with_a_model)
     assert "Qwen3.6-27B: train with GRPO" in done.stdout + done.stderr
     assert "elsewhere/Qwen3.6-27B/eval/aime-2024/mine.json" in done.stdout + done.stderr
 
 
-def test_neither_turns_a_test_red(with_a_model):
+def test_a_new_model_and_local_yaml_break_no_test(with_a_model):
+    of_settings = sorted((with_a_model / "tests/unit").glob("test_configuration_*.py"))
+    assert of_settings
     files = [
-        with_a_model / "tests/unit" / f"test_{name}.py" for name in ("configuration", "recipes", "preflight", "memory")
+        *of_settings,
+        *(with_a_model / f"tests/unit/test_{name}.py" for name in ("recipes", "preflight", "memory")),
     ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files), *TARGETS],

@@ -1,5 +1,4 @@
-"""A reward of one's own, as a user would write it: it trains the tiny model on a task that has nothing to do with
-mathematics and has no labels, and an edit of it reruns what it decides."""
+"""A user's reward trains the tiny model on a task without mathematics or labels; editing it reruns what needs it."""
 
 import json
 import re
@@ -54,7 +53,7 @@ def run(snakemake, root):
 
 @pytest.fixture(scope="module")
 def trained(run, tmp_path_factory):
-    """A user's folder in which everything is made."""
+    """A user's folder with all results."""
     folder = tmp_path_factory.mktemp("user")
     (folder / "my_rewards.py").write_text(MY_REWARDS)
     (folder / "letters.py").write_text(LETTERS)
@@ -88,7 +87,7 @@ def test_the_reward_rises_and_the_logs_say_why(trained):
         assert re.fullmatch(rf"{found} vowels on ({'|'.join(TOPICS)})|nothing said", sample["reason"])
 
 
-def test_the_tables_show_mean_rewards_and_nothing_of_boxes(trained):
+def test_the_tables_show_mean_rewards_and_nothing_about_boxes(trained):
     scores = {
         weights: json.loads((trained / f"results/tiny/eval/topics/{weights}.json").read_text())["facts"]
         for weights in ("base", "grpo")
@@ -145,7 +144,7 @@ def test_a_data_sets_own_reward_fetches_nothing_again(run, folder):
     assert "error: topics.jsonl: 8 of 8 rows are unusable: no 'label'" in said
 
 
-def test_a_mistake_in_the_reward_is_told_before_the_first_job(run, folder):
+def test_a_mistake_in_the_reward_is_reported_before_the_first_job(run, folder):
     for flags in (("-n",), ()):
         said = run(folder, *flags, "--config", "reward={function: my_rewards.py:vowel}", "--", "all", check=False)
         assert "error: my_rewards.py: has no function 'vowel', did you mean 'vowels'?" in said

@@ -18,7 +18,7 @@ DOWNLOAD = "{}: fetch the starting weights"
 DATASET = "{}: fetch the problem set"
 CONVERT = "{}: convert to Megatron torch_dist"
 TRAIN = "{}: train with GRPO"
-EXPORT = "{}: export the trained weights in the Hub's format"
+EXPORT = "{}: export the grpo weights in the Hub's format"
 EVALUATE = "{}: evaluate the {} weights on {}"
 SUMMARY = {"write the tables", "draw the plots", "write the report"}
 
@@ -74,7 +74,7 @@ def test_a_second_run_starts_nothing(snakemake, finished):
     assert "Nothing to be done" in done.stdout + done.stderr
 
 
-def test_nothing_is_listed_as_changed_where_nothing_is(snakemake, finished):
+def test_list_changes_is_empty_if_nothing_changed(snakemake, finished):
     """So that ``-R $(snakemake --list-changes params)`` reruns only what would be rerun anyway."""
 
     def listed(*config):
@@ -114,13 +114,19 @@ OVERRIDES = {
         {DATASET.format("aime-2024")} | trained("9B") | evaluated("9B", "aime-2024"),
     ),
     "the conversion's processes": ("per_model={9B: {conversion: {processes: 1, launcher: python}}}", set()),
+    "the evaluation's GPUs": ("per_model={9B: {evaluation: {gpus: 1}}}", set()),
+    "the checkpoint that is scored": (
+        "per_model={9B: {export: {checkpoint: best}}}",
+        {"9B: export the grpo@best weights in the Hub's format", EVALUATE.format("9B", "grpo@best", "aime-2024")}
+        | SUMMARY,
+    ),
     "memory that only preflight reads": ("per_model={9B: {hardware: {host_memory_gib: 300}}}", set()),
     "the same value written otherwise": ("per_model={9B: {optimizer: {learning_rate: 0.000001}}}", set()),
 }
 
 
 @pytest.mark.parametrize("what", OVERRIDES)
-def test_a_setting_reruns_what_reads_it_and_nothing_else(snakemake, finished, what):
+def test_a_setting_reruns_only_what_reads_it(snakemake, finished, what):
     override, jobs = OVERRIDES[what]
     assert would_run(snakemake, finished, override) == jobs
 
@@ -178,7 +184,7 @@ def test_an_edited_file_reruns_what_uses_it(snakemake, workflow, file, old, new,
         ("hardware: {host_memory_gib: 300}\n", set()),
     ],
 )
-def test_a_user_s_own_settings_rerun_what_reads_them_and_nothing_else(snakemake, workflow, settings, jobs):
+def test_local_yaml_reruns_only_what_reads_its_settings(snakemake, workflow, settings, jobs):
     (workflow / "config/local.yaml").write_text(settings)
     assert would_run(snakemake, workflow) == jobs
 

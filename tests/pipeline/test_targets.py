@@ -8,7 +8,7 @@ import pytest
 from clones import clone
 
 MODELS = ("4B", "9B", "27B", "35B_A3B", "0.8B", "2B", "tiny", "tiny_gpu", "tiny_moe")
-STAGES = ("download", "convert", "train", "export", "eval")
+STAGES = ("download", "convert", "evaluate", "train", "export", "eval")
 
 
 def said(done):
@@ -126,7 +126,7 @@ def test_a_mistake_in_the_configuration_ends_in_one_line(snakemake):
     assert "Traceback" not in said(done)
 
 
-def test_the_linter_has_nothing_to_say_but_that_rules_name_no_environment(snakemake):
+def test_the_linter_reports_only_that_rules_name_no_environment(snakemake):
     """One locked environment serves every rule, so no rule names one: docs/limits.md says why."""
     lints = set(re.findall(r"^ +\* (.+):$", said(snakemake("--lint")), flags=re.MULTILINE))
     assert lints == {"Specify a conda environment or container for each rule."}

@@ -87,7 +87,7 @@ def test_everything_is_made(work):
         assert (work.results / name).stat().st_size > 100, name
     assert list((work.results / "plots").glob("*.png"))
     scores = pandas.read_csv(work.results / "tables/scores.csv")
-    assert set(scores["weights"]) == {"base", "trained"}
+    assert set(scores["weights"]) == {"base", "grpo"}
     metrics = [json.loads(line) for line in next(work.results.glob("tiny/grpo/grpo/*/metrics.jsonl")).open()]
     assert [row["rollout"] for row in metrics if "loss" in row] == [1, 2]
     assert len(work.samples("tiny/eval/sums-evaluation/base.jsonl")) == 16
@@ -105,7 +105,50 @@ def test_a_second_run_starts_nothing(work):
 
 
 @pytest.mark.slow
-def test_what_is_made_again_with_the_same_content_leaves_the_rest(work, tmp_path):
+def test_a_finished_run_is_scored_by_its_name_whatever_the_settings_are_now(work):
+    target = "results/tiny/eval/sums-evaluation/grpo.json"
+    (work.results.parent / target).unlink()
+    now = {"run": "another", "per_model__tiny__optimizer": {"learning_rate": 1.0e-3}}
+    assert ran(work.run(target, **now)) == ["tiny: evaluate the grpo weights on sums-evaluation"]
+
+
+MINE = """
+source: {folder: FOLDER}
+hardware: {gpus: 0}
+engine: {kind: cpu}
+evaluation: {datasets: [sums-evaluation], samples_per_problem: 2, max_response_tokens: 32, pass_at: [1, 2]}
+"""
+
+
+@pytest.mark.slow
+def test_a_model_from_elsewhere_and_the_best_checkpoint_stand_in_one_report(work):
+    """The model is tiny's own starting weights in a folder, so that its score is the same to the last sample."""
+    base = work.results / "tiny" / work.manifest("tiny/download.json")["root"]
+    (work.folder / "models").mkdir()
+    (work.folder / "models/mine.yaml").write_text(MINE.replace("FOLDER", str(base)))
+    own = {"models_folder": str(work.folder / "models")}
+    assert ran(work.run("evaluate_mine", **own)) == [
+        "mine: evaluate the base weights on sums-evaluation",
+        "mine: fetch the starting weights",
+    ]
+    made = ran(work.run("report", runs=["grpo@best"], compare=[["tiny/base", "mine/base"]], **own))
+    assert not any("train" in job or "mine" in job for job in made)
+    table = pandas.read_csv(work.results / "tables/differences.csv").set_index(["first", "second"])
+    assert set(table.index) == {
+        *(("tiny/base", f"tiny/{weights}") for weights in ("grpo", "grpo@best")),
+        ("tiny/base", "mine/base"),
+    }
+    assert table.loc[("tiny/base", "mine/base"), "difference"] == 0
+    mine, tiny = (work.samples(f"{model}/eval/sums-evaluation/base.jsonl") for model in ("mine", "tiny"))
+    assert [sample["response"] for sample in mine] == [sample["response"] for sample in tiny]
+    best = work.manifest("tiny/grpo/grpo/train.json")["facts"]["best"]["checkpoint"]
+    assert work.manifest("tiny/hf/grpo@best.json")["facts"]["checkpoint"] == best
+    for name in ("logs/tables.log", "tables/scores.md", "report.html"):
+        assert "the best of 2 validations" in (work.results / name).read_text(), name
+
+
+@pytest.mark.slow
+def test_a_result_made_again_with_equal_content_reruns_nothing_else(work, tmp_path):
     """Another version of the pipeline: a text is other, then the code of the first stage."""
     clone(tmp_path)
     script = tmp_path / "workflow_scripts/make_tiny.py"

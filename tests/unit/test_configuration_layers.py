@@ -104,7 +104,11 @@ def test_a_file_of_nothing_but_comments_changes_nothing(kept, text):
         ("- 9B", "config/local.yaml: a mapping of settings is expected, not list"),
         ("run: [", "config/local.yaml: not valid YAML: "),
         ("models_folder: gone", "config/local.yaml: models_folder: no such folder: gone"),
-        ("datasets: {mine: {folder: here}}", "config/local.yaml: datasets.mine.file: missing"),
+        ("datasets: {mine: {folder: ., rows: 5:3}}", "config/local.yaml: datasets.mine.rows: a number of rows is"),
+        (
+            "datasets: {mine: {problems: {split: train}, file: a.jsonl}}",
+            "config/local.yaml: datasets.mine.problems.rows: missing",
+        ),
         ("training: {dataset: mine}", "config/local.yaml: training.dataset: unknown dataset 'mine'"),
         ("hardware: {gpus: 6}", "config/local.yaml: hardware.gpus: parallel: tensor 4 x pipeline 1 x context 1 = 4"),
         (

@@ -21,7 +21,7 @@ from milepost.qwen3_5.architecture import Architecture
 from milepost.qwen3_5.build import build_model, finalize, initialize
 from milepost.qwen3_5.packed import pack
 from precision import assert_as_precise, computing_in
-from stages import assert_same_files, call, convert_arguments, export_arguments, flip_a_bit, vouch
+from stages import assert_same_files, call, convert_arguments, download_manifest, export_arguments, flip_a_bit
 from tiny_hub import DENSE, MOE, make_tiny_hub, write_weights
 
 VARIANTS = {
@@ -43,7 +43,7 @@ def converted(monkeypatch, tmp_path, mtp_num_layers=1, **variant):
     """(download manifest, convert manifest) of a tiny model."""
     hub = tmp_path / "hub"
     make_tiny_hub(hub, **variant)
-    download = vouch(hub, tmp_path / "download.json")
+    download = download_manifest(hub, tmp_path / "download.json")
     call(monkeypatch, convert.main, convert_arguments(download, tmp_path / "torch_dist", mtp_num_layers))
     return download, tmp_path / "torch_dist.json"
 
@@ -126,7 +126,7 @@ def test_a_checkpoint_in_other_types_comes_back_exactly(monkeypatch, tmp_path):
         for name, value in tensors.items()
     }
     write_weights(hub, tensors)
-    download = vouch(hub, tmp_path / "download.json")
+    download = download_manifest(hub, tmp_path / "download.json")
     call(monkeypatch, convert.main, convert_arguments(download, tmp_path / "torch_dist"))
     call(monkeypatch, export.main, export_arguments(download, tmp_path / "torch_dist.json", tmp_path / "hf"))
     assert_same_files(hub, tmp_path / "hf")
@@ -150,7 +150,7 @@ def test_a_weight_that_became_nan_is_not_exported(monkeypatch, tmp_path):
 
 def test_a_download_with_a_flipped_bit_is_not_converted(monkeypatch, tmp_path):
     make_tiny_hub(tmp_path / "hub")
-    download = vouch(tmp_path / "hub", tmp_path / "download.json")
+    download = download_manifest(tmp_path / "hub", tmp_path / "download.json")
     flip_a_bit(tmp_path / "hub" / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.safetensors: its sha256 is not"):
         call(monkeypatch, convert.main, convert_arguments(download, tmp_path / "torch_dist"))
@@ -159,7 +159,7 @@ def test_a_download_with_a_flipped_bit_is_not_converted(monkeypatch, tmp_path):
 
 def test_a_download_is_not_taken_for_weights(monkeypatch, tmp_path):
     make_tiny_hub(tmp_path / "hub")
-    download = vouch(tmp_path / "hub", tmp_path / "download.json")
+    download = download_manifest(tmp_path / "hub", tmp_path / "download.json")
     with pytest.raises(UserError, match="'download': give one of a conversion or a training"):
         call(monkeypatch, export.main, export_arguments(download, download, tmp_path / "hf"))
 
@@ -237,7 +237,7 @@ def test_a_second_save_replaces_the_first_and_leaves_nothing_beside_it(tmp_path,
     assert not (tmp_path / "weights" / "left-over").exists()
 
 
-def test_a_write_that_fails_leaves_the_checkpoint_before_it(tmp_path, model_in_one_process):
+def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, model_in_one_process):
     make_tiny_hub(tmp_path / "hub")
     model = model_in_one_process(Architecture.from_folder(tmp_path / "hub"))
     torch_dist.save(model, tmp_path / "weights")
@@ -268,7 +268,7 @@ print(resident("VmHWM") - before)
 
 def test_conversion_takes_little_more_memory_than_the_weights(environment, tmp_path):
     make_tiny_hub(tmp_path / "hub", MOE, hidden=2048, layers=8, vocabulary=32768)
-    download = vouch(tmp_path / "hub", tmp_path / "download.json")
+    download = download_manifest(tmp_path / "hub", tmp_path / "download.json")
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *convert_arguments(download, tmp_path / "torch_dist")],
         env=environment,

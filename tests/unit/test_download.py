@@ -155,7 +155,7 @@ def test_without_a_network_one_line_names_the_address(tmp_path):
     download.fails(download.model(), "no answer from http://127.0.0.1:9", "HF_HUB_OFFLINE=1")
 
 
-def test_what_is_not_there_is_named(hub, download):
+def test_a_missing_repository_revision_or_file_is_named(hub, download):
     hub.host("Qwen/tiny", MODEL, LFS)
     download.fails(download.model("Qwen/nowhere"), "model Qwen/nowhere", "no such repository", "HF_TOKEN")
     download.fails(download.model(revision="v9"), "revision v9", "not a branch, tag or commit")
@@ -336,10 +336,7 @@ def test_a_data_set_is_the_one_file_that_the_configuration_names(hub, download):
         "repo": "zhuzilin/aime",
         "revision": "main",
         "commit": hosted.refs["main"],
-        "file": "aime.jsonl",
         "rows": 5,
-        "prompt_key": "prompt",
-        "label_key": "label",
     }
     assert (manifest.root / "aime.jsonl").read_bytes() == ROWS
     assert not hub.asked("other.jsonl")

@@ -38,13 +38,13 @@ def kept(download, mode: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "line"),
     [
-        ({"HF_ENDPOINT": ""}, "HF_ENDPOINT is empty: an address such as https://huggingface.co is expected"),
-        ({"HF_ENDPOINT": "huggingface.co"}, "HF_ENDPOINT is 'huggingface.co': an address such as https://"),
+        ({"HF_ENDPOINT": ""}, "HF_ENDPOINT is empty: set it to an address such as https://huggingface.co"),
+        ({"HF_ENDPOINT": "huggingface.co"}, "HF_ENDPOINT is 'huggingface.co': set it to an address such as https://"),
         ({"HF_ENDPOINT": f"http://me:{TOKEN}@hub:port"}, "HF_ENDPOINT is 'http://hub:port'"),
         ({"HTTP_PROXY": "socks5://127.0.0.1:9"}, "HTTP_PROXY is 'socks5://127.0.0.1:9', a SOCKS proxy, which needs"),
         ({"all_proxy": "socks5h://127.0.0.1:9"}, "all_proxy is 'socks5h://127.0.0.1:9', a SOCKS proxy"),
-        ({"HTTPS_PROXY": f"http://me:{TOKEN}@[::1"}, "HTTPS_PROXY is 'http://[::1': not the address of a proxy"),
-        ({"HTTP_PROXY": "ftp://127.0.0.1:9"}, "HTTP_PROXY is 'ftp://127.0.0.1:9': not the address of a proxy"),
+        ({"HTTPS_PROXY": f"http://me:{TOKEN}@[::1"}, "HTTPS_PROXY is 'http://[::1': set it to the address of a proxy"),
+        ({"HTTP_PROXY": "ftp://127.0.0.1:9"}, "HTTP_PROXY is 'ftp://127.0.0.1:9': set it to the address of a proxy"),
         ({"NO_PROXY": "[::1"}, "NO_PROXY is '[::1'"),
         ({"SSL_CERT_FILE": "/nowhere"}, "SSL_CERT_FILE is '/nowhere', which can't be read as certificates"),
         ({"HF_OIDC_RESOURCE": "x"}, "HF_OIDC_RESOURCE is set but yields no token"),
@@ -69,7 +69,7 @@ def test_a_setting_that_the_client_can_t_be_imported_with_is_named(download, nam
     environment = os.environ | {"PYTHONPATH": str(SCRIPTS), name: "1.5"}
     download.fails(
         subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120),
-        f"{name} is '1.5': a whole number of seconds is expected",
+        f"{name} is '1.5': set it to a whole number of seconds, or unset it",
     )
 
 
@@ -122,7 +122,7 @@ def test_a_token_s_file_that_can_t_be_read_is_named(hub, download, content, word
         (407, {}, "check the proxy, its user and its password"),
     ],
 )
-def test_a_refusal_says_what_may_be_the_matter(hub, download, status, environment, words):
+def test_a_refusal_suggests_the_cause(hub, download, status, environment, words):
     hub.faults.append(Fault("GET /api", status, times=99))
     download.fails(download.model(**environment), words)
 
@@ -142,7 +142,7 @@ PAGE = b"<html>Accept our terms</html>"
     ],
     ids=["page", "coded", "pages for files", "list", "no commit", "no sizes"],
 )
-def test_an_answer_that_is_no_hub_s_is_called_so(hub, download, request_, headers, content):
+def test_a_response_that_no_hub_gives_is_reported_as_such(hub, download, request_, headers, content):
     """The answer of a network's login page, or of another kind of server."""
     hub.faults.append(Fault(request_, 200, headers, content=content, times=99))
     download.fails(download.model(), hub.address, "as a Hub does: check HF_ENDPOINT")
@@ -166,7 +166,7 @@ def test_a_server_without_tls_is_asked_once(hub, download):
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl, to make a certificate")
-def test_a_certificate_that_is_not_trusted_is_said_to_be_at_fault(tmp_path):
+def test_an_untrusted_certificate_is_named_as_the_cause(tmp_path):
     """The certificate of an intercepting proxy, or any with a wrong clock."""
     certificate = tmp_path / "certificate.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
@@ -213,7 +213,7 @@ def test_a_file_of_the_cache_that_can_t_be_read_is_named(download):
     download.fails(download.model(), "config.json: Permission denied: check who may read and write it")
 
 
-def test_a_damaged_file_that_can_t_be_removed_is_not_said_to_be(download):
+def test_a_damaged_file_that_can_t_be_removed_is_not_reported_as_removed(download):
     kept(download, "u+w")
     (blob,) = [path.resolve() for path in download.home.rglob("snapshots/*/config.json")]
     blob.write_bytes(MODEL["config.json"].replace(b"5", b"6"))

@@ -63,7 +63,7 @@ def test_standard_error_and_interval_are_the_textbook_ones():
     assert (of_thirty.interval[1] - of_thirty.value) / of_thirty.standard_error == pytest.approx(2.045, abs=5e-4)
 
 
-def test_one_problem_has_no_error_to_speak_of():
+def test_a_single_problem_has_no_error():
     estimate = mean_with_error([0.25])
     assert (estimate.value, estimate.standard_error, estimate.interval) == (0.25, None, None)
     assert paired_difference([0.25], [0.5], 100, 0).p_value is None
@@ -139,7 +139,7 @@ def test_a_gain_is_positive_and_a_loss_negative():
     assert gain.interval == pytest.approx((-loss.interval[1], -loss.interval[0]))
 
 
-def test_intervals_stay_within_what_can_be():
+def test_intervals_stay_within_the_bounds():
     worst, best = [0.0] * 5, [1.0, 1.0, 1.0, 1.0, 0.5]
     assert mean_with_error(best, bounds=(0, 1)).interval[1] == 1
     for pair, end in (((worst, best), 1), ((best, worst), -1)):

@@ -27,19 +27,20 @@ def data(tmp_path):
         ]
         rows = [json.dumps({"chat": chat, "answer": "1"}) for chat in messages]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
-        facts = {"file": f"{name}.jsonl", "prompt_key": "chat", "label_key": "answer"}
-        return write_manifest(tmp_path / f"{name}.json", "download", tmp_path, [f"{name}.jsonl"], {}, facts)
+        keys = {"folder": "x", "file": f"{name}.jsonl", "prompt_key": "chat", "label_key": "answer"}
+        job = {"config": {"dataset": keys}}
+        return write_manifest(tmp_path / f"{name}.json", "download", tmp_path, [f"{name}.jsonl"], job, {"rows": 4})
 
     return make
 
 
-def test_sets_that_share_nothing_are_no_fault(data):
+def test_disjoint_sets_give_no_warning(data):
     assert overlap(data("train", QUESTIONS[:2]), data("test", QUESTIONS[2:])) is None
 
 
 @pytest.mark.parametrize("trained", ["{}", TEMPLATE], ids=["plain", "wrapped"])
 @pytest.mark.parametrize("scored", ["{}", "{}\n\nPut your final answer within \\boxed{{}}."], ids=["plain", "wrapped"])
-def test_a_shared_question_is_found_through_what_each_set_wraps_around_all(data, trained, scored):
+def test_a_shared_question_is_found_inside_each_set_s_template(data, trained, scored):
     said = overlap(data("train", QUESTIONS[:3], trained), data("test", [QUESTIONS[3], QUESTIONS[1]], scored))
     assert said.startswith("1 of the 2 prompts of test are in the training set train as well (line 2 is line 2): ")
 
@@ -54,7 +55,7 @@ def test_another_number_makes_another_question(data):
     assert overlap(data("train", QUESTIONS[:3]), data("test", others)) is None
 
 
-def test_what_is_left_of_short_questions_is_not_compared(data):
+def test_short_questions_are_not_compared_without_their_template(data):
     """Without what all prompts say, "What is 3 + 4?" and "Multiply 3 + 4?" would be the same."""
     sums, products = ["What is 3 + 4?", "What is 5 + 6?"], ["Multiply 3 + 4?", "Multiply 5 + 7?"]
     assert overlap(data("train", sums), data("test", products)) is None

@@ -6,14 +6,23 @@ import pytest
 
 from milepost.checkpoints.manifest import write_manifest
 from milepost.common.errors import UserError
-from milepost.common.problems import kinds_of, read_problems, require_problems
+from milepost.configuration.schema import Dataset
 from milepost.evaluation.problems import load_problems
+from milepost.problems.loading import kinds_of, load_problem_set, read_problems
 
 ASKED = [{"role": "user", "content": "What is 1 + 1?"}]
 
 
+KNOWN = Dataset(folder="x", file="rows.jsonl")
+
+
 def row(**changes) -> str:
     return json.dumps({"prompt": ASKED, "label": "2"} | changes)
+
+
+def read(folder, text):
+    (folder / "rows.jsonl").write_text(text)
+    return read_problems(folder, ["rows.jsonl"], KNOWN)
 
 
 @pytest.mark.parametrize(
@@ -26,7 +35,8 @@ def row(**changes) -> str:
         ('{"label": "2"}', "no 'prompt'"),
         (json.dumps({"prompt": ASKED}), "no 'label'"),
         (row(label=""), "empty"),
-        (row(label=["2"]), "neither"),
+        (row(label=[]), "neither"),
+        (row(label=["2", "3"]), "several values"),
         (row(label=True), "neither"),
         (row(label=None), "neither"),
         (row(label=float("nan")), "not JSON: NaN"),
@@ -37,52 +47,51 @@ def row(**changes) -> str:
         (row(label="\ud83d"), "'label' has half of a surrogate pair"),
         (row(prompt=[{"role": "user", "content": "What? \udc00"}]), "'prompt' has half of a surrogate pair"),
         (row(label="We add 1 and 1. So it makes 2."), "'label' is prose"),
-        (row(prompt="What is 1 + 1?"), "not a list"),
-        (row(prompt=[]), "not a list"),
+        (row(prompt=" "), "without text"),
+        (row(prompt=3), "neither text nor a list"),
+        (row(prompt=[]), "neither text nor a list"),
         (row(prompt=["What?"]), "role"),
         (row(prompt=[{"role": "tool", "content": "x"}]), "role"),
         (row(prompt=[{"role": "user", "content": " "}]), "without text"),
-        (row(prompt=[{"role": "user", "content": [{"text": "x"}]}]), "without text"),
+        (row(prompt=[{"role": "user", "content": [{"text": "x"}]}]), "not text"),
+        (row(prompt=[{"role": "user", "content": [{"type": "image", "text": "x"}]}]), "not text, such as an image"),
+        (row(prompt=[{"role": "user", "content": []}]), "without text"),
         (row(prompt=[*ASKED, {"role": "assistant", "content": "2"}]), "does not end"),
     ],
 )
 def test_bad_row_is_counted_with_its_line_and_reason(tmp_path, line, reason):
-    file = tmp_path / "rows.jsonl"
-    file.write_text(f"{row()}\n\n{line}\n{row(label=3)}")
-    problems, bad = read_problems(file, "prompt", "label")
-    assert [(problem.label, problem.line) for problem in problems] == [("2", 1), ("3", 4)]
-    assert [number for number, _ in bad] == [3] and reason in bad[0][1]
+    found = read(tmp_path, f"{row()}\n\n{line}\n{row(label=3)}")
+    assert [(problem.label, problem.line) for problem in found.problems] == [("2", 1), ("3", 4)]
+    assert [bad.place for bad in found.bad] == ["line 3"] and reason in found.bad[0].reason
 
 
 def test_each_kind_of_bad_row_is_counted_and_its_first_line_named(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join([row(), row(label=None), row(label=""), row(), row(label=[]), "{"]))
-    problems, bad = read_problems(file, "prompt", "label")
-    neither, *others = kinds_of(bad)
+    found = read(tmp_path, "\n".join([row(), row(label=None), row(label=""), row(), row(label=[]), "{"]))
+    neither, *others = kinds_of(found.bad)
     assert neither == "'label' is neither text nor a number (2 rows, the first in line 2)"
     assert [kind[-8:] for kind in others] == ["(line 3)", "(line 6)"]
     with pytest.raises(
         UserError, match=r"4 of 6 rows are unusable: .* 2\); .* \(line 3\); .*, or raise max_bad_share$"
     ):
-        require_problems(file, problems, bad, max_bad_share=0.5)
+        load_problem_set(tmp_path, ["rows.jsonl"], KNOWN, max_bad_share=0.5)
 
 
 @pytest.mark.parametrize(
     ("written", "label"), [("8.0", "8"), ("-0.0", "0"), ("2.50", "2.5"), ("1e-7", "0.0000001"), ("1e3", "1000")]
 )
 def test_a_label_that_is_a_float_is_read_as_the_number_it_is(tmp_path, written, label):
-    file = tmp_path / "rows.jsonl"
-    file.write_text(row(label=0)[:-2] + f"{written}}}")
-    assert [problem.label for problem in read_problems(file, "prompt", "label")[0]] == [label]
+    for text in (written, f"[{written}]"):
+        found = read(tmp_path, row(label=0)[:-2] + f"{text}}}")
+        assert [problem.label for problem in found.problems] == [label]
 
 
-def test_bytes_that_are_not_utf8_spoil_their_row_alone(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_bytes(
+def test_invalid_utf8_makes_only_its_own_row_bad(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(
         b"\xef\xbb\xbf" + row().encode() + b"\n\xff\n" + row(label="\u2028").encode() + b"\n" + row().encode()
     )
-    problems, bad = read_problems(file, "prompt", "label")
-    assert [problem.line for problem in problems] == [1, 4] and bad[0] == (2, "not UTF-8")
+    found = read_problems(tmp_path, ["rows.jsonl"], KNOWN)
+    assert [problem.line for problem in found.problems] == [1, 4]
+    assert (found.bad[0].place, found.bad[0].reason) == ("line 2", "not UTF-8")
 
 
 @pytest.fixture
@@ -92,9 +101,8 @@ def data(tmp_path):
     def make(lines, **settings):
         (tmp_path / "set.jsonl").write_text("\n".join(lines), encoding="utf-8")
         dataset = {"folder": "x", "file": "set.jsonl", **settings}
-        facts = {"file": "set.jsonl", "rows": len(lines), "prompt_key": "prompt", "label_key": "label"}
         provenance = {"config": {"dataset": dataset}}
-        return write_manifest(tmp_path / "set.json", "download", tmp_path, ["set.jsonl"], provenance, facts)
+        return write_manifest(tmp_path / "set.json", "download", tmp_path, ["set.jsonl"], provenance, {"rows": 1})
 
     return make
 
@@ -122,11 +130,10 @@ def test_an_instruction_is_given_where_a_prompt_asks_for_no_box(data):
 
 
 def test_training_tolerates_some_bad_rows_but_never_an_empty_set(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join([row()] * 99 + ["{"]))
-    problems, bad = read_problems(file, "prompt", "label")
-    require_problems(file, problems, bad, max_bad_share=0.01)
+    (tmp_path / "rows.jsonl").write_text("\n".join([row()] * 99 + ["{"]))
+    (tmp_path / "blank.jsonl").write_text("\n")
+    assert len(load_problem_set(tmp_path, ["rows.jsonl"], KNOWN, max_bad_share=0.01).problems) == 99
     with pytest.raises(UserError, match="unusable"):
-        require_problems(file, problems, bad, max_bad_share=0.009)
-    with pytest.raises(UserError, match="no usable row"):
-        require_problems(file, [], [])
+        load_problem_set(tmp_path, ["rows.jsonl"], KNOWN, max_bad_share=0.009)
+    with pytest.raises(UserError, match=r"blank\.jsonl: no usable row"):
+        load_problem_set(tmp_path, ["blank.jsonl"], KNOWN)

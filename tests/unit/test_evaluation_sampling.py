@@ -44,7 +44,7 @@ def inputs(tmp_path_factory):
         {"prompt": [{"role": "user", "content": f"What is {n} + {n}?"}], "label": str(2 * n)} for n in range(PROBLEMS)
     ]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    facts = {"file": "sums.jsonl", "rows": PROBLEMS, "prompt_key": "prompt", "label_key": "label"}
+    facts = {"rows": PROBLEMS}
     write_manifest(folder / "sums.json", "download", folder, ["sums.jsonl"], {"config": {"dataset": SOURCES}}, facts)
     return folder
 
@@ -213,7 +213,7 @@ def test_samples_of_other_weights_or_another_protocol_are_never_scored(run, inpu
     assert "of other weights or settings" in capsys.readouterr().err
 
 
-def test_samples_of_a_protocol_that_comes_back_are_there_again(run, tmp_path, monkeypatch):
+def test_samples_of_an_earlier_protocol_are_reused(run, tmp_path, monkeypatch):
     run()
     whole = (tmp_path / "eval" / "base.jsonl").read_bytes()
     run(temperature=0.5)
@@ -257,7 +257,7 @@ def draw(inputs, tmp_path):
 
 
 @pytest.mark.parametrize("thinking", [True, False])
-def test_what_is_asked_for_is_what_the_protocol_says(draw, inputs, tmp_path, thinking):
+def test_requests_follow_the_protocol(draw, inputs, tmp_path, thinking):
     engine, tokenizer, began = Unseeded(), load_tokenizer(inputs / "hub"), time.perf_counter()
     drawn = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "presence_penalty": 1.5}
     draw(engine, max_response_tokens=77, enable_thinking=thinking, **drawn)
@@ -271,7 +271,7 @@ def test_what_is_asked_for_is_what_the_protocol_says(draw, inputs, tmp_path, thi
     assert 0 <= sum(sample.seconds for sample in samples) <= took
 
 
-def test_a_stopped_batch_counts_only_where_seeds_are_heeded(draw, tmp_path, capsys):
+def test_a_stopped_batch_counts_only_if_the_engine_uses_seeds(draw, tmp_path, capsys):
     """The finished samples are the short ones: if only the others were redrawn, the score would rise."""
     first = draw(Unseeded(), samples_per_problem=1, pass_at=[1])
     path = tmp_path / "samples.jsonl"

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from milepost.common.problems import Problem
 from milepost.configuration.schema import Reward
 from milepost.evaluation.sampling import Sample
 from milepost.evaluation.scores import scores
+from milepost.problems.loading import Problem
 from milepost.rewards.base import Verdict
 from milepost.rewards.grader import Grader
 from settings import section
@@ -69,13 +69,13 @@ def test_each_answer_is_graded_by_the_label_of_its_own_problem():
     assert result["average"] == 0.5 and result["majority"] == 0.5
 
 
-def test_an_interval_ends_where_scores_do():
+def test_an_interval_stays_within_the_possible_scores():
     result = scored(boxed("33", "33", "33", "33", "34", "34", "34", "33"))
     assert result["average"] == 7 / 8 and result["interval"][1] == 1 and result["interval"][0] == 0
 
 
 class Fixed:
-    """A grader whose verdicts are given: what goes wrong in one is not to be had at will."""
+    """A grader with given verdicts, since grading errors can't be produced at will."""
 
     settings = Reward()
 
@@ -105,7 +105,7 @@ def test_shares_are_of_all_samples_and_every_kind_of_grading_error_counts():
 
 
 def test_float_rewards_are_averaged_and_correct_from_a_threshold_on(tmp_path):
-    """An interval of rewards that may be of any size is not cut to that of shares; nothing is said of boxes."""
+    """The interval of such rewards is not clipped to [0, 1], and no share of missing boxes is reported."""
     (tmp_path / "mine.py").write_text("def f(sample): return float(sample.answer)\n")
     reward = Reward(function=f"{tmp_path}/mine.py:f", correct_from=2.0)
     samples = [

@@ -64,7 +64,7 @@ def test_an_empty_entry_is_no_prefix_of_the_only_gpu():
 
 @pytest.fixture
 def node(tmp_path, monkeypatch):
-    """A machine whose driver knows two GPUs, the second in slices, and says so as nvidia-smi does."""
+    """A machine with two GPUs, the second in slices, and an nvidia-smi that reports them."""
     tool = tmp_path / "bin" / "nvidia-smi"
     tool.parent.mkdir()
     tool.write_text(
@@ -107,7 +107,7 @@ esac
         ("MIG-unknown", ()),
     ],
 )
-def test_where_a_gpu_is_in_slices_one_slice_is_all(node, monkeypatch, visible, memory):
+def test_of_a_sliced_gpu_only_one_slice_is_counted(node, monkeypatch, visible, memory):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert visible_gpus() == memory
@@ -118,14 +118,14 @@ def test_where_a_gpu_is_in_slices_one_slice_is_all(node, monkeypatch, visible, m
     ("visible", "memory"), [(None, (80, 40)), ("1,0", (40, 80)), ("GPU-e5", (40,)), (f"{SECOND},GPU-ee", (40, 80))]
 )
 def test_whole_gpus_are_counted_with_their_memory(node, monkeypatch, visible, memory, mode):
-    """Whether they could be cut into slices, or not at all."""
+    """With MIG disabled, and without support for it."""
     monkeypatch.setenv("SECOND_MODE", mode)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert visible_gpus() == memory
 
 
-def test_a_gpu_that_waits_for_its_slices_is_not_counted(node, monkeypatch):
+def test_a_gpu_in_mig_mode_without_slices_is_not_counted(node, monkeypatch):
     monkeypatch.setenv("FIRST_MODE", "Enabled")
     monkeypatch.setenv("SECOND_MODE", "Disabled")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
@@ -133,7 +133,7 @@ def test_a_gpu_that_waits_for_its_slices_is_not_counted(node, monkeypatch):
 
 
 @pytest.mark.parametrize("untold", ["[N/A]", "[Not Supported]", "[Unknown Error]"])
-def test_a_gpu_whose_memory_is_not_told_is_still_counted(node, monkeypatch, untold):
+def test_a_gpu_whose_memory_is_not_reported_is_still_counted(node, monkeypatch, untold):
     monkeypatch.setenv("FIRST_MEMORY", untold)
     monkeypatch.setenv("SECOND_MODE", "Disabled")
     assert visible_gpus() == (None, 40)

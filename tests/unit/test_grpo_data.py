@@ -1,4 +1,4 @@
-"""Prompts: bad and long ones set aside and counted, and every prompt once an epoch whatever interrupts the run."""
+"""Prompts: bad and long ones are skipped and counted, and epochs and seeds decide the order."""
 
 import json
 
@@ -21,7 +21,7 @@ def tokenizer(tmp_path_factory):
 
 def manifest(folder, lines, **settings):
     (folder / "data.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    facts = {"file": "data.jsonl", "rows": len(lines), "prompt_key": "prompt", "label_key": "label"}
+    facts = {"rows": len(lines)}
     dataset = {"folder": "x", "file": "data.jsonl", **settings}
     return write_manifest(
         folder / "m.json", "download", folder, ["data.jsonl"], {"config": {"dataset": dataset}}, facts
@@ -32,7 +32,7 @@ def row(question, label="3"):
     return json.dumps({"prompt": [{"role": "user", "content": question}], "label": label})
 
 
-def test_bad_rows_and_long_prompts_are_set_aside_and_counted(tmp_path, tokenizer):
+def test_bad_rows_and_long_prompts_are_skipped_and_counted(tmp_path, tokenizer):
     data = manifest(tmp_path, [row("1+2?"), "{broken", row("what? " * 100), row("2+1?")], max_bad_share=0.25)
     prompts, intake = load_prompts("mine", data, tokenizer, section("sampling", max_prompt_tokens=40))
     assert [(prompt.line, prompt.label) for prompt in prompts] == [(1, "3"), (4, "3")]

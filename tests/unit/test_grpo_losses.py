@@ -53,7 +53,7 @@ def test_advantages_are_the_unbiased_z_scores_of_each_group():
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1 / 3])
 def test_a_group_without_spread_has_advantages_of_exactly_zero(value):
-    """0.1 eight times has a mean that is not 0.1: divided by epsilon alone that rounding would be a signal."""
+    """The mean of eight times 0.1 is not exactly 0.1; divided by epsilon alone, that rounding would be a signal."""
     assert torch.equal(grpo(torch.full((3, 8), value), algorithm()), torch.zeros(3, 8))
 
 
@@ -118,7 +118,7 @@ def test_log_probs_survive_logits_far_beyond_the_range_of_exp():
 
 
 def test_low_variance_kl_is_exact_in_expectation_and_never_negative():
-    """As far as no token reaches the bound of the estimate."""
+    """As long as no token reaches the estimate's bound."""
     logits = 0.3 * torch.randn(2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     policy_log, reference_log = torch.log_softmax(logits, -1).unbind()
     estimate = low_variance_kl(policy_log, reference_log)
@@ -177,7 +177,7 @@ def reference_loss(sequences, settings):
 
 
 def make_sequences(lengths, hidden, weight):
-    """Sequences whose log-probs hang on (hidden, weight), with ratios on both sides of both clips."""
+    """Sequences whose log-probs depend on (hidden, weight), with ratios on both sides of both clips."""
     generator = torch.Generator().manual_seed(5)
     full = torch.log_softmax(hidden @ weight.T, -1)
     entropy = -(full.exp() * full).sum(-1)
@@ -261,7 +261,7 @@ def one_token(ratio, advantage):
         (1.50, -1.0, 1.50, 0.0),
     ],
 )
-def test_the_clip_bites_on_the_side_that_the_advantage_pushes_to(ratio, advantage, loss, clipped):
+def test_the_ratio_is_clipped_only_in_the_direction_of_the_advantage(ratio, advantage, loss, clipped):
     value, gradient, fraction = one_token(ratio, advantage)
     assert value == pytest.approx(loss)
     assert gradient == (0.0 if clipped else pytest.approx(-advantage * ratio))

@@ -1,4 +1,4 @@
-"""Metrics of a rollout, and what becomes of its samples: worked out by hand."""
+"""The metrics and training sequences of a rollout, against values computed by hand."""
 
 import math
 
@@ -79,7 +79,7 @@ def test_expert_metrics_are_means_over_the_layers():
 
 
 def test_means_over_tokens_weigh_each_step_by_its_tokens():
-    """``weight`` is a step's; its sums over tokens come beside it."""
+    """Each step reports sums over its tokens, and the sum of their weights as ``weight``."""
     steps = [
         {"loss": 1.0, "grad_norm": 2.0, "weight": 1.0, "clip_fraction": 0.5, "kl": 0.3, "learning_rate": 1e-6},
         {"loss": 3.0, "grad_norm": 4.0, "weight": 3.0, "clip_fraction": 0.5, "kl": 0.1, "learning_rate": 2e-6},

@@ -79,7 +79,7 @@ def policy(
 
 
 def row_counts(of, batch):
-    """Rows of each of a policy's packs: equal prompts in one pack stand once."""
+    """The number of rows of each pack; equal prompts in one pack share their rows."""
     return [len(b.input_ids[0]) for b in of.micro_batches(batch, StepTotals(len(batch), 1))]
 
 
@@ -87,8 +87,8 @@ def learner(of):
     return Learner(of, CpuAdam(of.model, of.settings.optimizer), of.settings)
 
 
-def test_gradients_are_the_same_bit_for_bit_however_threads_come():
-    """The row of a prompt's last token predicts the first one of all its samples: their gradients meet there."""
+def test_gradients_do_not_depend_on_the_order_of_threads():
+    """A shared prompt's last row predicts the first token of all its samples, so their gradients are summed there."""
     of = policy(models("dense")[1])
     batch = sequences([(12, 2 + number % 3) for number in range(400)])
     totals = StepTotals(len(batch), sum(sequence.response_length for sequence in batch))
@@ -109,7 +109,7 @@ def test_gradients_are_the_same_bit_for_bit_however_threads_come():
 
 
 def plain_gradients(architecture, model, batch, algorithm):
-    """The loss as the papers write it: sequence by sequence, full logits; at the old policy itself.
+    """The loss as in the papers, sequence by sequence with full logits, at the old policy.
 
     Returns each token's part of the loss, and the gradients.
     """
@@ -131,7 +131,7 @@ def plain_gradients(architecture, model, batch, algorithm):
 
 
 def learned(model, batch, **of_policy):
-    """The metrics of a step, and its gradients as they were before they were clipped to a norm of 1."""
+    """The metrics of a step, and its gradients before they are clipped to a norm of 1."""
     with computing_in(next(model.parameters()).dtype):
         learning = learner(policy(model, **of_policy))
         report = learning.learn(batch, Progress())
@@ -182,7 +182,7 @@ def test_leaving_out_responses_without_advantage_changes_no_gradient():
 
 
 @pytest.mark.parametrize("metrics", [{}, {"entropy_metric": True}, {"reference_forward": True}])
-def test_a_rollout_without_any_advantage_moves_no_weight_and_is_no_step(metrics):
+def test_a_rollout_without_advantages_changes_no_weight_and_counts_no_step(metrics):
     _, ours, _ = models("dense")
     batch = [TrainingSequence(s.ids, s.log_probs, 0.0) for s in sequences(SHAPES)]
     progress = Progress()

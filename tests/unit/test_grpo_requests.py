@@ -1,4 +1,4 @@
-"""What a training asks its engine for, and what it reports of the answers: both seen at the engine itself."""
+"""A training's requests to its engine, and its metrics of the responses, both observed at the engine."""
 
 import json
 import resource
@@ -19,7 +19,7 @@ ROLLOUTS, PROMPTS, GROUP, PROBLEMS = 3, 3, 4, 2
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
-    """A training's calls of its engine, (params, requests, completions) each; its folder and its tokenizer."""
+    """A training's calls of its engine as (params, requests, completions), its folder, and its tokenizer."""
     folder = grpo_run.prepare(tmp_path_factory.mktemp("requests"))
     grpo_run.convert_model(folder)
     calls, start = [], train.start_engine
@@ -54,7 +54,7 @@ def validations(asked):
 
 
 def metrics(asked, of):
-    """The lines of the log that hold ``of``."""
+    """The lines of the log that have the key ``of``."""
     lines = map(json.loads, (asked[1] / "run/metrics.jsonl").read_text().splitlines())
     return [line for line in lines if of in line]
 
@@ -65,7 +65,7 @@ def response(asked, completion):
 
 
 def earned(asked, completions):
-    """What `FixedReward` gives each."""
+    """The reward of each response by `FixedReward`."""
     return [sum(map(ord, response(asked, completion))) % 2 == 0 for completion in completions]
 
 

@@ -1,4 +1,4 @@
-"""Run states are whole or absent, damaged ones are passed over, and old ones go only once a new one is there."""
+"""Run states are complete or absent, damaged ones are skipped, and old ones go only after a new one is saved."""
 
 import json
 import re
@@ -64,7 +64,7 @@ def test_stored_tensors_are_read_one_at_a_time(tmp_path):
 
 
 def anonymous_memory() -> int:
-    """Bytes of this process that are no file's."""
+    """This process's memory in bytes, without mapped files."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", status)[1])
 
@@ -125,14 +125,14 @@ def test_pruning_keeps_the_last_and_the_best(tmp_path, trained):
     assert run_state.best(tmp_path).name == "checkpoint-000006"
 
 
-def test_a_run_of_more_processes_is_not_resumed_as_if_its_states_were_there(tmp_path, trained):
+def test_a_run_is_not_resumed_by_another_number_of_processes(tmp_path, trained):
     folder = save(tmp_path, 1, trained)
     shutil.copy(folder / "optimizer" / "rank-00000.safetensors", folder / "optimizer" / "rank-00001.safetensors")
     with pytest.raises(UserError, match="saved by 2 processes: resume with as many, not 1"):
         run_state.load(folder, *trained)
 
 
-def test_logs_are_cut_to_what_the_checkpoint_saw(tmp_path):
+def test_logs_are_truncated_to_their_length_in_the_checkpoint(tmp_path):
     log = JsonLines(tmp_path / METRICS)
     log.append({"rollout": 1, "loss": float("nan")})
     seen = log.sync()

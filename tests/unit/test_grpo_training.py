@@ -1,4 +1,4 @@
-"""Whole trainings on a tiny random model: what stops one, by whatever means, leaves no trace once it has gone on."""
+"""Whole trainings of a tiny random model: however one is stopped, it resumes as if it had not been."""
 
 import contextlib
 import io
@@ -39,7 +39,7 @@ def prepared(tmp_path_factory):
 
 
 def ended(command_line, hook=None):
-    """The exit status of a training that does not come to its end."""
+    """The exit status of a training that ends early."""
     with pytest.raises(SystemExit) as stopped:
         grpo_run.run(command_line, hook)
     finalize()
@@ -47,7 +47,7 @@ def ended(command_line, hook=None):
 
 
 def mistake(command_line, hook=None):
-    """The line with which a mistake of the user's ends a training."""
+    """The error line of a training that ends with a user's mistake."""
     with contextlib.redirect_stderr(io.StringIO()) as said:
         assert ended(command_line, hook) == USER_ERROR
     return said.getvalue().strip().splitlines()[-1]
@@ -101,7 +101,7 @@ def test_engine_and_trainer_compute_the_same_model_after_every_step(prepared, tm
     assert max(others) < stale / 10, "the engine samples from weights that the trainer left behind"
 
 
-def test_a_killed_training_goes_on_as_if_nothing_had_happened(prepared, tmp_path):
+def test_a_killed_training_resumes_exactly(prepared, tmp_path):
     """Killed in rollout 4, a rollout after the last checkpoint, it repeats rollout 3 and ends up bit for bit equal."""
     command_line = grpo_run.arguments(prepared, tmp_path / "run")
     environment = os.environ | {
@@ -122,7 +122,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(prepared, tmp_path
     [(GRADINGS_BEFORE_ROLLOUT_4, 3), (3, 2), (GRADINGS_BEFORE_ROLLOUT_4 + 1, 4)],
     ids=["in a rollout", "in a validation", "in the last validation"],
 )
-def test_a_training_asked_to_end_saves_and_goes_on_as_if_nothing_had_happened(prepared, tmp_path, grading, saved):
+def test_a_training_that_is_asked_to_end_saves_itself_and_resumes_exactly(prepared, tmp_path, grading, saved):
     command_line = grpo_run.arguments(prepared, tmp_path / "run")
 
     def ask_to_end(gradings):
@@ -157,7 +157,7 @@ def test_a_training_whose_engine_or_grader_fails_saves_what_it_has(prepared, tmp
     assert_same_run(tmp_path / "run", prepared / "straight")
 
 
-def test_where_gpu_memory_ran_out_is_one_line_and_nothing_that_was_saved_is_lost(prepared, tmp_path):
+def test_running_out_of_gpu_memory_is_one_line_and_loses_no_checkpoint(prepared, tmp_path):
     command_line = grpo_run.arguments(prepared, tmp_path / "run")
 
     def run_out(gradings):
@@ -180,14 +180,14 @@ def test_a_finished_training_goes_on_when_rollouts_grow_and_refuses_when_they_sh
     grpo_run.run(grpo_run.arguments(prepared, work))
     assert_same_run(work, prepared / "straight")
     (tmp_path / "run.json").unlink()
-    grpo_run.run(grpo_run.arguments(prepared, work))  # nothing to do but to vouch for it again
+    grpo_run.run(grpo_run.arguments(prepared, work))  # only its manifest is written again
     read_manifest(tmp_path / "run.json").require(digests=True)
     assert "holds 4 rollouts, training.rollouts is 3" in mistake(
         grpo_run.arguments(prepared, work, training={"rollouts": 3})
     )
 
 
-def test_under_another_validation_the_last_weights_are_evaluated_anew_and_old_scores_do_not_compare(prepared, tmp_path):
+def test_another_validation_protocol_evaluates_again_and_ignores_old_scores(prepared, tmp_path):
     work = tmp_path / "run"
     grpo_run.run(grpo_run.arguments(prepared, work))
     grpo_run.run(grpo_run.arguments(prepared, work, validation={"samples_per_problem": 1}))
@@ -197,7 +197,7 @@ def test_under_another_validation_the_last_weights_are_evaluated_anew_and_old_sc
     assert best == {"checkpoint": "checkpoint-000004", "score": validations[-1]["validation_average"]}
 
 
-def test_bad_steps_in_a_row_end_the_run_once_what_was_learned_before_is_saved(prepared, tmp_path, monkeypatch, capsys):
+def test_too_many_bad_steps_save_the_run_and_end_it(prepared, tmp_path, monkeypatch, capsys):
     """Three good rollouts, of which the last is not due for a save, and then two whose step is not finite."""
     learn, work = Learner.learn, tmp_path / "run"
 
@@ -224,9 +224,7 @@ def test_bad_steps_in_a_row_end_the_run_once_what_was_learned_before_is_saved(pr
 
 
 @pytest.mark.parametrize("reward", [0, 1])
-def test_rewards_that_are_all_equal_are_told_once_with_three_answers_and_training_goes_on(
-    prepared, tmp_path, monkeypatch, capsys, reward
-):
+def test_equal_rewards_are_reported_once_with_three_answers(prepared, tmp_path, monkeypatch, capsys, reward):
     """The run is stopped and goes on within its first rollouts."""
     reasons = itertools.cycle(["no_box", "no_box", "no_think_end"])
     verdicts = lambda grader, responses: [Verdict(float(reward), None, next(reasons)) for _ in responses]  # noqa: E731
@@ -242,12 +240,12 @@ def test_rewards_that_are_all_equal_are_told_once_with_three_answers_and_trainin
     assert len(lines(work)) == 6
 
 
-def test_rewards_that_differ_somewhere_in_the_first_rollouts_are_no_fault(prepared, tmp_path, capsys):
+def test_rewards_that_differ_in_the_first_rollouts_give_no_warning(prepared, tmp_path, capsys):
     grpo_run.run(grpo_run.arguments(prepared, tmp_path / "run"))
     assert "every reward" not in capsys.readouterr().err
 
 
-def test_prompts_that_training_shares_with_the_validation_are_told(prepared, tmp_path, capsys):
+def test_prompts_that_training_shares_with_the_validation_are_reported(prepared, tmp_path, capsys):
     command_line = grpo_run.arguments(prepared, tmp_path / "run", training={"rollouts": 1})
     grpo_run.run(command_line)
     assert "as well" not in capsys.readouterr().err
@@ -265,7 +263,7 @@ def test_a_flipped_bit_in_the_starting_weights_is_found_and_named(prepared, tmp_
         file.write_bytes(whole)
 
 
-def test_a_run_goes_on_with_the_prompts_that_it_began_with_or_not_at_all(prepared, tmp_path):
+def test_a_run_resumes_only_with_the_prompts_that_it_began_with(prepared, tmp_path):
     rows, manifest = prepared / "train" / "rows.jsonl", prepared / "train.json"
     grpo_run.run(grpo_run.arguments(prepared, tmp_path / "run", training={"rollouts": 2}))
     was, vouched = rows.read_text(), manifest.read_text()

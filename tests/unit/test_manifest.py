@@ -60,7 +60,7 @@ def test_a_file_that_is_missing_cut_longer_or_changed_is_named(made, content, di
             made.require(digests=digests)
 
 
-def test_results_that_were_moved_together_are_still_vouched_for(made, tmp_path):
+def test_a_manifest_stays_valid_when_moved_with_its_folder(made, tmp_path):
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     for name in ("made", "made.json"):
@@ -77,7 +77,7 @@ def test_the_packages_that_decide_results_are_recorded(made, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"kind": "train"}', "null"])
-def test_what_is_no_manifest_is_said_to_be_none(tmp_path, content):
+def test_another_file_is_refused_as_a_manifest(tmp_path, content):
     (tmp_path / "made.json").write_text(content)
     with pytest.raises(UserError, match=r"made\.json: not a manifest: delete it and run again"):
         read_manifest(tmp_path / "made.json")

@@ -99,7 +99,7 @@ def test_a_rollout_holds_the_engine_and_the_weights_that_it_is_sent():
     assert memory.engine == pytest.approx(0.6 * 80)
     assert memory.rollout == pytest.approx(0.6 * 80 + 2 * OF_9B / 2 / GIB + SYNC_GIB + CONTEXT_GIB)
     assert memory.engine_weights == pytest.approx(2 * OF_9B / GIB)
-    assert memory.lasting == pytest.approx((2 * OF_9B / 2 + 12 * OF_9B / 2 / 4) / GIB)
+    assert memory.persistent == pytest.approx((2 * OF_9B / 2 + 12 * OF_9B / 2 / 4) / GIB)
     shared = estimated("9B", gpu_gib=80, engine={"gpus_per_engine": 2, "speculation": DRAFTING})
     assert shared.engine_weights == pytest.approx(2 * (OF_9B + MTP_OF_9B) / 2 / GIB)
 
@@ -108,7 +108,7 @@ def test_states_stay_on_the_gpu_only_where_they_fit_beside_the_engine():
     """The engine takes its share and another 20 GiB; the rest must hold weights and Adam's states."""
     needed = (20 + CONTEXT_GIB + (2 * OF_9B / 2 + 12 * OF_9B / 2 / 4) / GIB) / 0.4
     for gpu_gib, stay in ((needed - 0.1, False), (needed + 0.1, True)):
-        assert estimated("9B", gpu_gib).lasts_beside_engine(gpu_gib) == stay
+        assert estimated("9B", gpu_gib).fits_beside_engine(gpu_gib) == stay
 
 
 def test_an_engine_next_to_used_memory_gets_as_much_as_alone():
@@ -229,8 +229,8 @@ def test_auto_recomputes_no_more_than_memory_requires(name, on_80_gib, on_141_gi
 def test_weights_and_states_stay_on_the_gpu_if_they_fit_beside_the_engine(name, changes, on_80_gib, on_141_gib):
     model = recipe(name, **changes)
     shape = architecture_of(model)
-    assert [estimate(shape, model, gib).lasts_beside_engine(gib) for gib in (80, 141)] == [on_80_gib, on_141_gib]
+    assert [estimate(shape, model, gib).fits_beside_engine(gib) for gib in (80, 141)] == [on_80_gib, on_141_gib]
     if on_141_gib:
-        kept = estimate(shape, model, 141).lasting
+        kept = estimate(shape, model, 141).persistent
         fraction = rescaled_engine(model.engine, kept, 141).mem_fraction_static
         assert fraction * (141 - kept) == pytest.approx(model.engine.mem_fraction_static * 141)

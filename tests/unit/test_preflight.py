@@ -55,7 +55,7 @@ def test_an_evaluation_alone_needs_room_for_the_engine_s_weights_alone():
     assert "evaluation.mem_fraction_static gives the engine 40.8 of 48" in fault
 
 
-def test_a_model_of_one_s_own_is_measured_by_its_folder(root, tmp_path):
+def test_a_model_without_an_architecture_is_measured_by_its_folder(root, tmp_path):
     """A model file without an architecture."""
     models, shape = tmp_path / "models", configured().models["9B"].architecture
     models.mkdir()
@@ -132,7 +132,7 @@ def test_training_must_fit_the_smallest_of_the_gpus():
     ],
     ids=str,
 )
-def test_what_a_machine_lacks_is_said(lacking, fault):
+def test_what_a_machine_lacks_is_listed(lacking, fault):
     found = shortcomings(configured().models["9B"], replace(node(141), **lacking))
     assert [text.startswith(fault) for text in found] == [True] if fault else found == []
 
@@ -182,7 +182,7 @@ def test_the_machine_s_own_disk_and_memory_are_in_gib(tmp_path, monkeypatch):
     assert (machine.free_disk_gib, machine.host_memory_gib) == (3, 4)
 
 
-def test_a_warning_is_enough_where_that_is_asked_for(root, tmp_path, monkeypatch, capsys):
+def test_preflight_warn_prints_and_goes_on(root, tmp_path, monkeypatch, capsys):
     configuration = configured({"results": str(tmp_path), "preflight": "warn"})
     monkeypatch.setattr(Machine, "here", lambda results: node(141, free_disk_gib=1))
     check_jobs([("train", {"model": "4B"})], configuration, Provenance(configuration, root / "workflow_scripts"))
@@ -206,7 +206,7 @@ def test_the_table_says_what_the_readme_does(root, monkeypatch):
 
 
 def test_the_table_says_whether_the_gpus_of_other_nodes_would_do(monkeypatch):
-    """Also without GPUs here, with the recomputation needed there."""
+    """Even without GPUs on this machine, and with the recomputation that those nodes need."""
     monkeypatch.setattr(Machine, "here", lambda results: replace(node(141), gpus=()))
     lines = table(configured({"models": ["4B", "27B", "tiny"]})).splitlines()
     assert re.search(r"recompute +8 x 80 GB +8 x 141 GB +host", lines[2])
@@ -233,7 +233,7 @@ def test_a_gpu_of_unknown_memory_is_assumed_to_be_as_configured():
 
 
 def test_a_conversion_and_an_export_need_host_memory_for_the_weights(root):
-    """Both measured values, and little more."""
+    """The estimates are at least the measured values, and little more."""
     lines = map(json.loads, (root / "benchmarks/results/conversion.jsonl").read_text().splitlines())
     measured = [(line["model"], line["value"]) for line in lines if line["name"] == "host_memory_gib"]
     models = configured().models

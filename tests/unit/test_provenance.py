@@ -43,6 +43,26 @@ def test_a_local_data_set_whose_content_changes_is_another(root, tmp_path):
     assert len(set(keys)) == 3 and key() == keys[-1]
 
 
+def test_a_local_data_set_is_another_where_one_of_its_files_or_its_filter_changes(root, tmp_path):
+    def key(**settings):
+        dataset = {"folder": str(tmp_path), "file": "part-*.csv", "filter": {"level": [4]}, **settings}
+        configuration = load(root / "config/config.yaml", root / "config/models", {"datasets": {"mine": dataset}})
+        provenance._content.cache_clear()  # as in a separate run
+        return Provenance(configuration, root / "workflow_scripts").key("dataset", name="mine")
+
+    (tmp_path / "part-1.csv").write_text("1")
+    (tmp_path / "part-2.csv").write_text("2")
+    first = key()
+    (tmp_path / "other.csv").write_text("3")
+    assert key() == first
+    different = [key(filter={"level": [4, 5]}), key(rows="0:5"), key(choices={"right": "a", "wrong": ["b"]})]
+    (tmp_path / "part-2.csv").write_text("two")
+    different.append(key())
+    (tmp_path / "part-3.csv").write_text("3")
+    different.append(key())
+    assert len({first, *different}) == 6
+
+
 def test_a_scored_set_must_be_valid_before_any_training(recipes):
     """Only trainings tolerate bad rows."""
     assert recipes().job("dataset", name="aime-2024")["every_row"]
@@ -220,18 +240,18 @@ def test_base_scores_depend_on_the_download_and_trained_ones_on_the_training(rec
         ("def f():\n    return 1", "def f():\n    return 2", True),
     ],
 )
-def test_texts_for_people_are_no_code_and_all_else_is(digest, was, becomes, counts):
+def test_messages_are_not_code_and_everything_else_is(digest, was, becomes, counts):
     assert (digest(was) != digest(becomes)) == counts
 
 
-@pytest.mark.parametrize("module", ["errors", "files", "interrupts", "loopback", "problems"])
+@pytest.mark.parametrize("module", ["errors", "files", "interrupts", "loopback", "labels"])
 def test_how_a_job_ends_or_waits_is_no_code_of_its_result(root, tmp_path, module):
     scripts = shutil.copytree(root / "workflow_scripts", tmp_path / "scripts")
     before = code_digest(scripts, "train.py")
     edited = shutil.copytree(scripts, tmp_path / "edited")
     with (edited / "milepost/common" / f"{module}.py").open("a") as file:
         file.write("\nEDITED = 1\n")
-    assert (code_digest(edited, "train.py") != before) == (module == "problems")
+    assert (code_digest(edited, "train.py") != before) == (module == "labels")
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from scipy import stats
 
 from milepost.checkpoints.manifest import read_manifest, write_manifest
 from milepost.common.errors import UserError
-from milepost.common.problems import Problem
 from milepost.configuration.schema import Reward
 from milepost.evaluation.sampling import Sample
 from milepost.evaluation.scores import scores
+from milepost.problems.loading import Problem
 from milepost.reporting.plots import all_plots
 from milepost.reporting.report import HEAD, TAIL, _training_facts, shortened
 from milepost.reporting.results import pairs, read_scores, read_trainings
@@ -172,8 +172,8 @@ def reported(written, tmp_path):
         for name, questions in sets.items():
             rows = [{"prompt": [{"role": "user", "content": text}], "label": "1"} for text in questions]
             (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-            facts = {"file": f"{name}.jsonl", "prompt_key": "prompt", "label_key": "label"}
-            write_manifest(tmp_path / f"{name}.json", "download", tmp_path, [f"{name}.jsonl"], {"code": "d"}, facts)
+            facts, job = {"rows": len(rows)}, {"config": {"dataset": {"folder": "x", "file": f"{name}.jsonl"}}}
+            write_manifest(tmp_path / f"{name}.json", "download", tmp_path, [f"{name}.jsonl"], job, facts)
         done = run(
             *("make_report", {}, "--scores", *sorted(written.glob("*/eval/*/*.json"))),
             *("--trainings", *sorted(written.glob("*/grpo/*/train.json")), "--html", tmp_path / "report.html"),
@@ -228,9 +228,9 @@ def test_the_csv_holds_the_numbers_of_the_manifests(written):
     table = pd.read_csv(written / "tables/scores.csv")
     assert list(zip(table["model"], table["weights"], strict=True)) == [
         ("4B", "base"),
-        ("4B", "trained"),
+        ("4B", "grpo"),
         ("tiny_moe", "base"),
-        ("tiny_moe", "trained"),
+        ("tiny_moe", "grpo"),
     ]
     facts = read_manifest(written / "4B/eval/aime/grpo.json").facts
     row = table.iloc[1]
@@ -257,8 +257,10 @@ def test_scores_by_different_protocols_or_of_different_problems_are_not_paired(r
     base = results / "4B/eval/aime/base.json"
     other = evaluate(tmp_path, "4B", "grpo", 0.5, 1, SETTINGS.model_copy(update={"temperature": 0.6}))
     fewer = evaluate(tmp_path, "4B", "less", 0.5, 1, problems=20)
-    for trained, differing in ((other, "evaluation section"), (fewer, "set of prompts and set of labels")):
-        with pytest.raises(UserError, match=f"made with another {differing} than"):
+    for trained, differing in ((other, "evaluation.temperature: 1.0 -> 0.6"), (fewer, "other prompts; other labels")):
+        with pytest.raises(
+            UserError, match=rf"can't be compared with .*base\.json: {re.escape(differing)}: evaluate both"
+        ):
             pairs(read_scores([base, trained]))
     assert pairs(read_scores([other])) == []  # without a base there is nothing to compare with
 
@@ -271,7 +273,7 @@ def test_scores_made_by_other_code_or_versions_are_compared_with_a_note(results)
     manifest["provenance"] |= {"code": "other", "versions": {"sympy": "2.0"}}
     trained.manifest.path.write_text(json.dumps(manifest))
     (pair,) = pairs(read_scores([base.manifest.path, trained.manifest.path]))
-    differs = "The two scores were made with different code or versions (its code, sympy not installed -> 2.0)."
+    differs = "The two were scored with different code or versions (its code, sympy not installed -> 2.0)."
     assert in_words(pair) == f"{differs} {in_words(alike)}"
 
 
@@ -296,17 +298,18 @@ def test_one_problem_alone_has_a_score_without_an_interval(tmp_path):
     (pair,) = pairs(found)
     assert "Without a spread over problems there is no interval" in in_words(pair)
     assert list(readable_scores(score_table(found))["95% interval"]) == ["–", "–"]
-    (plot, _) = all_plots([], [pair])
+    (plot, _) = all_plots([], found, [pair])
     assert plot.drawings(section("plots", dpi=50))["png"].startswith(b"\x89PNG")
 
 
 def test_markdown_tables_are_whole(written):
     text = (written / "tables/scores.md").read_text()
-    assert "## Scores" in text and "## Trained minus base" in text and "## Format" in text
+    assert "## Scores" in text and "## Differences, second minus first" in text and "## Format" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == (2 + 4) + (2 + 2) + (2 + 4)
     assert {line.count("|") for line in rows[:6]} == {rows[0].count("|")}
-    assert "None." in markdown({"Trained minus base": difference_table([])})
+    assert "None." in markdown({"Differences": difference_table([])})
+    assert "- On aime, 4B/grpo went from " in text.partition("## In words")[2]
 
 
 def test_metrics_of_a_rollout_and_its_validation_are_one_row(results):
@@ -324,7 +327,7 @@ def test_plots_cover_every_model_and_both_themes(written):
     assert names == {"scores"} | {
         f"{name}{model}{end}"
         for model in ("4B", "tiny_moe")
-        for name, end in (("problems-", "-aime"), ("reward-", ""), ("length-", ""), ("health-", ""))
+        for name, end in (("problems-", "-grpo-aime"), ("reward-", ""), ("length-", ""), ("health-", ""))
     }
     for plot in manifest.facts["plots"]:
         assert (manifest.root / plot["png"]).read_bytes().startswith(b"\x89PNG")
@@ -334,7 +337,7 @@ def test_plots_cover_every_model_and_both_themes(written):
 
 def test_the_configured_colours_are_drawn_and_the_same_data_give_the_same_bytes(results):
     settings = section("plots", color_base="#aa1122", color_trained="#11aa22")
-    plot = all_plots([], pairs(scores_of(results)))[0]
+    plot = all_plots([], scores_of(results), [])[0]
     drawings = plot.drawings(settings)
     assert b"#aa1122" in drawings["light"] and b"#11aa22" in drawings["light"]
     assert drawings == plot.drawings(settings)
@@ -348,13 +351,13 @@ def test_plots_of_models_that_are_no_longer_listed_go(results, tmp_path):
         "make_plots", config, "--scores", *evaluations, "--folder", tmp_path, "--manifest", tmp_path / "plots.json"
     )
     assert result.returncode == 0, result.stderr
-    assert sorted(file.name for file in tmp_path.glob("*.png")) == ["problems-4B-aime.png", "scores.png"]
+    assert sorted(file.name for file in tmp_path.glob("*.png")) == ["problems-4B-grpo-aime.png", "scores.png"]
 
 
 def test_a_short_run_or_one_without_some_metrics_is_drawn_too(tmp_path):
     for rollouts in (1, 4):
         (training,) = read_trainings([train(tmp_path / str(rollouts), "4B", rollouts, kl=None, grad_norm=None)])
-        for plot in all_plots([training], []):
+        for plot in all_plots([training], [], []):
             assert plot.drawings(section("plots", dpi=50))["light"].startswith(b"<?xml")
 
 
@@ -399,10 +402,10 @@ def test_the_report_holds_what_a_reader_asks_for(written):
         "rollouts",
         "checkpoint-000120",
         "Base weights on aime, samples",
-        "Samples of the last rollouts",
+        "Samples of the last rollouts of grpo",
         "cut off by the cap",
         "97.5 s (rollout 60 s, train 30 s, sync 2.5 s, sleep and wake 5 s)",
-        "the same problems, cap and engine for both weights",
+        "the same problems, protocol and reward for both weights",
     ):
         assert expected in text, expected
     assert "None" not in text

@@ -1,7 +1,7 @@
 """What tables and report say of a training and of a pair of scores is what a reader works out by hand."""
 
-import json
 import math
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -12,7 +12,7 @@ from milepost.common.errors import UserError
 from milepost.evaluation.estimators import bootstrap_interval, paired_difference
 from milepost.reporting.plots import Theme, all_plots
 from milepost.reporting.report import report_page
-from milepost.reporting.results import pairs, read_scores, read_trainings
+from milepost.reporting.results import pairs, read_scores
 from milepost.reporting.tables import (
     difference_table,
     in_words,
@@ -21,76 +21,8 @@ from milepost.reporting.tables import (
     readable_scores,
     score_table,
 )
+from recorded import BASE, PROTOCOL, TRAINED, rewards, score, training
 from settings import section
-
-PROTOCOL = {
-    "samples_per_problem": 2,
-    "max_response_tokens": 4096,
-    "temperature": 0.6,
-    "top_p": 0.95,
-    "top_k": -1,
-    "presence_penalty": 0.0,
-    "enable_thinking": True,
-    "bootstrap_samples": 500,
-    "seed": 1,
-}
-BASE = [[True, False], [False, False], [False, False], [True, False]]  # an average of 25%
-TRAINED = [[True, True], [False, True], [False, True], [True, True]]  # of 75%, better by 50 points in every problem
-
-
-def score(folder, weights, correct, config=None, facts=None, labels=("2", "4", "6", "8")):
-    """An evaluation of four problems, with two samples each; ``config`` and ``facts`` replace what it says."""
-    path = folder / "9B/eval/aime" / f"{weights}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {"problem": p, "sample": s, "prompt": [{"role": "user", "content": f"Question {p}?"}]}
-        | {"response": f"Response {p}.{s}.", "tokens": 7, "finish": "stop"}
-        for p in range(4)
-        for s in range(2)
-    ]
-    lines = [{"origin": {}, "settled": 8}, *rows]
-    path.with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    average = sum(map(sum, correct)) / 8
-    found = {
-        "problems": 4,
-        "samples_per_problem": 2,
-        "prompts": "digest",
-        "average": average,
-        "interval": [average - 0.1, average + 0.1],
-        "pass_at": {"1": average, "2": sum(map(any, correct)) / 4},
-        "majority": 0.375,
-        "truncated_share": 0.125,
-        "no_think_end_share": 0.25,
-        "no_box_share": 0.5,
-        "grading_error_share": 0.0625,
-        "mean_tokens": 1234.4,
-        "per_problem": [
-            {
-                "label": label,
-                "rewards": [float(c) for c in row],
-                "correct": row,
-                "answers": [f"a{p}.0", f"a{p}.1"],
-                "reasons": [f"r{p}.0", f"r{p}.1"],
-            }
-            for p, (label, row) in enumerate(zip(labels, correct, strict=True))
-        ],
-    } | (facts or {})
-    settings = {"evaluation": PROTOCOL, "engine": {"kind": "cpu"}, "reward": {"think_block": "required"}}
-    provenance = {"config": settings | (config or {}), "code": "c", "upstream": {}}
-    write_manifest(path, "evaluate", path.parent, [f"{weights}.jsonl"], provenance, found)
-    return path
-
-
-def training(folder, metrics, samples=(), best=None):
-    """A training with these lines in its logs."""
-    work, path = folder / "9B/grpo/grpo/work", folder / "9B/grpo/grpo/train.json"
-    work.mkdir(parents=True)
-    (work / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    (work / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
-    facts = {"metrics": "metrics.jsonl", "samples": "samples.jsonl", "best": best}
-    facts |= {"rollouts": metrics[-1]["rollout"], "checkpoint": "checkpoint-last"}
-    write_manifest(path, "train", work, ["metrics.jsonl"], {"config": {}, "code": "c", "upstream": {}}, facts)
-    return read_trainings([path])[0]
 
 
 class Page(HTMLParser):
@@ -117,10 +49,6 @@ def page(tmp_path):
         return report_page(scores, pairs(scores), trainings, plots, [], section("plots"))
 
     return make
-
-
-def rewards(*values):
-    return [{"rollout": rollout, "reward_mean": value} for rollout, value in enumerate(values, start=1)]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +127,7 @@ def test_samples_of_a_training_are_of_its_last_five_rollouts_and_right_where_the
         for reward in (0.0, 1.0)
     ]
     texts = Page(page([score(tmp_path, "base", BASE)], training(tmp_path, rewards(0.5), samples))).texts
-    shown = texts[texts.index("Samples of the last rollouts") :]
+    shown = texts[texts.index("Samples of the last rollouts of grpo") :]
     assert {text for text in shown if text.startswith("rollout ")} == {"rollout 8", "rollout 10", "rollout 12"}
     assert [text for text in shown if text in ("right", "wrong")] == ["right"] * 3 + ["wrong"] * 3
     told = [text for text in shown if text.startswith("Answer 5")]
@@ -211,8 +139,8 @@ def test_a_pair_s_difference_is_of_the_trained_weights_over_the_base(tmp_path, p
     paths = [score(tmp_path, "base", BASE), score(tmp_path, "grpo", TRAINED)]
     (pair,) = pairs(read_scores(reversed(paths)))
     row = difference_table([pair]).iloc[0]
-    assert (row["model"], row["dataset"], row["problems"]) == ("9B", "aime", 4)
-    assert (row["base"], row["trained"], row["difference"]) == (0.25, 0.75, 0.5)
+    assert (row["first"], row["second"], row["dataset"], row["problems"]) == ("9B/base", "9B/grpo", "aime", 4)
+    assert (row["avg@n of first"], row["avg@n of second"], row["difference"]) == (0.25, 0.75, 0.5)
     assert all(math.isnan(row[name]) for name in ("t low", "t high", "bootstrap low", "bootstrap high", "p"))
     text = page(paths)
     assert "+50.0" in text and "25.0% → 75.0%" in text
@@ -247,7 +175,7 @@ def test_readable_tables_are_in_percent(tmp_path):
     table = score_table(read_scores([score(tmp_path, "base", BASE), score(tmp_path, "grpo", TRAINED)]))
     shown, ends = readable_scores(table).iloc[1], readable_format(table).iloc[0]
     columns = ("weights", "problems × samples", "avg@n", "95% interval", "pass@1", "pass@2", "maj@n")
-    assert [shown[name] for name in columns] == ["trained", "4 × 2", "75.0", "65.0 to 85.0", "75.0", "100.0", "37.5"]
+    assert [shown[name] for name in columns] == ["grpo", "4 × 2", "75.0", "65.0 to 85.0", "75.0", "100.0", "37.5"]
     columns = ("weights", "truncated", "no </think>", "no box", "grading errors", "mean tokens")
     assert [ends[name] for name in columns] == ["base", "12.5", "25.0", "50.0", "6.2", "1,234"]
 
@@ -263,20 +191,24 @@ def test_the_protocol_is_said_with_all_that_was_set(tmp_path, page):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"config": {"evaluation": PROTOCOL | {"temperature": 1.0}}}, "evaluation section"),
-        ({"config": {"engine": {"kind": "sglang"}}}, "engine section"),
-        ({"config": {"engine": {"kind": "cpu", "server_arguments": {"dtype": "half"}}}}, "engine section"),
-        ({"config": {"reward": {"think_block": "optional"}}}, "reward section"),
-        ({"facts": {"prompts": "another"}}, "set of prompts"),
-        ({"labels": ("2", "4", "6", "9")}, "set of labels"),
-        ({"labels": ("4", "2", "6", "8")}, "set of labels"),
+        ({"config": {"evaluation": PROTOCOL | {"temperature": 1.0}}}, "evaluation.temperature: 0.6 -> 1.0"),
+        (
+            {"config": {"evaluation": PROTOCOL | {"max_response_tokens": 9}}},
+            "evaluation.max_response_tokens: 4096 -> 9",
+        ),
+        ({"config": {"reward": {"think_block": "optional"}}}, 'reward.think_block: "required" -> "optional"'),
+        ({"config": {"reward_code": {"mine.py": "digest"}}}, 'reward_code.mine.py: nothing -> "digest"'),
+        ({"facts": {"prompts": "another"}}, "other prompts"),
+        ({"labels": ("2", "4", "6", "9")}, "other labels"),
+        ({"labels": ("4", "2", "6", "8")}, "other labels"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_scores_are_paired_only_if_they_were_measured_alike(tmp_path, changes, named):
     base = score(tmp_path, "base", BASE)
     assert len(pairs(read_scores([base, score(tmp_path, "grpo", TRAINED)]))) == 1
-    with pytest.raises(UserError, match=rf"grpo\.json: made with another {named} than .*base\.json: delete both"):
+    said = rf"grpo\.json: can't be compared with .*base\.json: {re.escape(named)}: evaluate both again"
+    with pytest.raises(UserError, match=said):
         pairs(read_scores([base, score(tmp_path, "grpo", TRAINED, **changes)]))
 
 
@@ -289,12 +221,12 @@ def test_a_model_is_compared_with_its_own_base_on_the_same_problem_set(tmp_path)
             path.write_text(score(tmp_path / "made", weights, BASE).read_text())
             files.append(path)
     found = pairs(read_scores(files))
-    assert [(pair.base.model, pair.base.dataset, pair.base.weights) for pair in found] == [
+    assert [(pair.first.model, pair.first.dataset, pair.first.weights) for pair in found] == [
         ("4B", "aime", "base"),
         ("9B", "aime", "base"),
         ("9B", "math", "base"),
     ]
-    assert all((p.base.model, p.base.dataset) == (p.trained.model, p.trained.dataset) for p in found)
+    assert all((p.first.model, p.first.dataset) == (p.second.model, p.second.dataset) for p in found)
 
 
 @pytest.mark.parametrize(("p", "shown"), [(0.0004, "< 0.001"), (0.0012, "0.001"), (0.0096, "0.010"), (0.5, "0.500")])
@@ -314,14 +246,14 @@ def test_a_pass_at_k_that_was_not_estimated_is_left_blank(tmp_path):
 THEME = Theme.light(section("plots", color_base="#aa1122", color_trained="#11aa22"))
 
 
-def drawn(trainings, pairs, name):
+def drawn(trainings, scores, name):
     """The axes of the plot whose name begins with ``name``."""
-    (plot,) = [plot for plot in all_plots(trainings, pairs) if plot.name.startswith(name)]
+    (plot,) = [plot for plot in all_plots(trainings, scores, pairs(scores)) if plot.name.startswith(name)]
     return plot.draw(THEME).axes
 
 
 def test_bars_are_as_long_as_the_scores_with_their_intervals(tmp_path):
-    found = pairs(read_scores([score(tmp_path, "base", BASE), score(tmp_path, "grpo", TRAINED)]))
+    found = read_scores([score(tmp_path, "base", BASE), score(tmp_path, "grpo", TRAINED)])
     (axes,) = drawn([], found, "scores")
     assert [bar.get_width() for bar in axes.patches] == [0.25, 0.75]
     assert [to_hex(bar.get_facecolor()) for bar in axes.patches] == [THEME.base, THEME.trained]
@@ -333,8 +265,8 @@ def test_bars_are_as_long_as_the_scores_with_their_intervals(tmp_path):
 def test_problems_are_sorted_by_the_base_and_drawn_in_its_colour(tmp_path):
     base = [[True, True], [False, False], [True, False], [False, False]]
     trained = [[False, True], [True, True], [True, True], [False, False]]
-    found = pairs(read_scores([score(tmp_path, "base", base), score(tmp_path, "grpo", trained)]))
-    (axes,) = drawn([], found, "problems-9B-aime")
+    found = read_scores([score(tmp_path, "base", base), score(tmp_path, "grpo", trained)])
+    (axes,) = drawn([], found, "problems-9B-grpo-aime")
     _, before, after = axes.collections
     assert before.get_offsets()[:, 1].tolist() == [0.0, 0.0, 0.5, 1.0]
     assert after.get_offsets()[:, 1].tolist() == [0.0, 1.0, 1.0, 0.5]

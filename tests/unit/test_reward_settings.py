@@ -1,4 +1,4 @@
-"""A reward's settings: what fits together, what takes whose place, and which results its own code belongs to."""
+"""A reward's settings: which fit together, which replace others, and which results depend on a user's code."""
 
 import pytest
 

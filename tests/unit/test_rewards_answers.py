@@ -1,4 +1,4 @@
-"""The one answer of a response is found, and normalised without changing what it says."""
+"""The answer of a response is extracted, and normalized without changing its meaning."""
 
 from fractions import Fraction
 
@@ -114,7 +114,7 @@ def test_a_million_characters_are_read_in_one_pass(text):
         (r"\lfloor 33.5 \rfloor = 33", 33),
     ],
 )
-def test_writing_does_not_change_the_value(raw, value):
+def test_notation_does_not_change_the_value(raw, value):
     assert read_answer(raw).value == value
 
 

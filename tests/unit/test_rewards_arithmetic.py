@@ -78,7 +78,7 @@ def test_value_is_exact(text, value):
         "33 or 34",
     ],
 )
-def test_anything_else_is_not_taken_for_a_number(text):
+def test_other_expressions_are_not_taken_for_numbers(text):
     with pytest.raises((NotArithmetic, Unreadable, OutOfBounds)):
         evaluate(text)
 
@@ -114,7 +114,7 @@ expressions = st.recursive(
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(expressions)
-def test_integers_under_plus_minus_times_are_worth_what_python_says(text):
+def test_integer_arithmetic_equals_python_s(text):
     assert evaluate(text) == eval(text)
 
 

@@ -1,4 +1,4 @@
-"""Multiple choice and exact text: one answer earns the reward, whatever else a response tries."""
+"""Multiple choice and exact text: only a single matching answer earns the reward."""
 
 import time
 
@@ -7,8 +7,8 @@ import pytest
 from answered import graded
 from milepost.common.errors import UserError
 from milepost.common.labels import READERS
-from milepost.common.problems import load_problem_set, read_problems
 from milepost.configuration.schema import Dataset, Reward
+from milepost.problems.loading import load_problem_set, read_problems
 from milepost.rewards.grader import Grader
 
 
@@ -113,7 +113,7 @@ def test_a_label_is_read_as_its_reward_needs_it(labels, value, label):
     assert READERS[labels].read(value) == label
 
 
-@pytest.mark.parametrize(("labels", "value"), [("choice", "AB"), ("choice", 1), ("exact", " "), ("exact", ["a"])])
+@pytest.mark.parametrize(("labels", "value"), [("choice", "AB"), ("choice", 1), ("exact", " "), ("exact", ["a", "b"])])
 def test_a_label_that_no_response_could_match_is_refused(labels, value):
     with pytest.raises(ValueError, match=r"^is "):
         READERS[labels].read(value)
@@ -123,16 +123,16 @@ ROWS = '{"prompt": [{"role": "user", "content": "Sing."}], "mood": "sad"}\n' * 2
 
 
 def test_a_function_needs_no_label_and_gets_the_whole_row(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text(ROWS)
-    problems, bad = read_problems(file, "prompt", "label", "any")
-    assert [(problem.label, problem.row["mood"]) for problem in problems] == [(None, "sad")] * 2 and not bad
-    with pytest.raises(UserError, match="2 of 2 rows are unusable: no 'label'"):
-        load_problem_set(file, Dataset(folder="x", file="rows.jsonl"), "exact")
+    known = Dataset(folder="x", file="rows.jsonl")
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    found = read_problems(tmp_path, ["rows.jsonl"], known, "any")
+    assert [(problem.label, problem.row["mood"]) for problem in found.problems] == [(None, "sad")] * 2 and not found.bad
+    with pytest.raises(UserError, match=r"2 of 2 rows are unusable: no 'label' .*: the rows have prompt, mood: "):
+        load_problem_set(tmp_path, ["rows.jsonl"], known, "exact")
 
 
 def test_an_instruction_ends_every_prompt_of_a_reward_that_reads_no_boxes(tmp_path):
-    file, known = tmp_path / "rows.jsonl", Dataset(folder="x", file="rows.jsonl", instruction="In rhyme.")
-    file.write_text(ROWS.replace("Sing.", "Sing of \\\\boxed things."))
-    problems, _ = load_problem_set(file, known, "any")
+    known = Dataset(folder="x", file="rows.jsonl", instruction="In rhyme.")
+    (tmp_path / "rows.jsonl").write_text(ROWS.replace("Sing.", "Sing of \\\\boxed things."))
+    problems = load_problem_set(tmp_path, ["rows.jsonl"], known, "any").problems
     assert problems[0].messages[-1]["content"] == "Sing of \\boxed things.\n\nIn rhyme."

@@ -1,4 +1,4 @@
-"""The reward is right on the known cases, strict on hedges, and bounded in time and memory whatever is answered."""
+"""The math reward is right on known cases, strict on hedges, and bounded in time and memory for any answer."""
 
 import json
 import time
@@ -74,7 +74,7 @@ def test_known_case_gets_its_verdict_in_its_time(grader, case):
         (r"\$33.00", "33"),
     ],
 )
-def test_the_label_in_other_words_is_correct(grader, answer, label):
+def test_the_label_in_another_notation_is_correct(grader, answer, label):
     assert verdict(grader, answer, label).correct
 
 

@@ -1,4 +1,4 @@
-"""A user's function grades, and whatever it does wrong ends neither the run nor its neighbours, up to a share."""
+"""A user's function grades; its errors, up to a share, affect neither the run nor other samples."""
 
 import os
 import time
@@ -103,7 +103,7 @@ def test_a_function_sees_the_whole_sample(folder):
         ("1j", "grading_error", "is expected, not 1j"),
     ],
 )
-def test_what_a_function_does_wrong_costs_its_own_sample_alone_and_is_shown_once(folder, caplog, answer, reason, told):
+def test_a_function_s_error_affects_only_its_own_sample_and_is_shown_once(folder, caplog, answer, reason, told):
     answers = ["0.25", answer, "True", answer]
     verdicts = grade("misbehave", answers, on_error=-1.0, max_error_share=0.5, max_seconds=2, memory_gib=2, processes=2)
     assert [verdict.reward for verdict in verdicts] == [0.25, -1, 1, -1]
@@ -180,7 +180,7 @@ def test_a_failing_part_gives_the_whole_sample_its_reward_on_error(folder):
 
 
 def test_a_signal_that_ends_grading_leaves_no_answer_behind_for_the_next(folder):
-    """As a training does that is asked to end: what was asked is not taken for the answer to what is asked next."""
+    """As when a training is asked to end: an answer to the last question must not be taken for the next one's."""
     reward = UserReward(Function("my_rewards.py", "misbehave"), False, Reward(function="my_rewards.py:misbehave"))
 
     class Asked(Exception):

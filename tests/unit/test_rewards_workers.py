@@ -1,4 +1,4 @@
-"""A worker computes and answers, within bounds of time and memory; whatever else code in it tries is refused."""
+"""A worker computes and answers within time and memory limits; anything else that its code tries is refused."""
 
 import subprocess
 import sys
@@ -50,9 +50,9 @@ sympy_worker.main()
 
 
 def outcomes(folder, attacks=ATTACKS, change=""):
-    """A worker's first word, and for each attack, run by a question of its own, ``equal`` if it succeeded.
+    """A worker's first word, and the answer for each attack, run as a question of its own.
 
-    ``error`` says that it was refused, and nothing that the worker ended.
+    ``equal`` means that it succeeded, ``error`` that it was refused, and no answer that the worker ended.
     """
     for name in ("victim", "doomed"):
         (folder / name).touch()
@@ -76,12 +76,12 @@ def test_a_worker_can_do_nothing_but_compute(tmp_path):
 
 
 def test_without_confinement_the_same_succeeds(tmp_path):
-    """So that the test above fails where nothing is refused."""
+    """Shows that the test above would fail if nothing were refused."""
     unconfined = "sympy_worker.confine = lambda: True; unconfined = 0"
     assert outcomes(tmp_path, change=unconfined) == ("ready", dict.fromkeys(ATTACKS, "equal"))
 
 
-def test_limits_of_resources_hold_where_the_kernel_takes_no_filter(tmp_path):
+def test_resource_limits_hold_if_the_kernel_supports_no_filter(tmp_path):
     limited = {name: ATTACKS[name] for name in ("take memory", "fill a file", "fork")}
     unfiltered = "confinement._install_filter = lambda: False; os.getuid() or os.setuid(65534)"  # root may always fork
     assert outcomes(tmp_path, limited, unfiltered) == ("unfiltered", dict.fromkeys(limited, "error"))
@@ -89,7 +89,7 @@ def test_limits_of_resources_hold_where_the_kernel_takes_no_filter(tmp_path):
 
 @pytest.mark.parametrize("change", ["", "confinement._install_filter = lambda: False"], ids=["filtered", "unfiltered"])
 def test_a_worker_that_computes_without_end_is_ended_by_the_kernel(tmp_path, change):
-    """Also where nobody watches from outside: the bound is on processor time."""
+    """Even if the parent is gone: the limit is on processor time."""
     endless = {"compute without end": ATTACKS["compute without end"], "answer": "pass"}
     assert outcomes(tmp_path, endless, change)[1] == {}
 
@@ -106,8 +106,8 @@ def test_a_question_ends_when_its_time_is_up_and_the_next_is_answered():
         workers.close()
 
 
-def test_a_worker_knows_neither_torch_nor_secrets(environment):
-    """What reads a model's text imports nothing heavy and holds no token that the text could carry off."""
+def test_a_worker_imports_no_torch_and_holds_no_secrets(environment):
+    """The process that parses a model's text imports nothing heavy and holds no token that the text could steal."""
     code = (
         "from milepost.rewards.answers import read_answer\n"
         "from milepost.rewards.workers import SympyWorkers, Question\n"
@@ -122,7 +122,7 @@ def test_a_worker_knows_neither_torch_nor_secrets(environment):
     assert shown.stdout.splitlines() == ["['different']", "False False"]
 
 
-def test_a_kernel_without_filters_is_told_once(monkeypatch, caplog, tmp_path):
+def test_a_kernel_without_filters_is_reported_once(monkeypatch, caplog, tmp_path):
     script = tmp_path / "worker.py"
     script.write_text("print('unfiltered', flush=True)\nfor _ in __import__('sys').stdin: print('equal', flush=True)\n")
     monkeypatch.setattr("milepost.rewards.workers.COMMAND", [sys.executable, script])

@@ -1,13 +1,12 @@
 """The SGLang engine on a CPU: servers that start, answer, die, hang and are restarted.
 
-The servers are real processes of `rollout.sglang_launch`, in which a small package that speaks SGLang's protocol
-replaces SGLang. tests/gpu/ runs the same calls against SGLang itself.
+The servers are real processes of `rollout.sglang_launch`, in which tests/stand_ins/sglang, a small package that speaks
+SGLang's protocol, replaces SGLang. tests/gpu/ runs the same calls against SGLang itself.
 """
 
 import os
 import resource
 import signal
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -25,96 +24,13 @@ from milepost.rollout.sglang_server import Server, server_arguments
 from settings import DRAFTING, section
 from tiny_hub import MOE, make_tiny_hub
 
-SERVER_ARGS = """
-    import dataclasses
-    from typing import Any
-
-    @dataclasses.dataclass
-    class ServerArgs:
-        model_path: str; dtype: str; host: str; port: int; api_key: str; tp_size: int; ep_size: int; base_gpu_id: int
-        mem_fraction_static: float; enable_memory_saver: bool; disable_radix_cache: bool
-        disable_prefill_cuda_graph: bool; skip_tokenizer_init: bool; enable_multimodal: bool
-        mm_attention_backend: str; grammar_backend: str; sampling_backend: str; log_level_http: str
-        enforce_disable_flashinfer_allreduce_fusion: bool
-        cuda_graph_bs: Any = None; random_seed: Any = None; enable_return_routed_experts: bool = False
-        max_running_requests: Any = None
-        speculative_algorithm: Any = None; speculative_num_steps: Any = None
-        speculative_eagle_topk: Any = None; speculative_num_draft_tokens: Any = None
-"""
-HTTP_SERVER = """
-    import array, base64, json, os, threading, time
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-    aborted, compiled = threading.Event(), threading.Event()
-
-    def launch_server(arguments):
-        if arguments.random_seed == 13:
-            raise RuntimeError("CUDA out of memory, as it were")
-
-        running = arguments.max_running_requests or 4
-        cold, compiles = arguments.random_seed == 14, threading.Lock()  # the first answer needs kernels
-        if not cold: compiled.set()
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_): pass
-
-            def do_GET(self):
-                with compiles: pass  # the scheduler is busy meanwhile
-                self.reply({"internal_states": [{"effective_max_running_requests_per_dp": running}]})
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                assert self.headers["Authorization"] == "Bearer " + arguments.api_key
-                if self.path == "/abort_request": aborted.set()
-                if self.path != "/generate": return self.reply(None)
-                wanted, seed = body["sampling_params"], body["sampling_params"]["sampling_seed"]
-                with compiles:
-                    if not compiled.is_set(): time.sleep(4); compiled.set()
-                stopped = aborted.wait(0.02 * len(body["input_ids"]))
-                tokens = [seed, *body["input_ids"]][: wanted["max_new_tokens"]]
-                extra = {}
-                if arguments.speculative_algorithm:
-                    extra |= {"spec_verify_ct": 5, "spec_num_proposed_drafts": 10, "spec_num_correct_drafts": 4}
-                if body.get("return_routed_experts"):
-                    visited = range(3 * (len(body["input_ids"]) + len(tokens) - 1))
-                    extra["routed_experts"] = base64.b64encode(array.array("i", visited).tobytes()).decode()
-                self.reply({"output_ids": tokens, "meta_info": extra | {
-                    "finish_reason": {"type": "abort" if stopped else "length"},
-                    "output_token_logprobs": [[-float(os.getpid()), token, None] for token in tokens]}})
-
-            def reply(self, value):
-                content = json.dumps(value).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-        ThreadingHTTPServer.request_queue_size = 128
-        ThreadingHTTPServer((arguments.host, arguments.port), Handler).serve_forever()
-"""
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory):
-    """A folder with the stand-in for the ``sglang`` package."""
-    root = tmp_path_factory.mktemp("package")
-    for name, content in {
-        "sglang/__init__.py": "",
-        "sglang/srt/__init__.py": "",
-        "sglang/srt/server_args.py": SERVER_ARGS,
-        "sglang/srt/entrypoints/__init__.py": "",
-        "sglang/srt/entrypoints/http_server.py": HTTP_SERVER,
-    }.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(textwrap.dedent(content))
-    return root
+STAND_INS = Path(__file__).parents[1] / "stand_ins"
 
 
 @pytest.fixture
-def start(package, tmp_path, monkeypatch):
+def start(tmp_path, monkeypatch):
     """``start(servers, **server_arguments)`` -> a running engine."""
-    monkeypatch.setenv("PYTHONPATH", str(package))
+    monkeypatch.setenv("PYTHONPATH", str(STAND_INS))
     engines = []
 
     def call(servers=1, settings=None, **arguments):
@@ -302,7 +218,9 @@ def test_a_restart_slower_than_all_responses_is_awaited_in_the_next_batch(start)
 
 
 def test_a_server_that_fails_at_the_start_says_why_in_one_line(start):
-    with pytest.raises(UserError, match="CUDA out of memory, as it were; its log is ") as caught:
+    with pytest.raises(
+        UserError, match="CUDA out of memory, as it were: fix that and run again; its log is "
+    ) as caught:
         start(1, random_seed=13)
     assert "\n" not in str(caught.value)
 
@@ -363,8 +281,8 @@ def test_a_restarted_server_gets_the_current_weights(start):
 
 
 @pytest.mark.parametrize(("wanted", "expected"), [(None, 5), (3, 3), (512, 5)])
-def test_a_server_sets_memory_aside_for_its_share_of_the_requests(package, tmp_path, monkeypatch, wanted, expected):
-    monkeypatch.setenv("PYTHONPATH", str(package))
+def test_a_server_sets_memory_aside_for_its_share_of_the_requests(tmp_path, monkeypatch, wanted, expected):
+    monkeypatch.setenv("PYTHONPATH", str(STAND_INS))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     settings = section("engine", max_running_requests=wanted)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_5_text", "hidden_size": 64}')
@@ -374,9 +292,9 @@ def test_a_server_sets_memory_aside_for_its_share_of_the_requests(package, tmp_p
     assert [server._arguments["max_running_requests"] for server in engine.servers] == [expected] * 2
 
 
-def test_what_drafts_remember_is_part_of_the_engine_s_memory(package, tmp_path, monkeypatch):
+def test_the_drafts_cache_is_part_of_the_engine_s_memory(tmp_path, monkeypatch):
     """SGLang ignores the drafts' cache: with one full-attention layer of four, it would take nearly twice its share."""
-    monkeypatch.setenv("PYTHONPATH", str(package))
+    monkeypatch.setenv("PYTHONPATH", str(STAND_INS))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     make_tiny_hub(tmp_path, MOE)
     weights = 2 * Architecture.from_folder(tmp_path).parameters(mtp_num_layers=1)

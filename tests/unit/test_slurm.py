@@ -85,7 +85,7 @@ def test_one_node_must_have_all_of_it(root, sinfo, capsys, tmp_path):
 @pytest.mark.parametrize(
     "tool", ["exit 1", "echo 'slurm_load_partitions: Unable to contact slurm controller' >&2", None]
 )
-def test_where_slurm_names_no_nodes_a_line_says_so(root, sinfo, capsys, tool, monkeypatch):
+def test_preflight_says_so_if_slurm_lists_no_nodes(root, sinfo, capsys, tool, monkeypatch):
     if tool is None:
         monkeypatch.setenv("PATH", str(sinfo.parent / "nothing"))
     else:

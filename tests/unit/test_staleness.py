@@ -1,4 +1,4 @@
-"""Staleness, and what a dry run says about it: settings, code, versions and content count, history does not."""
+"""Staleness, and how a dry run explains it: settings, code, versions and content count; history does not."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ NAMES = {"convert": "__0_0.distcp", "train": "checkpoint-000060/weights/__0_0.di
 
 
 class Workflow:
-    """The pipeline's results for tiny as manifests and small files, and what it thinks of them today."""
+    """The pipeline's results for tiny, as manifests and small files, and their current states."""
 
     def __init__(self, root, folder, monkeypatch):
         self.root, self.folder, self.monkeypatch = root, folder, monkeypatch
@@ -59,7 +59,7 @@ class Workflow:
         file = folder / NAMES.get(stage, "file")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content)
-        facts = {"prompt_key": "prompt"} if stage == "dataset" else {}
+        facts = {"rows": 1} if stage == "dataset" else {}
         kind = "download" if stage == "dataset" else stage
         write_manifest(path, kind, folder, [str(file.relative_to(folder))], job, facts)
 
@@ -82,7 +82,7 @@ class Workflow:
 
 @pytest.fixture
 def workflow(root, tmp_path, monkeypatch):
-    """A finished one."""
+    """A workflow with all results."""
     made = Workflow(root, tmp_path, monkeypatch)
     for stage, results in STAGES.items():
         for which in results:
@@ -294,7 +294,7 @@ def test_other_weights_or_prompts_begin_another_run(workflow, stage, which):
     assert workflow.today().run("tiny") is None
 
 
-def test_of_two_runs_that_could_go_on_the_furthest_does(workflow):
+def test_the_longest_of_two_matching_runs_is_continued(workflow):
     workflow.settings = {"training": {"on_code_change": "continue"}}
     first = workflow.today().run("tiny")
     second = shutil.copytree(first, first.with_name("second"))
@@ -323,7 +323,7 @@ def test_a_folder_is_reused_only_if_nothing_it_depends_on_changed(tmp_path):
     assert same_result(folder, job) is None
 
 
-def test_a_job_knows_what_its_inputs_hold(tmp_path, workflow):
+def test_a_job_records_the_content_of_its_inputs(tmp_path, workflow):
     job = workflow.today().job("convert", model="tiny")
     write_json(tmp_path / "job.json", job)
     inputs = read_job(tmp_path / "job.json")["inputs"]

@@ -44,7 +44,7 @@ def tensors_of(manifest: Manifest) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def test_the_manifest_vouches_for_all_files_and_the_folder_bears_their_digest(made):
+def test_the_manifest_lists_all_files_and_their_digest_names_the_folder(made):
     assert made.kind == "download" and set(made.files) == {file.name for file in made.root.iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} < set(made.files)
     assert made.facts["repo"] is None and made.root.name == f"tiny@{made.facts['commit']}"

@@ -54,8 +54,8 @@ def test_the_script_writes_the_rows_under_the_configured_keys(tmp_path, monkeypa
 
     manifest = read_manifest(tmp_path / "data/sums.json").require(digests=True)
     assert manifest.kind == "download" and manifest.provenance == provenance | {"inputs": {}}
-    assert manifest.facts == {"file": "sums.jsonl", "rows": 5, "prompt_key": "prompt", "label_key": "answer"}
-    rows = [json.loads(line) for line in (manifest.root / manifest.facts["file"]).read_text().splitlines()]
+    assert manifest.facts == {"rows": 5}
+    rows = [json.loads(line) for line in (manifest.root / "sums.jsonl").read_text().splitlines()]
     assert rows == [
         {"prompt": [{"role": "user", "content": addition.question}], "answer": addition.label}
         for addition in draw(Problems(split="evaluation", rows=5))

@@ -34,7 +34,7 @@ def driver(tmp_path, monkeypatch):
         ("MIG-1234", {"MIG-1234": "MIG-1234"}),
     ],
 )
-def test_a_gpu_is_told_by_its_uuid_however_the_user_lists_it(driver, monkeypatch, listed, devices):
+def test_a_gpu_is_identified_by_its_uuid_however_it_is_listed(driver, monkeypatch, listed, devices):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if listed is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
@@ -47,7 +47,7 @@ def test_more_gpus_than_are_visible_are_refused(driver, monkeypatch):
         with_gpus.take(2, with_gpus.visible_devices(2))
 
 
-def test_locks_go_with_a_job_that_is_killed(driver, tmp_path, environment, monkeypatch):
+def test_a_killed_job_releases_its_locks(driver, tmp_path, environment, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     code = (
         "import pathlib, sys; from milepost.launch import with_gpus;"

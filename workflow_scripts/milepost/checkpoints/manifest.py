@@ -129,8 +129,8 @@ def same_result(
     return kept if same else None
 
 
-def vouch_again(kept: Manifest, path: Path | str, job: dict[str, Any]) -> None:
-    """Write the manifest of a `same_result` as the output of ``job``, which need not make it again."""
+def rewrite_manifest(kept: Manifest, path: Path | str, job: dict[str, Any]) -> None:
+    """Write the manifest of a `same_result` again, as the output of ``job``."""
     write_manifest(path, kept.kind, kept.root, kept.files, job, kept.facts)
 
 

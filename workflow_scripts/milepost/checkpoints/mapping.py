@@ -88,7 +88,7 @@ def local_bindings(
         tied_head = architecture.tie_embeddings and name == HEAD[0].megatron
         binding = bindings.get(OUTER[0].megatron if tied_head else name)
         if binding is None:
-            raise UserError(f"no rule maps the model's parameter {name} to Hub tensors")
+            raise UserError(f"no rule in name_table.py maps the model's parameter {name} to Hub tensors: add one")
         yield binding, parameter
 
 

@@ -134,7 +134,10 @@ class HubWriter:
                 os.fsync(descriptor)
             os.close(descriptor)
         if kind is None and self.missing:
-            raise UserError(f"{self.folder}: {len(self.missing)} tensors were not written, such as {min(self.missing)}")
+            raise UserError(
+                f"{self.folder}: {len(self.missing)} tensors were not written, such as {min(self.missing)}: export with"
+                " the checkpoint that the training started from"
+            )
 
 
 def _write_at(descriptor: int, values: memoryview, offset: int) -> None:

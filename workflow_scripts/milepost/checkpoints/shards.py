@@ -226,8 +226,8 @@ def _check_hub_tensor(hub: Headers, name: str, shape: tuple[int, ...], dtype: st
     entry = hub.entries[name]
     if entry.shape != shape:
         raise UserError(
-            f"{hub.folder}: {name} has the shape {entry.shape}, config.json makes it {shape}: use a checkpoint with its"
-            " own config.json"
+            f"{hub.folder}: {name} has the shape {entry.shape}, config.json makes it {shape}: use a checkpoint that"
+            " fits its config.json"
         )
     if entry.dtype not in TRAINABLE_DTYPES:
         raise UserError(f"{hub.folder}: {name} is stored as {entry.dtype}, which can't be trained: {ANOTHER}")

@@ -5,7 +5,15 @@ import json
 from typing import Any
 
 WEIGHTS = ".distcp"  # torch_dist's tensors; its other files contain a random number per save
-PLACES = ("repo", "revision", "folder", "problems")  # where a data set comes from; its content counts instead
+PLACES = (
+    "repo",
+    "revision",
+    "folder",
+    "problems",
+    "file",
+    "subset",
+    "split",
+)  # where a data set comes from; its content counts instead
 
 
 def content_of(manifest: dict[str, Any]) -> str:
@@ -21,7 +29,7 @@ def content_of(manifest: dict[str, Any]) -> str:
         files = {name.rpartition("/")[2]: sha for name, sha in files.items() if name.endswith(WEIGHTS)}
     elif kind == "evaluate":
         more = facts
-    elif "prompt_key" in facts:
+    elif "rows" in facts:
         settings = manifest["provenance"]["config"]["dataset"]
         more = {key: value for key, value in settings.items() if key not in PLACES}
     return hashlib.sha256(json.dumps([files, more], sort_keys=True).encode()).hexdigest()[:16]

@@ -50,9 +50,9 @@ def read_json(path: Path | str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file: make or download it again, or correct the path") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+        raise UserError(f"{path}: not valid JSON ({error}): make or download it again") from None
 
 
 def allow_open_files(count: int = 65536) -> None:

@@ -19,14 +19,14 @@ def job_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def read_job(path: Path | str) -> dict[str, Any]:
-    """Read what `configuration.provenance.Provenance.job` wrote; ``config`` holds the job's settings.
+    """Read the job file that `configuration.provenance.Provenance.job` wrote; ``config`` holds the job's settings.
 
     Adds ``inputs``, the content digest of each manifest that ``upstream`` names. A missing file is a `UserError`.
     """
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file: Snakemake writes it at the start of a run, but not under --no-hooks")
+        raise UserError(f"{path}: no such file: Snakemake writes it at the start of a run: run without --no-hooks")
     job = read_json(path)
     if not isinstance(job, dict) or not isinstance(job.get("config"), dict):
-        raise UserError(f"{path}: not a job's settings: run Snakemake again, which writes them anew")
+        raise UserError(f"{path}: not a job file: run Snakemake again, which overwrites it")
     upstream = {name: read_json(manifest) for name, manifest in job.get("upstream", {}).items() if manifest}
     return job | {"inputs": {name: content_of(manifest) for name, manifest in upstream.items()}}

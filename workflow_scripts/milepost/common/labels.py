@@ -1,9 +1,9 @@
 r"""Read the answer from a row's label, or say why no response could ever match it.
 
-What a label may be is for the reward to say (`READERS`). To the math reward it is what a response has to say in its
-``\boxed{}``: a number, an expression, a list, an interval, a few words. Two spellings that hold more are unambiguous
-and read: a solution that ends ``#### 4``, as in GSM8K, and one with a single ``\boxed{4}``. All else that is longer
-than an answer is refused, since training on it would earn nothing.
+The reward decides what a label may be (`READERS`). For the math reward it is the expected content of ``\boxed{}``: a
+number, an expression, a list, an interval, a few words. Two longer forms are unambiguous and accepted: a solution that
+ends with ``#### 4``, as in GSM8K, and one with a single ``\boxed{4}``. Anything else that is longer than an answer is
+refused, since no response could match it.
 """
 
 import json
@@ -30,11 +30,12 @@ SENTENCE = re.compile(
 
 
 def read_label(value: Any) -> str:
-    """The answer in a label (a JSON value); ``8.0`` becomes 8, other floats their shortest decimal.
+    """The answer in a label (a JSON value); ``8.0`` becomes 8, other floats their shortest decimal, ``["8"]`` is "8".
 
     Raises:
         ValueError: the label does not hold exactly one answer; the message is written to follow the label's key.
     """
+    value = _only(value)
     if isinstance(value, float):
         return _shortest(value)
     answer = _extracted(read_text(value).strip())
@@ -50,11 +51,14 @@ def read_label(value: Any) -> str:
 
 
 def read_text(value: Any) -> str:
-    """A label as text, every character of it; a number in its shortest decimal spelling.
+    """A label as text, every character of it; a number in its shortest decimal spelling; a list's only element.
 
     Raises:
         ValueError: it is neither, or empty.
     """
+    value = _only(value)
+    if isinstance(value, list) and value:
+        raise ValueError("is a list of several values, not a single answer")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError("is neither text nor a number")
     text = _shortest(value) if isinstance(value, float) else str(value)
@@ -89,7 +93,7 @@ def read_any(value: Any) -> str | None:
 
 @dataclass(frozen=True)
 class LabelReader:
-    """How a reward reads labels, and by what it knows a prompt that says how to answer.
+    """How a reward reads labels, and how it recognizes a prompt that says how to answer.
 
     Attributes:
         read: from JSON's value to the label; a `ValueError` says what is wrong with it.
@@ -108,6 +112,11 @@ READERS = {
     "exact": LabelReader(read_text),
     "any": LabelReader(read_any, required=False),
 }
+
+
+def _only(value: Any) -> Any:
+    """The element of a list that has no other, as some data sets write their labels; else the value itself."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _shortest(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Which code a result depends on: the syntax trees of its modules, as far as they can change what is computed."""
+"""Digest the code that a result depends on: its modules' syntax trees, without what can't change a result."""
 
 import ast
 import functools
@@ -13,7 +13,7 @@ NOT_COMPUTING = {
     *("milepost/configuration", "milepost/launch"),
     *(f"milepost/common/{name}.py" for name in ("errors", "files", "interrupts", "loopback", "working_folder")),
 }
-# Calls whose texts are for people, by the last part of their name. `print` to stderr is one, too.
+# Calls whose texts are for people, by the last part of their name. `print` to stderr is one as well.
 TELLING = {
     *("UserError", "error", "exit", "say", "tqdm", "warn"),
     *("debug", "info", "warning", "critical", "exception", "add_argument", "ArgumentParser"),
@@ -23,7 +23,7 @@ TELLING_KEYWORDS = {"help", "description", "desc", "epilog"}
 
 @functools.cache
 def code_digest(root: Path, *scripts: str) -> str:
-    """Digest of ``scripts`` and of every module below ``root`` that they import.
+    """Digest ``scripts`` and every module below ``root`` that they import.
 
     Comments, formatting, docstrings and the texts of errors, messages, logs and help do not count.
     """
@@ -32,7 +32,7 @@ def code_digest(root: Path, *scripts: str) -> str:
 
 @functools.cache
 def user_code_digest(script: Path) -> str:
-    """Digest of a user's ``script`` and of every module beside it that it imports.
+    """Digest a user's ``script`` and every module next to it that it imports.
 
     Comments, formatting and docstrings do not count. Texts do: a judge's prompt is one. A file that can't be parsed
     counts by its bytes.
@@ -56,15 +56,15 @@ def _digest_of_all(
 
 
 def digest(value: object) -> str:
-    """A short digest of plain JSON, whatever the order of its keys."""
+    """A short digest of plain JSON that does not depend on the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
 
 
 @functools.cache
 def _read(root: Path, file: Path, reduced: type[ast.NodeTransformer]) -> tuple[str, list[Path]]:
-    """Digest of one module's syntax tree, and the files below ``root`` that it imports, their packages included.
+    """Digest one module's syntax tree; also return the files below ``root`` that it imports, with their packages.
 
-    Of a file in another language, or one that can't be parsed, every byte counts.
+    A file in another language, or one that can't be parsed, is digested byte by byte.
     """
     try:
         tree = ast.parse(file.read_bytes(), filename=str(file)) if file.suffix == ".py" else None
@@ -126,7 +126,7 @@ class _WithoutTexts(_WithoutDocstrings):
 
 
 def _emptied(node: ast.expr) -> ast.expr:
-    """Replace a literal text, and all that is formatted into it, by an empty one; keep anything else."""
+    """Replace a literal text, with all that is formatted into it, by an empty text; keep anything else."""
     parts = [node]
     while parts:
         part = parts.pop()

@@ -1,6 +1,6 @@
 """Find mistakes before the first job starts, in a run and in a dry run alike.
 
-What the machine lacks is found by `configuration.preflight`, which only a real run asks.
+`configuration.preflight` checks the machine, in real runs only.
 """
 
 import ast
@@ -10,28 +10,33 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from milepost.checkpoints.inspection import Inspection
+from milepost.common.contents import content_of
 from milepost.common.errors import UserError
-from milepost.common.problems import load_problem_set
 from milepost.configuration import runs
 from milepost.configuration.loading import Configuration, nearest
 from milepost.configuration.provenance import Provenance
 from milepost.configuration.rewards import Function, Reward
 from milepost.configuration.schema import Dataset
+from milepost.configuration.weights import checkpoint_of, run_of, train_manifest
+from milepost.problems.loading import load_problem_set
+from milepost.problems.selection import files_in_folder
+
+FIRST_ROWS = 20_000  # of a local problem set, read in less than a second; the dataset step reads all
 
 Job = tuple[str, dict[str, str]]  # its rule, its wildcards
 
 
 def mistyped(targets: Iterable[str], rules: Sequence[str], said: str) -> str:
-    """The error for a target that nothing makes, if that is what Snakemake ``said``; otherwise an empty text."""
+    """The error for an unknown target, if that is what Snakemake ``said``; otherwise an empty text."""
     for target in targets:
         if f"No rule to produce {target} " in said and target not in rules:
-            close = nearest(target, rules).partition(";")[0]  # not all that there are
+            close = nearest(target, rules).partition(";")[0]  # without the list of all rules
             return f"nothing makes {target!r}{close}: snakemake --list-target-rules lists the targets"
     return ""
 
 
 def check_inputs(jobs: Sequence[Job], configuration: Configuration, provenance: Provenance) -> None:
-    """Refuse (`UserError`) jobs that are sure to fail, judging by the user's files and settings.
+    """Refuse (`UserError`) jobs that would fail because of the user's files or settings.
 
     Args:
         jobs: every job that is about to run.
@@ -39,7 +44,7 @@ def check_inputs(jobs: Sequence[Job], configuration: Configuration, provenance: 
 
     @functools.cache  # many jobs may read one set, which may be large
     def check_rows(dataset: str, max_bad_share: float, labels: str) -> None:
-        _check_rows(configuration.datasets[dataset], max_bad_share, labels)
+        _check_rows(dataset, configuration.datasets[dataset], max_bad_share, labels)
 
     def labels_of(model: str, dataset: str) -> str:
         """How the reward of a model's responses reads labels, once the reward's own files are checked."""
@@ -50,7 +55,6 @@ def check_inputs(jobs: Sequence[Job], configuration: Configuration, provenance: 
     for rule, wildcards in jobs:
         if rule == "dataset":
             dataset = configuration.datasets[wildcards["name"]]
-            _check_place(wildcards["name"], dataset)
             check_rows(wildcards["name"], dataset.max_bad_share, configuration.labels(wildcards["name"]))
         elif rule == "download":
             _check_folder(wildcards["model"], configuration)
@@ -63,6 +67,8 @@ def check_inputs(jobs: Sequence[Job], configuration: Configuration, provenance: 
                 labels = labels_of(wildcards["model"], settings.validation.dataset)
                 check_rows(settings.validation.dataset, 0.0, labels)
             _check_training(wildcards["model"], configuration, provenance)
+        elif rule == "export":
+            _check_checkpoint(wildcards["model"], wildcards["weights"], configuration, provenance)
         elif rule == "evaluate":
             check_rows(wildcards["dataset"], 0.0, labels_of(wildcards["model"], wildcards["dataset"]))
         elif rule == "check_reward":
@@ -72,19 +78,12 @@ def check_inputs(jobs: Sequence[Job], configuration: Configuration, provenance: 
                 raise UserError("give the file of answers to grade: --config 'answers=answers.jsonl'")
 
 
-def _check_place(name: str, dataset: Dataset) -> None:
+def _check_rows(name: str, dataset: Dataset, max_bad_share: float, labels: str) -> None:
+    """Check the rows of a local set, the first of a large one; a score needs every row, training tolerates bad ones."""
     if dataset.folder:
         folder = Path(dataset.folder).expanduser()
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder: correct datasets.{name}.folder")
-        if not (folder / dataset.file).is_file():
-            raise UserError(f"{folder / dataset.file}: no such file: correct datasets.{name}.folder or .file")
-
-
-def _check_rows(dataset: Dataset, max_bad_share: float, labels: str) -> None:
-    """Of a local set; a score, unlike a training, needs every row."""
-    if dataset.folder and (file := Path(dataset.folder).expanduser() / dataset.file).is_file():
-        load_problem_set(file, dataset, labels, max_bad_share=max_bad_share)
+        files = files_in_folder(folder, dataset, name)
+        load_problem_set(folder, files, dataset, labels, max_bad_share=max_bad_share, at_most=FIRST_ROWS)
 
 
 def check_functions(reward: Reward) -> None:
@@ -94,7 +93,7 @@ def check_functions(reward: Reward) -> None:
 
 
 def check_function(function: Function) -> None:
-    """Refuse (`UserError`) a reward whose file is not there, can't be parsed, or has no such function."""
+    """Refuse (`UserError`) a function whose file is missing, can't be parsed, or does not define it."""
     try:
         tree = ast.parse(function.path.read_bytes(), filename=function.file)
     except OSError:
@@ -107,11 +106,11 @@ def check_function(function: Function) -> None:
         functions = [name for name, node in names.items() if isinstance(node, ast.FunctionDef)]
         raise UserError(f"{function.file}: has no function {function.name!r}{nearest(function.name, functions)}")
     if isinstance(names.get(function.name), ast.AsyncFunctionDef | ast.ClassDef):
-        raise UserError(f"{function.file}: {function.name!r} has to be a plain function, defined by `def`")
+        raise UserError(f"{function.file}: {function.name!r} is not a plain function: define it with `def`")
 
 
 def _bound_at_top(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
-    """The names that statements make in a module, each with its statement; also those within an `if` or `try`."""
+    """The names that a module's statements define, each with its statement, including those in an `if` or `try`."""
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name, node
@@ -146,8 +145,21 @@ def _check_training(model: str, configuration: Configuration, provenance: Proven
         )
 
 
+def _check_checkpoint(model: str, weights: str, configuration: Configuration, provenance: Provenance) -> None:
+    """Of a run that is finished and not to be trained further."""
+    run = run_of(weights)
+    if (trained := provenance.training(model, run)).fresh:
+        manifest, download = (
+            train_manifest(configuration.results, model, run),
+            provenance.state("download", model=model),
+        )
+        runs.checkpoint_name(manifest.parent / trained.made["root"], trained.made["facts"], checkpoint_of(weights))
+        if download.fresh:
+            runs.require_same_start(manifest, trained.made["provenance"], content_of(download.made))
+
+
 def require_wandb() -> None:
-    """Refuse (`UserError`) to log to Weights & Biases where its package is missing."""
+    """Refuse (`UserError`) to log to Weights & Biases if its package is missing."""
     if importlib.util.find_spec("wandb") is None:
         raise UserError(
             "training.wandb_project is set, but wandb is not installed: unset the key, or run"

@@ -4,7 +4,11 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
+from milepost.configuration.machine import GPUS_OF_A_NODE
 from milepost.configuration.section import Color, EachOnce, Name, NonNegative, Section, Share, TopK
+from milepost.configuration.weights import LAST, Checkpoint
+
+RESOURCES = ("gpus", "gpus_per_engine", "mem_fraction_static", "host_memory_gib")  # what it runs on
 
 
 class Evaluation(Section):
@@ -29,8 +33,19 @@ class Evaluation(Section):
     pass_at: Annotated[list[PositiveInt], EachOnce] = Field(
         min_length=1, description="the k of each pass@k, at most samples_per_problem"
     )
+    gpus: Annotated[int, Field(gt=0, le=GPUS_OF_A_NODE)] | None = Field(
+        None, description="GPUs of one node that an evaluation takes; none stands for hardware.gpus"
+    )
+    gpus_per_engine: PositiveInt | None = Field(
+        None,
+        description="GPUs that share one engine's weights in an evaluation; none takes the engine's, or as many of"
+        " those as evaluation.gpus allows",
+    )
     mem_fraction_static: Share = Field(
         description="takes the place of the engine's, since no training shares the GPUs during an evaluation"
+    )
+    host_memory_gib: PositiveInt | None = Field(
+        None, description="host memory that an evaluation takes; none estimates it, up to hardware.host_memory_gib"
     )
     bootstrap_samples: PositiveInt = Field(10000, description="resamples for the bootstrap interval")
 
@@ -42,9 +57,19 @@ class Evaluation(Section):
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """The settings that decide how an answer is sampled: not which, how many or how they are scored, nor memory."""
-        others = {"datasets", "samples_per_problem", "pass_at", "bootstrap_samples", "mem_fraction_static"}
+        """The settings that decide how answers are sampled; not how many, how they are scored, or on what resources."""
+        others = {"datasets", "samples_per_problem", "pass_at", "bootstrap_samples", *RESOURCES}
         return self.model_dump(mode="json", exclude=others)
+
+
+class Export(Section):
+    """Which weights of a run are exported and scored. Those of each checkpoint have a name and results of their own."""
+
+    checkpoint: Checkpoint = Field(
+        LAST,
+        description="last, best (by validation; its score flatters it), or a checkpoint that the run has kept:"
+        " checkpoint-000040",
+    )
 
 
 class Plots(Section):

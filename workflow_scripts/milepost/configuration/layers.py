@@ -5,10 +5,11 @@
 
 import copy
 import functools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import ValidationError
@@ -16,9 +17,15 @@ from pydantic import ValidationError
 from milepost.common.errors import UserError
 from milepost.configuration.schema import Dataset, ModelSource, Reward
 
-# Giving one key of a set replaces the others: the places that a source can be in, and the ways to define a reward.
-ALTERNATIVES = (frozenset(ModelSource.places + Dataset.places), frozenset(Reward.ways))
+# Giving a key of one group replaces the keys of the others: the places that a source can be in, the ways to name a data
+# set's files, and the ways to define a reward.
+ALTERNATIVES = (
+    tuple({place} for place in {*ModelSource.places, *Dataset.places}),
+    ({"file"}, {"subset", "split"}),
+    tuple({way} for way in Reward.ways),
+)
 RETYPED = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float")}
+NUMBERS = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float")}
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,8 @@ def user_layers(files: Sequence[Path], given: dict[str, Any], folder: Path | Non
             return {key: typed(content) for key, content in value.items()}
         if isinstance(value, list):
             return [typed(content) for content in value]
-        plain = isinstance(value, str) and yaml.resolver.Resolver().resolve(yaml.ScalarNode, value, (True, False))
-        return yaml.safe_load(value) if value and plain in RETYPED else value
+        plain = isinstance(value, str) and _Loader("").resolve(yaml.ScalarNode, value, (True, False))
+        return yaml.load(value, _Loader) if value and plain in RETYPED else value
 
     layers = [
         Layer(str(file.relative_to(folder) if folder and file.is_relative_to(folder) else file), read_yaml(file))
@@ -65,20 +72,33 @@ def read_yaml(path: Path, origin: str | None = None) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
-        raise UserError(f"{origin}: no such file") from None
+        raise UserError(f"{origin}: no such file: correct the path") from None
     except OSError as error:
-        raise UserError(f"{origin}: can't be read: {error.strerror}") from None
+        raise UserError(f"{origin}: can't be read: {error.strerror}: name a file that you may read") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}: correct the file") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"{origin}: a mapping of settings is expected, not {type(content).__name__}")
+        raise UserError(
+            f"{origin}: a mapping of settings is expected, not {type(content).__name__}: write `key: value`"
+        )
     return content
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a duplicate key, of which YAML silently keeps the last."""
+    """Refuses a duplicate key, of which YAML silently keeps the last, and reads ``10:50`` as text.
+
+    YAML 1.1 would make it the number 650, in base 60; here it is a slice of a data set.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [
+            (tag, re.compile(f"(?!.*:){regex.pattern}", regex.flags) if tag in NUMBERS else regex)
+            for tag, regex in resolvers
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -103,13 +123,17 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """``under`` overridden by ``over``: mappings are merged, everything else is replaced. Neither argument changes.
 
     A source (``source``, or an entry of ``datasets``) has exactly one place, so a new place replaces the old one. In
-    the same way a reward is either a kind, a function or a sum.
+    the same way a reward is either a kind, a function or a sum, and a data set's files are named by ``file`` or by
+    ``subset`` and ``split``.
     """
     result = copy.copy(under)
     for key, value in over.items():
         old = result.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
-            replaced = {name for keys in ALTERNATIVES if keys & value.keys() for name in keys - value.keys()}
+            replaced = set()
+            for groups in ALTERNATIVES:
+                if any(group & value.keys() for group in groups):
+                    replaced.update(*(group for group in groups if not group & value.keys()))
             old = {name: content for name, content in old.items() if name not in replaced}
             result[key] = merge(old, value)
         else:

@@ -25,6 +25,11 @@ def processes(hardware: Hardware) -> int:
     return hardware.processes or hardware.gpus or 1
 
 
+def gpus(model: Model, stage: str) -> int:
+    """The GPUs that the job of a stage takes."""
+    return {"train": model.hardware.gpus, "evaluate": model.evaluation_gpus}.get(stage, 0)
+
+
 def fault(model: Model) -> Fault | None:
     """The first invalid setting, or None."""
     return next((Fault(key, message) for key, message, wrong in _rules(model) if wrong), None)
@@ -61,6 +66,12 @@ def _rules(model: Model) -> Iterator[Rule]:
         "engine.gpus_per_engine",
         f"{engine.gpus_per_engine} does not divide hardware.gpus {hardware.gpus}",
         engine.kind == "sglang" and hardware.gpus % engine.gpus_per_engine != 0,
+    )
+    yield "evaluation.gpus", "needs kind: sglang", engine.kind != "sglang" and model.evaluation.gpus is not None
+    yield (
+        "evaluation.gpus_per_engine",
+        f"{model.evaluation.gpus_per_engine} does not divide the evaluation's {model.evaluation_gpus} GPUs",
+        model.evaluation_gpus % (model.evaluation.gpus_per_engine or 1) != 0,
     )
     yield (
         "engine.expert_parallel",

@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ValidationError
 
 from milepost.common.errors import UserError
-from milepost.configuration import layout
+from milepost.configuration import layout, scored, staleness
 from milepost.configuration.layers import (
     Layer,
     culprit,
@@ -37,6 +37,7 @@ from milepost.configuration.layers import (
 )
 from milepost.configuration.rewards import Labels
 from milepost.configuration.schema import NAME, Dataset, Model, Plots, Reward, Root
+from milepost.configuration.weights import BASE, LAST, finished_runs, run_of, train_manifest
 
 SHARED = tuple(name for name in Model.model_fields if name not in ("source", "architecture"))
 TAKEN = {  # names of targets (train_all) and of the folders beside the models' own
@@ -64,6 +65,8 @@ class Configuration:
         faults: name -> the error in a model that is not listed; it is raised only if that model is used.
         plots: the style of the plots.
         answers: the file that check_reward grades.
+        runs: the weights of finished runs that are shown beside those of ``run``.
+        compare: pairs of (model, weights) to compare.
     """
 
     listed: list[str]
@@ -75,20 +78,27 @@ class Configuration:
     faults: dict[str, str]
     plots: Plots
     answers: str | None
+    runs: list[str]
+    compare: list[tuple[tuple[str, str], tuple[str, str]]]
+
+    @property
+    def covered(self) -> list[str]:
+        """The models that tables, plots and report are about: those listed, and those compared with them."""
+        return list(dict.fromkeys([*self.listed, *(model for pair in self.compare for model, _ in pair)]))
 
     @property
     def scored(self) -> set[str]:
-        """The problem sets that listed models are evaluated or validated on; every row of these must be usable."""
-        return set().union(*(self.models[name].scored_sets for name in self.listed))
+        """The problem sets that covered models are evaluated or validated on; every row of these must be usable."""
+        return set().union(*(self.models[name].scored_sets for name in self.covered))
 
     def reward(self, model: str, dataset: str) -> Reward:
         """The reward for a model's responses to a problem set: the set's own if it has one, else the model's."""
         return self.datasets[dataset].reward or self.models[model].reward
 
     def rewards(self) -> list[Reward]:
-        """The distinct rewards that grade listed models' responses."""
+        """The distinct rewards that grade covered models' responses."""
         used = [
-            self.reward(name, dataset) for name in self.listed for dataset in sorted(self.models[name].problem_sets)
+            self.reward(name, dataset) for name in self.covered for dataset in sorted(self.models[name].problem_sets)
         ]
         return [reward for number, reward in enumerate(used) if reward not in used[:number]]
 
@@ -98,6 +108,48 @@ class Configuration:
             self.reward(name, dataset).labels for name, model in self.models.items() if dataset in model.problem_sets
         }
         return next((labels for labels in ("any", "exact", "choice") if labels in read), "math")
+
+    def trained(self, model: str) -> str:
+        """The name of the weights that export_X and eval_X make: of the run's checkpoint that ``export`` names."""
+        checkpoint = self.models[model].export.checkpoint
+        return self.run if checkpoint == LAST else f"{self.run}@{checkpoint}"
+
+    def has_run(self, model: str, run: str) -> bool:
+        """Whether a run is the one to train, or one that is finished."""
+        return run == self.run or run in finished_runs(self.results, model)
+
+    def shown(self, model: str) -> list[str]:
+        """The weights of a listed model that tables, plots and report show."""
+        further = [weights for weights in self.runs if self.has_run(model, run_of(weights))]
+        return list(dict.fromkeys([BASE, self.trained(model), *further]))
+
+    def shared_sets(self, *models: str) -> list[str]:
+        """The problem sets that all of these models are evaluated on."""
+        first, *others = (self.models[model].evaluation.datasets for model in models)
+        return [name for name in first if all(name in sets for sets in others)]
+
+    @property
+    def evaluations(self) -> list[tuple[str, str, str]]:
+        """(model, dataset, weights) of each score in tables, plots and report, in their order."""
+        listed = [
+            (model, dataset, weights)
+            for model in self.listed
+            for dataset in self.models[model].evaluation.datasets
+            for weights in self.shown(model)
+        ]
+        compared = [
+            (model, dataset, weights)
+            for pair in self.compare
+            for dataset in self.shared_sets(*(model for model, _ in pair))
+            for model, weights in pair
+        ]
+        return list(dict.fromkeys([*listed, *compared]))
+
+    @property
+    def trainings(self) -> list[tuple[str, str]]:
+        """(model, run) of each training in tables, plots and report."""
+        scored = [(model, run_of(weights)) for model, _, weights in self.evaluations if weights != BASE]
+        return list(dict.fromkeys(scored))
 
 
 def load(
@@ -118,7 +170,13 @@ def load(
         user = [Layer("--config", user)]
     root = _check(Root, [*kept, *user], kept[0])
     files = _model_files(models_folder, root.models_folder, origin_of([*kept, *user], ("models_folder",)))
-    for key in [*(("models", name) for name in root.models), *(("per_model", name) for name in root.per_model)]:
+    compare = [tuple(tuple(weights.split("/")) for weights in pair) for pair in root.compare]
+    compared = [model for pair in compare for model, _ in pair]
+    for key in [
+        *(("models", name) for name in root.models),
+        *(("per_model", name) for name in root.per_model),
+        *(("compare", name) for name in compared),
+    ]:
         if key[1] not in files:
             raise UserError(
                 f"{origin_of([*kept, *user], key)}: {key[0]}: unknown model {key[1]!r}{nearest(key[1], files)}"
@@ -128,10 +186,10 @@ def load(
         try:
             models[name] = _model(name, Layer(origin, read_yaml(file, origin)), kept, user, root.datasets)
         except UserError as error:
-            if name in root.models:
+            if name in (*root.models, *compared):
                 raise
             faults[name] = str(error)
-    return Configuration(
+    configuration = Configuration(
         listed=root.models,
         run=root.run,
         results=root.results,
@@ -141,7 +199,54 @@ def load(
         faults=faults,
         plots=root.plots,
         answers=root.answers,
+        runs=root.runs,
+        compare=compare,
     )
+    for key, fault in (("runs", _missing_run(configuration)), ("compare", _incomparable(configuration))):
+        if fault:
+            raise UserError(f"{origin_of([*kept, *user], (key,))}: {key}: {fault}")
+    return configuration
+
+
+def _missing_run(configuration: Configuration) -> str | None:
+    """Why tables can't show the ``runs`` that are asked for, or None."""
+    for weights in configuration.runs:
+        if not any(configuration.has_run(model, run_of(weights)) for model in configuration.listed):
+            return no_such_run(configuration, run_of(weights), *configuration.listed)
+    return None
+
+
+def no_such_run(configuration: Configuration, run: str, *models: str) -> str:
+    """What to say of a run that no model has finished."""
+    known = {model: finished_runs(configuration.results, model) for model in models}
+    where = " or ".join(str(train_manifest(configuration.results, model, run)) for model in models)
+    runs = "; ".join(f"{model} has {', '.join(names) or 'none'}" for model, names in known.items())
+    return f"no finished run {run!r} ({where} is not there): {runs}; `run: {run}` would train it"
+
+
+def _incomparable(configuration: Configuration) -> str | None:
+    """Why a pair to ``compare`` can't be compared, or None."""
+    for pair in configuration.compare:
+        for model, weights in pair:
+            if weights != BASE and not configuration.has_run(model, run_of(weights)):
+                return no_such_run(configuration, run_of(weights), model)
+        (first, _), (second, _) = pair
+        names = " and ".join("/".join(weights) for weights in pair)
+        if not (sets := configuration.shared_sets(first, second)):
+            return f"{names} are scored on no common problem set: give both one in evaluation.datasets"
+        for dataset in sets:
+            shared = [
+                scored.shared(
+                    {
+                        "evaluation": configuration.models[model].evaluation.model_dump(mode="json"),
+                        "reward": configuration.reward(model, dataset).model_dump(mode="json"),
+                    }
+                )
+                for model in (first, second)
+            ]
+            if differing := list(staleness.settings(*shared)):
+                return f"{names} can't be compared on {dataset}: {'; '.join(differing)}: give both the same settings"
+    return None
 
 
 def _model_files(shipped: Path, own: str | None, origin: str) -> dict[str, tuple[str, Path]]:

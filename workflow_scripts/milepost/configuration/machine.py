@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, JsonValue, PositiveInt, field_valida
 from milepost.configuration.section import NonNegative, Section, Share
 
 GPUS_OF_A_NODE = 8
-# SGLang's arguments by which its servers would listen elsewhere, or take other GPUs than the pipeline counts on.
+# Arguments with which SGLang's servers would listen elsewhere, or take other GPUs than the pipeline gives them.
 OWN_SERVER_ARGUMENTS = {
     *("model_path", "tp_size", "ep_size", "base_gpu_id", "nnodes", "node_rank"),
     *("host", "port", "api_key", "dist_init_addr", "nccl_port"),
@@ -21,7 +21,7 @@ def _of_one_node(gpus: int) -> int:
 
 
 class Hardware(Section):
-    """What the jobs of a model take of a machine."""
+    """What the jobs of a model need of a machine."""
 
     gpus: Annotated[int, Field(ge=0), AfterValidator(_of_one_node)] = Field(
         description=f"GPUs of one node that a training or an evaluation takes, at most {GPUS_OF_A_NODE}; 0 for the CPU",
@@ -36,7 +36,7 @@ class Hardware(Section):
 
 
 class Speculation(Section):
-    """Drafts of the next tokens, which the model then checks at once: the answers are the same, and come sooner."""
+    """Speculative decoding: the model checks several drafted tokens at once, which gives the same answers sooner."""
 
     algorithm: Literal["EAGLE"] = Field(description="SGLang's name for drafts by the model's own MTP layer")
     steps: PositiveInt = Field(description="times that the MTP layer runs for one draft")

@@ -1,20 +1,22 @@
 """Estimate the memory and disk that a recipe takes, from its model's shape, before anything is downloaded."""
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Protocol
 
 from milepost.configuration import schema
-from milepost.configuration.layout import processes
+from milepost.configuration.layout import gpus, processes
 from milepost.configuration.schema import Recompute
 from milepost.configuration.shape import architecture_of
 from milepost.qwen3_5.architecture import Architecture
 
 GIB = 2**30
 CONTEXT_GIB = 1.5  # CUDA context, NCCL's buffers and kernels of one process
-SYNC_GIB = 5.0  # of a weight sync: two buckets, and one layer's tensors while they are gathered and merged
-BESIDE_GIB = 20.0  # what an engine takes on top of its static memory: CUDA graphs and context, activations, workspaces
+SYNC_GIB = 5.0  # a weight sync: two buckets, and one layer's tensors while they are gathered and merged
+ENGINE_OVERHEAD_GIB = 20.0  # an engine beyond its static memory: CUDA graphs and context, activations, workspaces
 PROCESS_GIB = 3.0  # host memory of one process of a conversion or export, without weights; measured: 1.1 to 2.6
-LEFT_FREE = 0.2  # of a GPU: the first step tunes kernels and took 10 GiB more, and the engine keeps CUDA graphs
+ENGINE_HOST_GIB = 16.0  # host memory of SGLang's processes for each GPU, without weights: ample, not measured
+FREE_SHARE = 0.2  # of a GPU to leave free: the engine keeps CUDA graphs, and tuning in the first step took 10 GiB
 
 
 class Settings(Protocol):
@@ -34,9 +36,9 @@ class GpuMemory:
     """Estimated peak memory of one rank in GiB, by purpose: while it trains, and while the engine generates.
 
     Attributes:
-        recompute: what the backward pass computes again: as configured, or with ``auto`` the least that fits.
+        recompute: what the backward pass recomputes: as configured, or with ``auto`` the least that fits.
         engine: the engine's static memory: its weights, KV cache and states.
-        engine_weights: the part of it for the weights, in bf16 and with the MTP layer if it drafts.
+        engine_weights: the share of the weights in that, in bf16 and with the MTP layer if it drafts.
     """
 
     recompute: Recompute
@@ -58,13 +60,13 @@ class GpuMemory:
         return self.engine + self.weights + SYNC_GIB + CONTEXT_GIB
 
     @property
-    def lasting(self) -> float:
-        """What training needs again in its next step: weights and optimizer states."""
+    def persistent(self) -> float:
+        """What the next training step needs again: weights and optimizer states."""
         return self.weights + self.optimizer
 
-    def lasts_beside_engine(self, gpu_memory_gib: float) -> bool:
-        """Whether `lasting` fits on the GPU while the engine generates, so that it need not move to host memory."""
-        return self.engine + CONTEXT_GIB + BESIDE_GIB + self.lasting < gpu_memory_gib
+    def fits_beside_engine(self, gpu_memory_gib: float) -> bool:
+        """Whether `persistent` can stay on the GPU while the engine generates, instead of moving to host memory."""
+        return self.engine + CONTEXT_GIB + ENGINE_OVERHEAD_GIB + self.persistent < gpu_memory_gib
 
 
 def estimate(shape: Architecture, settings: Settings, gpu_memory_gib: float) -> GpuMemory:
@@ -73,7 +75,7 @@ def estimate(shape: Architecture, settings: Settings, gpu_memory_gib: float) -> 
     Per parameter held: 2 bytes of bf16 weights, 4 of fp32 gradients, 12 of fp32 master weights and Adam moments, the
     last sharded over the data-parallel copies, or not on the GPU at all with ``cpu_offload``.
     """
-    asked, room = settings.training.recompute, (1 - LEFT_FREE) * gpu_memory_gib
+    asked, room = settings.training.recompute, (1 - FREE_SHARE) * gpu_memory_gib
     ways = ("none", "selective", "full") if asked == "auto" else (asked,)
     estimates = [_estimate(shape, settings, way, gpu_memory_gib) for way in ways]
     return next((memory for memory in estimates if memory.training < room), estimates[-1])
@@ -82,7 +84,6 @@ def estimate(shape: Architecture, settings: Settings, gpu_memory_gib: float) -> 
 def _estimate(shape: Architecture, settings: Settings, recompute: Recompute, gpu_memory_gib: float) -> GpuMemory:
     parallel, training = settings.parallel, settings.training
     world, mtp = processes(settings.hardware), int(settings.mtp.train)
-    drafts = int(settings.engine.speculation is not None)
     routed = shape.parameters(mtp) - _without_experts(shape, mtp)
     dense_here = (shape.parameters(mtp) - routed) / (parallel.tensor * parallel.pipeline)
     routed_here = routed / (parallel.expert * parallel.expert_tensor * parallel.pipeline)
@@ -102,8 +103,14 @@ def _estimate(shape: Architecture, settings: Settings, recompute: Recompute, gpu
         # logits of one chunk, their softmax and their gradient, in fp32
         logits=3 * 4 * training.log_prob_chunk * shape.vocab_size / parallel.tensor / GIB,
         engine=settings.engine.mem_fraction_static * gpu_memory_gib,
-        engine_weights=2 * shape.parameters(drafts) / settings.engine.gpus_per_engine / GIB,
+        engine_weights=engine_weights_gib(shape, settings.engine),
     )
+
+
+def engine_weights_gib(shape: Architecture, engine: schema.Engine) -> float:
+    """An engine's bf16 weights on each of its GPUs in GiB, with the MTP layer if it drafts."""
+    drafts = int(engine.speculation is not None)
+    return 2 * shape.parameters(drafts) / engine.gpus_per_engine / GIB
 
 
 def _without_experts(shape: Architecture, mtp: int) -> int:
@@ -146,13 +153,28 @@ def rescaled_engine(engine: schema.Engine, taken_gib: float, gpu_memory_gib: flo
 
 
 def host_gib(model: schema.Model, stage: str) -> float:
-    """Host memory of one stage in GiB. The processes of a conversion or an export hold the bf16 weights once in all."""
-    if stage in ("train", "evaluate"):
+    """Host memory of one stage in GiB.
+
+    The processes of a conversion or an export hold the bf16 weights once in all. So does an evaluation on GPUs while it
+    loads them; on a CPU it computes with fp32 weights.
+    """
+    if stage == "train":
         return model.hardware.host_memory_gib
-    if stage not in ("convert", "export") or (architecture := architecture_of(model)) is None:
+    architecture = architecture_of(model)
+    parameters = architecture.parameters(mtp_num_layers=1) if architecture else 0
+    if stage == "evaluate":
+        count = gpus(model, stage)
+        estimated = ENGINE_HOST_GIB * count + 2 * parameters / GIB if count else PROCESS_GIB + 4 * parameters / GIB
+        return model.evaluation.host_memory_gib or min(estimated, model.hardware.host_memory_gib)
+    if stage not in ("convert", "export") or not parameters:
         return 0.0
     count = model.conversion.processes if stage == "convert" else 1
-    return 2 * architecture.parameters(mtp_num_layers=1) / GIB + PROCESS_GIB * count
+    return 2 * parameters / GIB + PROCESS_GIB * count
+
+
+def asked_gib(model: schema.Model, stage: str) -> int:
+    """The host memory in GiB that a stage's job asks of Snakemake or Slurm, which may end a job that takes more."""
+    return ceil(host_gib(model, stage)) if stage == "evaluate" else model.hardware.host_memory_gib
 
 
 def disk_gib(model: schema.Model, stage: str) -> float:

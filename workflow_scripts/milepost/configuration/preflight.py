@@ -10,11 +10,11 @@ from pathlib import Path
 
 from milepost.common.errors import UserError
 from milepost.common.files import free_bytes
-from milepost.configuration import slurm
+from milepost.configuration import layout, slurm
 from milepost.configuration.cgroups import installed_memory, usable_cores, usable_memory
 from milepost.configuration.gpus import visible_gpus
 from milepost.configuration.loading import Configuration
-from milepost.configuration.memory import GIB, disk_gib, estimate, host_gib
+from milepost.configuration.memory import GIB, disk_gib, engine_weights_gib, estimate, host_gib
 from milepost.configuration.provenance import Provenance
 from milepost.configuration.schema import Model
 from milepost.configuration.shape import architecture_of
@@ -23,7 +23,7 @@ GPU_PACKAGES = ("sglang", "fla", "tilelang")
 COMPILERS = ("gcc", "clang")  # Triton compiles its kernel launchers with one of them
 CUDA_TOOLKIT = "/usr/local/cuda"  # the last place where SGLang looks for one, to build some of its kernels
 HEAVY = {"train", "evaluate"}  # the stages that take the recipe's GPUs
-PURPOSES = {"train": "", "evaluate": "", "convert": " to convert", "export": " to export"}  # as errors name them
+PURPOSES = {"train": "", **{stage: f" to {stage}" for stage in ("evaluate", "convert", "export")}}  # in errors
 NODES = {"8 x 80 GB": 81559 / 1024, "8 x 141 GB": 143771 / 1024}  # GiB per GPU, as nvidia-smi reports for H100 and H200
 
 
@@ -192,10 +192,11 @@ def _bytes(folder: Path, pattern: str) -> int:
 
 def shortcomings(model: Model, machine: Machine, stages: Set[str] = HEAVY) -> list[str]:
     """What this machine lacks for ``stages`` (of `PURPOSES`) of one recipe, as phrases that follow the model's name."""
-    hardware, faults = model.hardware, []
-    gpus = hardware.gpus if HEAVY & stages else 0
+    faults = []
+    gpus, stage = max((layout.gpus(model, stage), stage) for stage in stages)
     if gpus > len(machine.gpus):
-        faults.append(f"needs {gpus} GPU{'s' * (gpus > 1)} and this machine has {len(machine.gpus) or 'none'}")
+        hint = ": lower evaluation.gpus" if stage == "evaluate" and machine.gpus else ""
+        faults.append(f"needs {gpus} GPU{'s' * (gpus > 1)} and this machine has {len(machine.gpus) or 'none'}{hint}")
     needed, purpose = max((host_gib(model, stage), PURPOSES[stage]) for stage in stages)
     if needed > machine.host_memory_gib:
         limit = ", the cgroup's limit" if machine.is_limited else ""
@@ -217,21 +218,26 @@ def _of_gpu_memory(model: Model, memory: float, stages: Set[str]) -> list[str]:
     """What ``stages`` lack if the smallest GPU has ``memory`` GiB; nothing if the model's shape is unknown."""
     if (architecture := architecture_of(model)) is None:
         return []
-    needed, faults = estimate(architecture, model, memory), []
-    if "train" in stages and max(needed.training, needed.rollout) > memory:
-        faults.append(
-            f"needs about {needed.training:.0f} GiB a GPU to train and {needed.rollout:.0f} to roll out, and the"
-            f" smallest has {memory:.0f}: lower training.max_tokens_per_gpu or engine.mem_fraction_static, or raise"
-            " parallel.tensor"
-            " (a pack holds at least one whole answer, of sampling.max_response_tokens)"
-        )
-    for stage, section in (("train", "engine"), ("evaluate", "evaluation")):
-        share = getattr(model, section).mem_fraction_static * memory
-        if stage in stages and needed.engine_weights > share:
+    faults = []
+    if "train" in stages:
+        needed = estimate(architecture, model, memory)
+        if max(needed.training, needed.rollout) > memory:
             faults.append(
-                f"needs {needed.engine_weights:.1f} GiB of each GPU for the engine's weights, and"
+                f"needs about {needed.training:.0f} GiB a GPU to train and {needed.rollout:.0f} to roll out, and the"
+                f" smallest has {memory:.0f}: lower training.max_tokens_per_gpu or engine.mem_fraction_static, or raise"
+                " parallel.tensor"
+                " (a pack holds at least one whole answer, of sampling.max_response_tokens)"
+            )
+    for stage, section, engine in (
+        ("train", "engine", model.engine),
+        ("evaluate", "evaluation", model.evaluation_engine),
+    ):
+        weights, share = engine_weights_gib(architecture, engine), engine.mem_fraction_static * memory
+        if stage in stages and weights > share:
+            faults.append(
+                f"needs {weights:.1f} GiB of each GPU for the engine's weights, and"
                 f" {section}.mem_fraction_static gives the engine {share:.1f} of {memory:.0f}:"
-                " raise it, or engine.gpus_per_engine"
+                f" raise it, or {section}.gpus_per_engine"
             )
     return faults
 

@@ -18,10 +18,12 @@ from milepost.common import versions
 from milepost.common.contents import content_of
 from milepost.common.errors import UserError
 from milepost.common.files import read_json, sha256_of
-from milepost.configuration import runs, staleness
+from milepost.configuration import runs, scored, staleness
 from milepost.configuration.code import code_digest, digest, user_code_digest
 from milepost.configuration.loading import Configuration
-from milepost.configuration.schema import Engine, Evaluation, Reward, Section
+from milepost.configuration.schema import Dataset, Engine, Evaluation, Reward, Section
+from milepost.configuration.weights import BASE, BEST, checkpoint_of, run_of
+from milepost.problems.selection import files_in_folder
 
 OF_TRAINING = {"mem_fraction_static", "check_weights", "replay_routing"}  # of the engine; only a training reads them
 TRAIN_SECTIONS = (
@@ -42,7 +44,7 @@ MANIFESTS = {
     "download": "{model}/download.json",
     "convert": "{model}/convert.json",
     "train": "{model}/grpo/{run}/train.json",
-    "export": "{model}/hf/{run}.json",
+    "export": "{model}/hf/{weights}.json",
     "evaluate": "{model}/eval/{dataset}/{weights}.json",
     "plots": "plots.json",
 }
@@ -55,7 +57,7 @@ class Parts(NamedTuple):
         config: its slice of the settings.
         scripts: the entry script, and other files that `code_digest` must include.
         packages: those whose versions count.
-        upstream: name -> (stage, what tells its results apart).
+        upstream: name -> (stage, the arguments that identify its result).
     """
 
     config: dict[str, Any]
@@ -70,8 +72,8 @@ class State(NamedTuple):
     Attributes:
         made: its manifest, or None.
         stale: the reasons to make it again, in words.
-        tolerated: changes that are no reason to.
-        damage: those of ``stale`` that are about missing or damaged files.
+        tolerated: changes that are not.
+        damage: the reasons in ``stale`` that are missing or damaged files.
     """
 
     made: dict[str, Any] | None
@@ -88,8 +90,9 @@ class Provenance:
     """What each result depends on, and whether it is fresh.
 
     Stages, and what identifies a result of each:
-    ``dataset`` (name), ``download``, ``convert``, ``train``, ``export`` (model), ``evaluate`` (model, dataset,
-    weights), ``tables``, ``plots``, ``report``, ``check_reward`` (none).
+    ``dataset`` (name), ``download``, ``convert`` (model), ``train`` (model, and ``run`` if it is not the
+    configuration's), ``export`` (model, weights; by default those that the configuration trains), ``evaluate`` (model,
+    dataset, weights), ``tables``, ``plots``, ``report``, ``check_reward`` (none).
     """
 
     def __init__(self, configuration: Configuration, scripts: Path):
@@ -117,9 +120,14 @@ class Provenance:
         made = _read(path) if path else None
         if made is None:
             return State(None, ())
+        if stage == "train" and "run" in which:
+            return State(made, ())  # made by other settings, which its manifest holds: it is only read
         before, now = made["provenance"], self.of(stage, **which)
         damage = tuple(staleness.missing_files(path, made))
-        changed = *staleness.settings(before["config"], now["config"]), *self._changed_inputs(before, stage, **which)
+        configs = [_deciding(stage, record["config"]) for record in (before, now)]
+        changed = [*staleness.settings(*configs), *self._changed_inputs(before, stage, **which)]
+        if stage == "export" and self._has_another_best(made, **which):
+            changed.append("another best checkpoint")
         by = tuple(staleness.makers(before, now))
         if stage == "train" and self._on_code_change(**which) == "continue":
             return State(made, (*changed, *damage), by, damage)
@@ -127,15 +135,16 @@ class Provenance:
 
     @functools.cache  # noqa: B019
     def key(self, stage: str, **which: str) -> str:
-        """The value of a rule's param, a change of which makes Snakemake run the job again."""
+        """The value of a rule's param; if it changes, Snakemake runs the job again."""
         state = self.state(stage, **which)
         if state.fresh:
             return state.made["provenance"]["key"]
         upstream = {name: self.key(of, **its) for name, (of, its) in self._parts(stage, **which).upstream.items()}
-        return digest([self.of(stage, **which) | {"upstream": upstream}, state.damage])
+        record = self.of(stage, **which)
+        return digest([record | {"config": _deciding(stage, record["config"]), "upstream": upstream}, state.damage])
 
     def job(self, stage: str, **which: str) -> dict[str, Any]:
-        """What a job is given: the record, its key, the commit of the code, and what else the stage needs."""
+        """A job's input: the record, its key, the commit of the code, and what else the stage needs."""
         job = self.of(stage, **which) | {"key": self.key(stage, **which), "commit": _commit(self._scripts)}
         if stage == "train":
             job["on_code_change"] = self._on_code_change(**which)
@@ -165,6 +174,11 @@ class Provenance:
             "on_code_change": on_code_change or self._on_code_change(model),
         }
         return runs.find(self._manifest("train", {"model": model}).parent, job)
+
+    def training(self, model: str, run: str) -> State:
+        """The state of a run: of the configuration's, or of another one, which is fresh if it is finished."""
+        stage, which = self._training(model, run)
+        return self.state(stage, **which)
 
     def _why_training(self, changed: str, model: str) -> str:
         """What has changed, whether the run goes on, and if that depends on the code, how to choose otherwise."""
@@ -220,10 +234,21 @@ class Provenance:
             *([f"{staleness.few(again, ' and ')} made again"] if again else []),
         ]
 
+    def _has_another_best(self, made: dict[str, Any], model: str, weights: str | None = None) -> bool:
+        """Whether a run's best checkpoint is no longer the one that was exported: validated anew, say."""
+        weights = weights or self._configuration.trained(model)
+        if checkpoint_of(weights) != BEST:
+            return False
+        train = self.training(model, run_of(weights)).made or {"facts": {}}
+        return made["facts"].get("checkpoint") != (train["facts"].get("best") or {}).get("checkpoint")
+
     def _manifest(self, stage: str, which: dict[str, str]) -> Path | None:
         if stage not in MANIFESTS:
             return None
-        return Path(self._configuration.results, MANIFESTS[stage].format(run=self._configuration.run, **which))
+        names = {"run": self._configuration.run}
+        if stage == "export":
+            names["weights"] = self._configuration.trained(which["model"])
+        return Path(self._configuration.results, MANIFESTS[stage].format(**names | which))
 
     def _parts(self, stage: str, **which: str) -> Parts:
         return getattr(self, f"_{stage}")(**which)
@@ -233,8 +258,7 @@ class Provenance:
         # The reward is read by what trains and evaluates: with another one the set need not be fetched again.
         config = {"dataset": dataset.model_dump(mode="json", exclude={"reward"}), "name": name}
         if dataset.folder:
-            file = Path(dataset.folder).expanduser() / dataset.file
-            config["content"] = _content(file) if file.is_file() else None  # if it is missing, the download says so
+            config["content"] = _contents(dataset, name)
         return Parts(config, [f"{dataset.script}.py"], (), {})
 
     def _download(self, model: str) -> Parts:
@@ -275,20 +299,24 @@ class Provenance:
                 config |= {f"validation_{key}": value for key, value in validation.items()}
         return Parts(config, ["train.py", engine_file(settings.engine.kind)], versions.TRAINING, upstream)
 
-    def _export(self, model: str) -> Parts:
-        upstream = {"download": ("download", {"model": model}), "train": ("train", {"model": model})}
+    def _export(self, model: str, weights: str | None = None) -> Parts:
+        run = run_of(weights or self._configuration.run)
+        upstream = {"download": ("download", {"model": model}), "train": self._training(model, run)}
         return Parts({}, ["export.py"], versions.CONVERTING, upstream)
 
     def _evaluate(self, model: str, dataset: str, weights: str) -> Parts:
         settings = self._configuration.models[model]
         config = {
             "evaluation": settings.evaluation.model_copy(update={"datasets": [dataset]}),
-            "engine": settings.engine.model_dump(mode="json", exclude=OF_TRAINING),
+            "engine": settings.evaluation_engine.model_dump(mode="json", exclude=OF_TRAINING),
             **_graded_by(self._configuration.reward(model, dataset)),
-            "hardware": settings.hardware.model_dump(mode="json", include={"gpus"}),
+            "hardware": {"gpus": settings.evaluation_gpus},
         }
-        source = "download" if weights == "base" else "export"
-        upstream = {source: (source, {"model": model}), "dataset": ("dataset", {"name": dataset})}
+        if weights == BASE:
+            source = {"download": ("download", {"model": model})}
+        else:
+            source = {"export": ("export", {"model": model, "weights": weights})}
+        upstream = source | {"dataset": ("dataset", {"name": dataset})}
         packages = (*versions.SAMPLING, *versions.GRADING)
         return Parts(config, ["evaluate_model.py", engine_file(settings.engine.kind)], packages, upstream)
 
@@ -297,31 +325,41 @@ class Provenance:
         return Parts({"answers": self._configuration.answers, "rewards": rewards}, ["check_reward.py"], (), {})
 
     def _tables(self) -> Parts:
-        return Parts({}, ["make_tables.py"], versions.STATISTICS, self._evaluations())
+        return Parts(
+            {"compare": self._configuration.compare}, ["make_tables.py"], versions.STATISTICS, self._reported()
+        )
 
     def _plots(self) -> Parts:
-        upstream = self._evaluations() | self._trainings()
-        return Parts({"plots": self._configuration.plots}, ["make_plots.py"], versions.STATISTICS, upstream)
+        config = {"plots": self._configuration.plots, "compare": self._configuration.compare}
+        return Parts(config, ["make_plots.py"], versions.STATISTICS, self._reported())
 
     def _report(self) -> Parts:
         upstream = {"tables": ("tables", {}), "plots": ("plots", {})}
         folder = self._scripts / "milepost/reporting/templates"
         templates = sorted(file.relative_to(self._scripts).as_posix() for file in folder.iterdir())
-        return Parts({}, ["make_report.py", *templates], versions.STATISTICS, upstream)
+        config = {"compare": self._configuration.compare}
+        return Parts(config, ["make_report.py", *templates], versions.STATISTICS, upstream)
 
-    def _trainings(self) -> dict[str, tuple[str, dict[str, str]]]:
-        return {f"train {model}": ("train", {"model": model}) for model in self._configuration.listed}
+    def _training(self, model: str, run: str) -> tuple[str, dict[str, str]]:
+        """A stage's upstream: the run that is trained, or another one that is finished."""
+        return "train", {"model": model, **({} if run == self._configuration.run else {"run": run})}
 
-    def _evaluations(self) -> dict[str, tuple[str, dict[str, str]]]:
-        return {
+    def _reported(self) -> dict[str, tuple[str, dict[str, str]]]:
+        """The evaluations and trainings that tables, plots and report are made from."""
+        evaluations = {
             f"evaluate {model} {dataset} {weights}": (
                 "evaluate",
                 {"model": model, "dataset": dataset, "weights": weights},
             )
-            for model in self._configuration.listed
-            for dataset in self._configuration.models[model].evaluation.datasets
-            for weights in ("base", self._configuration.run)
+            for model, dataset, weights in self._configuration.evaluations
         }
+        trainings = {f"train {model} {run}": self._training(model, run) for model, run in self._configuration.trainings}
+        return evaluations | trainings
+
+
+def _deciding(stage: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a record that decide whether its result is stale."""
+    return scored.deciding(config) if stage == "evaluate" else config
 
 
 def sampler(evaluation: Evaluation, engine: Engine, code: str, packages: dict[str, str]) -> dict[str, Any]:
@@ -352,6 +390,15 @@ def _read(path: Path) -> dict[str, Any] | None:
         made = read_json(path)
         return made if {"key", "inputs", "versions"} <= made["provenance"].keys() else None
     except (UserError, AttributeError, KeyError, TypeError, OSError):
+        return None
+
+
+def _contents(dataset: Dataset, name: str) -> dict[str, str] | None:
+    """The digests of a local set's files by their names; None if they can't be told, as the download will say."""
+    folder = Path(dataset.folder).expanduser()
+    try:
+        return {file: _content(folder / file) for file in files_in_folder(folder, dataset, name)}
+    except (UserError, OSError):
         return None
 
 

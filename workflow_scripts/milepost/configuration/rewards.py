@@ -1,6 +1,6 @@
-"""The keys of a reward: one of the built-in kinds, a function of the user's own, or a weighted sum of such parts.
+"""The keys of a reward: a built-in kind, a user's function, or a weighted sum of such parts.
 
-A model has one reward (``reward``); a data set may name its own, which takes its place.
+A model has one reward (``reward``); a data set's own reward replaces it for that set.
 """
 
 import re
@@ -26,7 +26,7 @@ class Function(NamedTuple):
 
     @property
     def path(self) -> Path:
-        """The file, seen from where Snakemake runs."""
+        """The file's path, relative to where Snakemake runs."""
         return Path(self.file).expanduser().absolute()
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ class Rule(Section):
         return Function(**FUNCTION.fullmatch(self.function).groupdict())
 
     def _refuse(self, keys: tuple[str, ...], owner: str) -> None:
-        """A `ValueError` for the first of ``keys`` that is not as it is by default: only ``owner`` reads it."""
+        """Raise a `ValueError` for the first of ``keys`` that differs from its default: only ``owner`` reads it."""
         for key in keys:
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} is for {owner} alone: remove it here")
@@ -96,7 +96,7 @@ class Part(Rule):
 
 
 class Reward(Rule):
-    """What a response earns; kind math where nothing else is given."""
+    """How responses are graded; by default the kind math."""
 
     sum: Annotated[list[Part], Field(min_length=1)] | None = Field(
         None, description="weighted parts, such as [{kind: math}, {function: my_rewards.py:brief, weight: 0.1}]"
@@ -137,17 +137,17 @@ class Reward(Rule):
 
     @property
     def parts(self) -> list[Part]:
-        """The rules that it adds up: of a reward that is no sum one, of weight 1."""
+        """The parts of the sum; a reward that is not a sum is its only part, with weight 1."""
         return self.sum or [Part(**{name: getattr(self, name) for name in Rule.model_fields})]
 
     @property
     def functions(self) -> list[Function]:
-        """The user's functions that it calls."""
+        """The users' functions in it."""
         return [rule.where for rule in (self, *(self.sum or ())) if rule.function]
 
     @property
     def labels(self) -> Labels:
-        """How labels are read, as `common.labels.READERS` names it: as the strictest part wants them."""
+        """How to read labels, a name in `common.labels.READERS`: as its strictest part needs them."""
         kinds = {part.kind for part in self.parts}
         return next((kind for kind in ("math", "choice", "exact") if kind in kinds), "any")
 

@@ -13,6 +13,7 @@ from milepost.common.errors import UserError
 from milepost.common.files import read_json, write_json
 from milepost.configuration import staleness
 from milepost.configuration.code import digest
+from milepost.configuration.weights import BEST, LAST
 
 # A change of these settings continues a run: its length, checkpoints, validation, logs, and what only saves memory.
 # After an out-of-memory error nobody wants to lose the rollouts so far.
@@ -58,7 +59,7 @@ def made_by(folder: Path) -> list[dict[str, Any]]:
 
 
 def identity(job: dict[str, Any]) -> dict[str, Any]:
-    """What a run and a job must share for the job to continue it: settings that decide numbers, and inputs."""
+    """What a run and a job must have in common for the job to continue it: settings that decide numbers, and inputs."""
     return {
         "config": {
             section: _deciding(section, content)
@@ -79,6 +80,42 @@ def _deciding(section: str, content: dict[str, Any]) -> dict[str, Any]:
 def rollouts(folder: Path) -> int:
     """The number of rollouts in the newest checkpoint of a run."""
     return max((int(found[1]) for path in folder.glob("*") if (found := CHECKPOINT.fullmatch(path.name))), default=0)
+
+
+def checkpoint_name(run: Path, facts: dict[str, Any], checkpoint: str) -> str:
+    """The folder of a finished run's checkpoint.
+
+    Args:
+        run: the run's folder.
+        facts: of the training's manifest.
+        checkpoint: ``last``, ``best`` or the number of rollouts (`weights.checkpoint_of`).
+    """
+    if checkpoint == LAST:
+        return facts["weights"].partition("/")[0]
+    best = (facts.get("best") or {}).get("checkpoint")
+    if checkpoint == BEST and best is None:
+        raise UserError(f"{run}: has no best checkpoint, since none was validated: export the last")
+    name = best if checkpoint == BEST else f"checkpoint-{checkpoint}"
+    if not (run / name / "manifest.json").is_file():
+        kept = sorted(path.name for path in run.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name))
+        raise UserError(
+            f"{run}: has no {name}, only {', '.join(kept)}: name one of these;"
+            " a training with a higher training.keep_checkpoints keeps more"
+        )
+    return name
+
+
+def require_same_start(manifest: Path, provenance: dict[str, Any], download: str | None) -> None:
+    """Refuse (`UserError`) weights of a ``manifest`` that was made from another download than the one of this digest.
+
+    The tokenizer and the vision tower of an export are the download's.
+    """
+    then = provenance.get("inputs", {}).get("download")
+    if then and download and then != download:
+        raise UserError(
+            f"{manifest}: made from other starting weights than the model's source has now: set the source back to"
+            " those, or train again"
+        )
 
 
 def _goes_on(folder: Path, job: dict[str, Any]) -> bool:

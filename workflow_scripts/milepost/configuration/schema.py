@@ -11,14 +11,16 @@ Other modules import every section from here:
     training.py     layout, algorithm, optimizer, rollouts, sampling, validation
     machine.py      hardware, engine, conversion
     evaluation.py   scores, plots
+    weights.py      the names of weights: runs, checkpoints
 """
 
 import os
+from math import gcd
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from milepost.configuration.evaluation import Evaluation, Plots
+from milepost.configuration.evaluation import Evaluation, Export, Plots
 from milepost.configuration.machine import OWN_SERVER_ARGUMENTS, Conversion, Engine, Hardware, Speculation
 from milepost.configuration.rewards import Reward
 from milepost.configuration.section import NAME, EachOnce, Name, Section
@@ -38,12 +40,13 @@ from milepost.configuration.training import (
     Training,
     Validation,
 )
+from milepost.configuration.weights import ModelWeights, RunName, RunWeights
 
 __all__ = [
     "NAME", "OWN_SERVER_ARGUMENTS", "Advantage", "Aggregation", "Algorithm", "Architecture", "Conversion", "Dataset",
-    "Engine", "Evaluation", "Experts", "Hardware", "KlType", "Model", "ModelSource", "Mtp", "Optimizer", "Parallel",
-    "Plots", "PolicyLoss", "Problems", "Recompute", "Reward", "Root", "Sampling", "Section", "Source", "Speculation",
-    "TinyModel", "Training", "Validation", "WarmUp",
+    "Engine", "Evaluation", "Experts", "Export", "Hardware", "KlType", "Model", "ModelSource", "Mtp", "Optimizer",
+    "Parallel", "Plots", "PolicyLoss", "Problems", "Recompute", "Reward", "Root", "Sampling", "Section", "Source",
+    "Speculation", "TinyModel", "Training", "Validation", "WarmUp",
 ]  # fmt: skip
 
 
@@ -65,6 +68,22 @@ class Model(Section):
     experts: Experts = Field(description="how a mixture of experts is trained")
     reward: Reward = Field(Reward(), description="how answers are graded")
     evaluation: Evaluation = Field(description="the final scores")
+    export: Export = Field(Export(), description="which of the run's weights are exported and scored")
+
+    @property
+    def evaluation_gpus(self) -> int:
+        """The GPUs of an evaluation, which need not be a training's."""
+        return self.evaluation.gpus or self.hardware.gpus
+
+    @property
+    def evaluation_engine(self) -> Engine:
+        """The engine as an evaluation lays it out over `evaluation_gpus`."""
+        engine, evaluation = self.engine, self.evaluation
+        if engine.kind == "cpu":
+            return engine
+        shared = evaluation.gpus_per_engine or gcd(engine.gpus_per_engine, self.evaluation_gpus)
+        layout = {"gpus_per_engine": shared, "expert_parallel": gcd(engine.expert_parallel, shared)}
+        return engine.model_copy(update=layout | {"mem_fraction_static": evaluation.mem_fraction_static})
 
     @property
     def uses_mtp(self) -> bool:
@@ -82,12 +101,6 @@ class Model(Section):
         return {*self.training.datasets, *self.scored_sets}
 
 
-def _not_base(name: str) -> str:
-    if name == "base":
-        raise ValueError("'base' is the name of the starting weights: choose another")
-    return name
-
-
 def _without_braces(folder: str) -> str:
     if {"{", "}"} & set(folder):
         raise ValueError("braces mean something else to Snakemake: choose another folder")
@@ -100,8 +113,18 @@ class Root(Section):
     models: Annotated[list[Name], EachOnce] = Field(
         min_length=1, description="the models that download_all ... eval_all and the report cover"
     )
-    run: Annotated[Name, AfterValidator(_not_base)] = Field(
+    run: Annotated[Name, RunName] = Field(
         description="name of the training run; another name keeps the old run's results"
+    )
+    runs: Annotated[list[RunWeights], EachOnce] = Field(
+        [],
+        description="finished runs that tables, plots and report show beside `run`, by name or with a checkpoint"
+        " (first@best): of every listed model that has them",
+    )
+    compare: list[Annotated[list[ModelWeights], Field(min_length=2, max_length=2), EachOnce]] = Field(
+        [],
+        description="further pairs of weights to compare, second minus first: [[9B/first, 9B/grpo], [mine/base,"
+        " 9B/base]]",
     )
     results: Annotated[str, AfterValidator(_without_braces)] = Field(
         description="the folder that all results go to; relative to where Snakemake runs"

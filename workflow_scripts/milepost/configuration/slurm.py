@@ -5,6 +5,8 @@ import subprocess
 from collections.abc import Set
 from dataclasses import dataclass
 
+from milepost.configuration import layout
+from milepost.configuration.memory import asked_gib
 from milepost.configuration.schema import Model
 
 GPUS = re.compile(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)")  # gpu:8 or gpu:h100:8(S:0-1), in a list separated by commas
@@ -42,19 +44,19 @@ def called(partition: str | None) -> str:
 
 def shortcomings(model: Model, stages: Set[str], partition: str | None, nodes: list[Node]) -> list[str]:
     """What the jobs of ``stages`` ask for and no node of ``partition`` has, as phrases that follow the model's name."""
-    hardware, where = model.hardware, f"the nodes of {called(partition)}"
-    is_heavy = bool(HEAVY & stages)
+    hardware, evaluation, where = model.hardware, model.evaluation, f"the nodes of {called(partition)}"
+    alone = stages == {"evaluate"}
+    gpus = "evaluation.gpus" if alone and evaluation.gpus else "hardware.gpus"
+    memory = "evaluation.host_memory_gib" if alone else "hardware.host_memory_gib"
     faults = []
     for wanted, unit, key, has in (
-        (hardware.gpus if is_heavy else 0, "GPUs", "gpus", lambda node: node.gpus),
-        (hardware.host_memory_gib, "GiB of memory", "host_memory_gib", lambda node: node.memory_gib),
-        (hardware.cores if is_heavy else 0, "cores", "cores", lambda node: node.cores),
+        (max(layout.gpus(model, stage) for stage in stages), "GPUs", gpus, lambda node: node.gpus),
+        (max(asked_gib(model, stage) for stage in stages), "GiB of memory", memory, lambda node: node.memory_gib),
+        (hardware.cores if HEAVY & stages else 0, "cores", "hardware.cores", lambda node: node.cores),
     ):
         fitting = [node for node in nodes if has(node) >= wanted]
         if not fitting:
-            faults.append(
-                f"asks for {wanted} {unit} (hardware.{key}), and {where} have at most {max(map(has, nodes)):.0f}"
-            )
+            faults.append(f"asks for {wanted} {unit} ({key}), and {where} have at most {max(map(has, nodes)):.0f}")
         elif len(fitting) < len(nodes):  # one node must have all of it
             nodes, where = fitting, f"{where} with {wanted} {unit}"
     return faults

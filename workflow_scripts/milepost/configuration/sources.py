@@ -1,11 +1,11 @@
 """Where models and problem sets come from, and the shape that a model must have."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
 from milepost.configuration.rewards import Reward
-from milepost.configuration.section import NonNegative, Section, Share
+from milepost.configuration.section import EachOnce, NonNegative, Section, Share
 
 
 class Source(Section):
@@ -75,29 +75,117 @@ class Problems(Section):
     rows: PositiveInt = Field(description="number of problems")
 
 
+class Choices(Section):
+    """Where a row has the choices of a question. Each question asks them in an order of its own."""
+
+    right: str = Field(description="key of the right choice")
+    wrong: Annotated[list[str], EachOnce] = Field(
+        min_length=1, description="keys of the wrong choices, each of one choice or of a list of them"
+    )
+    seed: int = Field(0, description="seed of their order, and so of the letter that is the label")
+
+
+def _value_or_values(wanted: Any) -> Any:
+    values = wanted if isinstance(wanted, list) else [wanted]
+    if not values or not all(isinstance(value, bool | int | float | str) for value in values):
+        raise ValueError("text, a number, true or false is expected, or a list of these")
+    return wanted
+
+
+Value = bool | int | float | str
+Filter = dict[str, Annotated[Value | list[Value], BeforeValidator(_value_or_values)]]
+COUNT_OR_PART = "a number of rows is expected, or a part like 0:5000, 5000: or :5000"
+
+
+def _count_or_part(rows: int | str) -> int | str:
+    """A positive number, or ``start:end`` with either left out; text, since YAML reads some as a number."""
+    if isinstance(rows, int):
+        valid = rows > 0
+    else:
+        start, colon, end = rows.partition(":")
+        digits = all(part.isdecimal() for part in (start, end) if part)
+        valid = bool(colon) and digits and bool(start or end) and (not end or int(start or 0) < int(end))
+    if not valid:
+        raise ValueError(COUNT_OR_PART)
+    return rows
+
+
 class Dataset(Source):
     """Where a problem set comes from, and how its rows read."""
 
     places = ("repo", "folder", "problems")
     problems: Problems | None = Field(None, description="make a problem set instead of downloading one")
-    file: str = Field(description="the JSON-lines file within the source")
+    file: str | list[str] | None = Field(
+        None,
+        description="its file, or files, within the source: names or patterns like data/train-*.parquet, read in the"
+        " order of their names; .jsonl, .json, .parquet, .csv or .tsv, each also with .gz",
+    )
+    subset: str | None = Field(None, description="instead of `file`: the subset (configuration) of a Hub data set")
+    split: str | None = Field(None, description="instead of `file`: the split, such as train or test")
     prompt_key: str = Field(
-        "prompt", description="key of a row's chat, which is a list of messages that ends with the user's"
+        "prompt",
+        description="key of a row's prompt: a chat that ends with the user's message, or plain text; dots step into"
+        " objects and lists: `data.prompt`, `turns.0`",
     )
     label_key: str = Field(
-        "label", description="key of a row's answer, text or a number; a reward of your own may need none"
+        "label",
+        description="key of a row's answer, text or a number, such as `reward_model.ground_truth`; a reward of your own"
+        " may need none",
+    )
+    label_after: str | None = Field(
+        None, min_length=1, description="the answer is what follows the last of this text in the label, such as ####"
+    )
+    choices: Choices | None = Field(
+        None, description="for multiple choice: ask with lettered choices; the label is the letter of the right one"
+    )
+    system: str | None = Field(
+        None, min_length=1, description="system message; a chat that has one of its own keeps that instead"
     )
     instruction: str | None = Field(
         None,
         description="added to every prompt; where the reward reads boxes, only to those that do not ask for a \\boxed"
         " answer themselves",
     )
+    filter: Filter = Field(
+        {}, description="use only rows with this value, or one of these, at each key: {level: [4, 5], source: aime}"
+    )
     reward: Reward | None = Field(None, description="grades this set's responses, in place of the model's")
-    rows: PositiveInt | None = Field(None, description="the number of rows that the file must have; none accepts any")
-    unique_prompts: bool = Field(False, description="refuse the file if a prompt repeats")
+    rows: Annotated[int | str, AfterValidator(_count_or_part)] | None = Field(
+        None,
+        description="the number of rows that there must be; or the part to use, counted from 0 without its end:"
+        " 0:5000, 5000:. Both count the rows that pass the filter",
+    )
+    unique_prompts: bool = Field(False, description="refuse the set if a prompt repeats")
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = Field(
         0.01, description="share of bad rows up to which a training set is used without them, and above which refused"
     )
+
+    @model_validator(mode="after")
+    def _files_are_named_once(self) -> Self:
+        if self.file is not None and (self.split or self.subset):
+            raise ValueError("file and split (or subset) exclude each other: give the file, or let the split name it")
+        if self.file == []:
+            raise ValueError("file is an empty list: name at least one")
+        if self.problems and not isinstance(self.file, str):
+            raise ValueError("file is missing: name the file that the made problems are written to, like sums.jsonl")
+        return self
+
+    @model_validator(mode="after")
+    def _one_label(self) -> Self:
+        if self.choices and (self.label_key != "label" or self.label_after is not None):
+            raise ValueError("choices give the label: leave out label_key and label_after")
+        return self
+
+    @property
+    def count(self) -> int | None:
+        """The number of usable rows that there must be; None if any will do."""
+        return self.rows if isinstance(self.rows, int) else None
+
+    @property
+    def part(self) -> tuple[int, int | None]:
+        """The rows to use of those that pass the filter: the first, from 0, and the one after the last."""
+        start, _, end = (self.rows if isinstance(self.rows, str) else ":").partition(":")
+        return int(start or 0), int(end) if end else None
 
     @property
     def script(self) -> str:

@@ -40,7 +40,7 @@ def missing_files(path: Path, made: dict[str, Any]) -> list[str]:
 
 
 def few(texts: Iterable[str], separator: str) -> str:
-    """The first of many, and how many more there are."""
+    """The first few texts, and the number of the others."""
     texts = list(texts)
     shown = texts if len(texts) <= LISTED else [*texts[: LISTED - 1], f"{len(texts) - LISTED + 1} more"]
     return separator.join(shown)

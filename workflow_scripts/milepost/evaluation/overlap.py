@@ -5,7 +5,8 @@ import unicodedata
 from collections.abc import Sequence
 
 from milepost.checkpoints.manifest import Manifest
-from milepost.common.problems import Problem, read_problems
+from milepost.configuration.schema import Dataset
+from milepost.problems.loading import Problem, read_problems
 
 FEWEST_CHARACTERS = 30  # shorter questions are not compared without their set's common text
 LINES = 5  # the most lines to list
@@ -17,10 +18,11 @@ def overlap(training: Manifest, scored: Manifest) -> str | None:
     Prompts are compared by the user's last message, ignoring spacing, case and compatibility characters, both whole and
     without the text that all prompts of a set start or end with, such as an instruction.
     """
-    lines = {key: problem.line for problem, keys in reversed(_keys(training)) for key in keys}
+    trained = _keys(training)
+    first = {key: number for number, (_, keys) in reversed([*enumerate(trained)]) for key in keys}
     problems = _keys(scored)
-    found = [(problem.line, [lines[key] for key in keys & lines.keys()]) for problem, keys in problems]
-    shared = [f"line {line} is line {min(there)}" for line, there in found if there]
+    found = [(problem.place, [first[key] for key in keys & first.keys()]) for problem, keys in problems]
+    shared = [f"{place} is {trained[min(there)][0].place}" for place, there in found if there]
     if not shared:
         return None
     named = ", ".join([*shared[:LINES], *(["..."] if len(shared) > LINES else [])])
@@ -32,9 +34,8 @@ def overlap(training: Manifest, scored: Manifest) -> str | None:
 
 def _keys(data: Manifest) -> list[tuple[Problem, set[str]]]:
     """The problems of a data set, and what each question is recognised by."""
-    problems, _ = read_problems(
-        data.root / data.facts["file"], data.facts["prompt_key"], data.facts["label_key"], "any"
-    )
+    settings = Dataset.model_validate(data.provenance["config"]["dataset"])
+    problems = read_problems(data.root, sorted(data.files), settings, "any").problems
     questions = [_words(problem.messages[-1]["content"]) for problem in problems]
     bare = _without_template(questions) if len(problems) > 1 else questions
     return [

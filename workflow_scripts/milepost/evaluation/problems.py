@@ -1,8 +1,8 @@
 """Load the problems of a data set from its manifest."""
 
 from milepost.checkpoints.manifest import Manifest
-from milepost.common.problems import Problem, load_problem_set
 from milepost.configuration.schema import Dataset
+from milepost.problems.loading import Problem, load_problem_set
 
 
 def load_problems(data: Manifest, labels: str = "math") -> list[Problem]:
@@ -12,7 +12,5 @@ def load_problems(data: Manifest, labels: str = "math") -> list[Problem]:
     different score. So are a number of rows other than the configured one and, if configured, repeated prompts.
     """
     data.require(digests=True)
-    file = data.root / data.facts["file"]
     settings = Dataset.model_validate(data.provenance["config"]["dataset"])
-    problems, _ = load_problem_set(file, settings, labels, max_bad_share=0.0)
-    return problems
+    return load_problem_set(data.root, sorted(data.files), settings, labels, max_bad_share=0.0).problems

@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from milepost.common.errors import UserError
 from milepost.common.files import atomic_write, json_line
-from milepost.common.problems import Problem
 from milepost.configuration.schema import Evaluation
+from milepost.problems.loading import Problem
 from milepost.rollout.engine import Completion, Request, RolloutEngine, SamplingParams, request_seed
 from milepost.rollout.prompts import decode, encode_prompt
 
@@ -215,7 +215,10 @@ class _Sampler:
             print(f"{self.file.path}: an engine worker failed: sampling the batch again", file=sys.stderr)
             self.file.settle(self.file.samples)
             self.progress.update(-len(drawn))
-        raise UserError(f"{self.file.path}: the engine failed in each of {TRIES} attempts at a batch: see its log")
+        raise UserError(
+            f"{self.file.path}: the engine failed in each of {TRIES} attempts at a batch: look for the cause in the"
+            " engine's log, and run again; complete samples are kept"
+        )
 
     def _draw_once(self, batch: list[tuple[int, int]]) -> list[Sample]:
         requests = [Request(self.prompts[index[0]], request_seed(self.seed, *index)) for index in batch]

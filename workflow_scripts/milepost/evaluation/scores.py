@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from milepost.common.problems import Problem
 from milepost.configuration.schema import Evaluation
 from milepost.evaluation.estimators import correct_counts, majority, mean_with_error, pass_at
 from milepost.evaluation.sampling import Sample, SampleFile, origin_of, prompts_digest, sample_problems
+from milepost.problems.loading import Problem
 from milepost.rewards.base import NO_THINK_END, Response, Verdict
 from milepost.rewards.grader import Grader
 from milepost.rollout.engine import RolloutEngine

@@ -1,6 +1,6 @@
 """Advantages by name: how much better a response is than the others to the same prompt.
 
-A new one is a function ``(rewards (G, n), settings) -> (G, n)`` here, with its name in `ADVANTAGES` and in
+To add one, write a function ``(rewards (G, n), settings) -> (G, n)`` here and add its name to `ADVANTAGES` and to
 `configuration.training.Advantage`.
 """
 
@@ -15,12 +15,11 @@ def grpo(rewards: Tensor, algorithm: Algorithm) -> Tensor:
     """Advantages of GRPO (Shao et al. 2024, arXiv 2402.03300, eq. 4): ``(r - mean) / (std + epsilon)`` in a group.
 
     Args:
-        rewards: (G, n) one row a prompt, one column a sample; n of at least 2.
+        rewards: (G, n) one row per prompt, one column per sample; n is at least 2.
         algorithm: ``std_epsilon`` is added to the unbiased standard deviation.
 
     Returns:
-        (G, n); exact zeros for a group whose rewards are all equal, which says nothing about its answers, whatever
-        rounding does to its mean.
+        (G, n); exactly 0 in a group of equal rewards, even if their mean is rounded.
     """
     mean = rewards.mean(dim=1, keepdim=True)
     std = rewards.std(dim=1, keepdim=True)  # unbiased
@@ -32,5 +31,5 @@ ADVANTAGES: dict[str, Callable[[Tensor, Algorithm], Tensor]] = {"grpo": grpo}
 
 
 def has_spread(rewards: Tensor) -> Tensor:
-    """Which groups of ``rewards`` (G, n) hold at least two different rewards: booleans (G,)."""
+    """Whether each group of ``rewards`` (G, n) has at least two different rewards: booleans (G,)."""
     return rewards.amax(dim=1) > rewards.amin(dim=1)

@@ -1,15 +1,15 @@
-"""Aggregations by name: what one token weighs in the loss of an optimizer step.
+"""Aggregations by name: the weight of one token in the loss of an optimizer step.
 
-A new one is a function ``(response_length, responses, tokens) -> weight`` here, with its name in `AGGREGATIONS` and in
-`configuration.training.Aggregation`. Its arguments count tokens of the token's own response, and responses and response
-tokens of the whole step over all ranks, so that a step weighs the same however it is packed.
+To add one, write a function ``(response_length, responses, tokens) -> weight`` here and add its name to `AGGREGATIONS`
+and to `configuration.training.Aggregation`. Its arguments are the tokens of the token's own response, and the responses
+and response tokens of the whole step over all ranks, so that packing does not change the weights.
 """
 
 from collections.abc import Callable
 
 
 def mean_of_response_means(response_length: int, responses: int, tokens: int) -> float:
-    """GRPO's own: the mean over responses of the mean over each one's tokens."""
+    """GRPO's: the mean over responses of each response's mean over its tokens."""
     return 1.0 / (response_length * responses)
 
 

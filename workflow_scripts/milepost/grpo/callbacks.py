@@ -1,4 +1,4 @@
-"""What hangs on the training loop: rank 0's validation and logs, and the checkpoints, which every rank writes."""
+"""Callbacks of the training loop: validation and logs on rank 0, and checkpoints, which every rank writes."""
 
 import time
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from milepost.grpo.samples import Rollout, statistics
 from milepost.grpo.settings import Settings
 from milepost.rollout.prompts import decode
 
-KEPT_GROUPS = 2  # prompts of every rollout whose samples are kept to read
-FIRST_ROLLOUTS = 3  # after which a warning says if all rewards were equal
+KEPT_GROUPS = 2  # prompts per rollout whose samples go to samples.jsonl
+FIRST_ROLLOUTS = 3  # warn after these if all rewards were equal
 ALARMING_LOG_PROB_DIFF = 0.1  # mean |trainer - engine|; rounding to bf16 explains a few hundredths
 
 
@@ -29,11 +29,11 @@ class Validation:
     def __init__(
         self, interval: int, evaluate: Callable[[int], dict[str, float]], log: RunLog, interrupts: Interrupts
     ) -> None:
-        """``evaluate`` takes the number of rollouts so far and returns metrics."""
+        """``evaluate`` takes the number of finished rollouts and returns metrics."""
         self.interval, self.evaluate, self.log, self.interrupts = interval, evaluate, log, interrupts
 
     def run_if_due(self, progress: Progress) -> None:
-        """Evaluate, unless these weights have a score or it is not their turn."""
+        """Evaluate these weights if it is due and they have no score yet."""
         if not progress.validation_due(self.interval):
             return
         began = time.perf_counter()
@@ -47,20 +47,20 @@ class Validation:
 
 
 class Logs:
-    """Reports every rollout: metrics, some samples to read, the progress bar, and warnings."""
+    """Logs every rollout: metrics, a few samples, the progress bar, and warnings."""
 
     def __init__(self, settings: Settings, log: RunLog, bar: tqdm, tokenizer: PreTrainedTokenizerBase) -> None:
         self.training, self.log, self.bar, self.tokenizer = settings.training, log, bar, tokenizer
 
     def drawn(self, number: int, rollout: Rollout) -> None:
-        """Keep the samples of the first prompts, before anything is learned from them."""
+        """Log the samples of the first prompts, before training on them."""
         for sample in rollout.samples[: KEPT_GROUPS * self.training.samples_per_prompt]:
             self.log.sample(sample.row(number, decode(self.tokenizer, sample.prompt.ids)))
 
     def learned(
         self, progress: Progress, rollout: Rollout, metrics: dict[str, float], seconds: dict[str, float]
     ) -> None:
-        """Log a rollout that has been learned from; ``metrics`` and ``seconds`` (by phase) are of the learning."""
+        """Log a rollout after training on it; ``metrics`` and ``seconds`` (by phase) are the training's."""
         phases = {name: rollout.seconds.get(name, 0.0) + seconds.get(name, 0.0) for name in rollout.seconds | seconds}
         total = sum(phases.values())
         rates = {"tokens_per_second": rollout.tokens / total, "seconds_step": total}
@@ -76,15 +76,16 @@ class Logs:
         if metrics.get("log_prob_diff", 0.0) > ALARMING_LOG_PROB_DIFF:
             warn(
                 f"rollout {progress.rollout}: the log-probs of engine and trainer differ by"
-                f" {metrics['log_prob_diff']:.3f} on average: they no longer compute the same model"
+                f" {metrics['log_prob_diff']:.3f} on average: they no longer compute the same model; stop the run and"
+                " check it with engine.check_weights: true"
             )
 
 
 class Checkpoints:
-    """Saves the run when it is due; keeps the last checkpoints and the best one.
+    """Saves the run when it is due; keeps the last few checkpoints and the best one.
 
     Attributes:
-        last: the checkpoint that the run goes on from, or the last one that was saved.
+        last: the checkpoint that was saved last, at first the one that the run resumed from.
     """
 
     def __init__(
@@ -92,16 +93,16 @@ class Checkpoints:
     ) -> None:
         self.work, self.training, self.provenance = work, settings.training, provenance
         self.last = last
-        self._saved = _state_of(progress)  # to begin with there is nothing to lose
+        self._saved = _state_of(progress)  # nothing to save until the state changes
 
     def due(self, progress: Progress, ends: bool) -> bool:
-        """Whether to save now; ``ends``: the run ends here."""
+        """Whether to save now; ``ends`` says that the run ends here."""
         rollout = progress.rollout
         in_turn = rollout > 0 and (rollout % self.training.save_interval == 0 or rollout >= self.training.rollouts)
         return _state_of(progress) != self._saved and (ends or in_turn)
 
     def save(self, progress: Progress, model: nn.Module, optimizer: Optimizer, log: RunLog | None) -> None:
-        """Save the run state and remove what is no longer kept; every rank calls this, rank 0 with its ``log``."""
+        """Save the run state and delete old checkpoints; every rank calls this, rank 0 with its ``log``."""
         if log:
             progress.log_bytes = log.sync()
         optimizer.wake(weights_only=True)

@@ -14,10 +14,10 @@ from milepost.qwen3_5.experts import is_expert
 
 
 class CpuAdam:
-    """Adam with decoupled weight decay on fp32 copies; `grpo.optimizer.Optimizer` says what each call does.
+    """AdamW on fp32 master weights; `grpo.optimizer.Optimizer` documents the methods.
 
-    A weight that is fp32 already is its own copy. Losses are normalised over the whole step before they get here, so
-    gradients are summed, never averaged.
+    An fp32 weight is its own master. Gradients are summed, never averaged, since the loss is already normalized over
+    the whole step.
     """
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
@@ -45,7 +45,7 @@ class CpuAdam:
         )
 
     def _decay_groups(self) -> list[tuple[list[str], float]]:
-        """Megatron's rule: biases and everything with one dimension are left alone by the weight decay."""
+        """Megatron's rule: no weight decay for biases and one-dimensional weights."""
         exempt = [name for name, p in self.parameters.items() if p.dim() == 1 or name.endswith(".bias")]
         decayed = [name for name in self.parameters if name not in set(exempt)]
         return [(decayed, self.settings.weight_decay), (exempt, 0.0)]
@@ -80,7 +80,7 @@ class CpuAdam:
         return norm
 
     def _gradient_norm(self) -> float:
-        """The 2-norm over all weights of the whole model, one that several ranks hold counted once."""
+        """The 2-norm over all weights of the model; a weight that several ranks hold counts once."""
         squares = {of_experts: torch.zeros((), dtype=torch.float64) for of_experts in (False, True)}
         for name, parameter in self.parameters.items():
             if _counts_here(parameter):
@@ -113,7 +113,7 @@ class CpuAdam:
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
-    """The fp32 weight that Adam updates; it shares the memory of a weight that is fp32."""
+    """The fp32 weight that Adam updates; shares the memory of an fp32 ``parameter``."""
     return nn.Parameter(parameter.detach().float())
 
 
@@ -135,7 +135,7 @@ def _accumulate_into(gradient: Tensor):
 
 
 def _counts_here(parameter: nn.Parameter) -> bool:
-    """Whether this rank's copy stands for the weight in the norm: a shard always does, of replicas the first."""
+    """Whether this rank's copy counts in the norm: every shard does, and the first of several replicas."""
     if getattr(parameter, "tensor_model_parallel", False):
         return True
     rank = (

@@ -1,6 +1,6 @@
-"""The prompts of a run: read strictly, each set shuffled once an epoch of its own, and the sets mixed.
+"""The prompts of a run: validated, shuffled every epoch set by set, and mixed if there are several sets.
 
-What was handed out is part of the run state (`PromptCursor.state`), so a resumed run goes on with the very next prompt.
+The cursor's position is part of the run state (`PromptCursor.state`), so a resumed run continues at the next prompt.
 """
 
 import random
@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from milepost.checkpoints.manifest import Manifest
 from milepost.common.errors import UserError
-from milepost.common.problems import load_problem_set
 from milepost.configuration.schema import Dataset, Sampling
+from milepost.problems.loading import load_problem_set
 from milepost.rollout.prompts import encode_prompt
 
 
@@ -23,11 +23,11 @@ class Prompt:
 
     Attributes:
         dataset: the name of its set.
-        line: where it stands in the file, from 1.
+        line: its line in the file, from 1.
         ids: its chat as token ids.
-        label: the answer that earns the reward; None where the reward needs none.
+        label: the answer that earns the reward; None if the reward needs none.
         messages: its chat, for the reward.
-        row: the data set's whole row, for the reward.
+        row: its whole row of the data set, for the reward.
     """
 
     dataset: str
@@ -40,14 +40,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Intake:
-    """How many rows a data set gave, and how many were set aside for what reason."""
+    """How many rows of a data set are used, and how many are skipped and why."""
 
     used: int
     bad: int
     too_long: int
 
     def __str__(self) -> str:
-        return f"{self.used} prompts ({self.bad} bad rows and {self.too_long} too long prompts set aside)"
+        return f"{self.used} prompts ({self.bad} bad rows and {self.too_long} too long prompts skipped)"
 
 
 def load_prompts(
@@ -55,13 +55,12 @@ def load_prompts(
 ) -> tuple[list[Prompt], Intake]:
     """Read and encode the problems of the data set ``name``, their labels as ``labels`` says (`common.labels.READERS`).
 
-    Rows that are no problem and prompts of more than ``sampling.max_prompt_tokens`` tokens are set aside and counted.
-    A larger share of bad rows than the data set's ``max_bad_share``, another number of rows than it names, or no usable
-    row is a `UserError`.
+    Bad rows and prompts of more than ``sampling.max_prompt_tokens`` tokens are skipped and counted. More bad rows than
+    the data set's ``max_bad_share`` allows, another number of rows than its ``rows``, or no usable row is a
+    `UserError`.
     """
-    file = data.root / data.facts["file"]
     settings = Dataset.model_validate(data.provenance["config"]["dataset"])
-    problems, bad = load_problem_set(file, settings, labels)
+    found = load_problem_set(data.root, sorted(data.files), settings, labels)
     encoded = [
         Prompt(
             dataset=name,
@@ -71,18 +70,18 @@ def load_prompts(
             messages=problem.messages,
             row=problem.row,
         )
-        for problem in problems
+        for problem in found.problems
     ]
     prompts = [prompt for prompt in encoded if len(prompt.ids) <= sampling.max_prompt_tokens]
     if not prompts:
         raise UserError(
-            f"{file}: every prompt is longer than sampling.max_prompt_tokens {sampling.max_prompt_tokens}: raise it"
+            f"{name}: every prompt is longer than sampling.max_prompt_tokens {sampling.max_prompt_tokens}: raise it"
         )
-    return prompts, Intake(used=len(prompts), bad=len(bad), too_long=len(encoded) - len(prompts))
+    return prompts, Intake(used=len(prompts), bad=len(found.bad), too_long=len(encoded) - len(prompts))
 
 
 class PromptSet:
-    """The prompts of one data set: each is handed out once an epoch, in an order that seed and epoch decide."""
+    """The prompts of one data set: each is drawn once per epoch, in an order that depends on seed and epoch."""
 
     def __init__(self, prompts: list[Prompt], seed: str) -> None:
         self.prompts, self.seed = prompts, seed
@@ -90,11 +89,11 @@ class PromptSet:
 
     @property
     def taken(self) -> int:
-        """How many prompts were handed out in all epochs so far."""
+        """The number of prompts drawn so far, over all epochs."""
         return self.epoch * len(self.prompts) + self.position
 
     def take(self) -> Prompt:
-        """The next prompt; after the last one of an epoch a new one begins."""
+        """The next prompt; after the last one a new epoch begins."""
         if self.position == len(self.prompts):
             self.go_to(self.epoch + 1, position=0)
         self.position += 1
@@ -108,17 +107,17 @@ class PromptSet:
 
 
 class PromptCursor:
-    """Hands out the prompts of one set, or of several in fixed shares.
+    """Draws the prompts of one set, or of several sets in fixed shares.
 
-    The next prompt comes from the set that is furthest behind its share, so that every rollout holds the shares as
-    closely as whole prompts can, and the order depends on nothing but the seed.
+    The next prompt comes from the set that is furthest behind its share, so every rollout matches the shares as closely
+    as whole prompts can. The order depends only on the seed.
     """
 
     def __init__(self, sets: Mapping[str, list[Prompt]], seed: int, weights: Sequence[float] | None = None) -> None:
-        """``weights`` are relative to each other, one for each set; None takes the numbers of prompts."""
+        """``weights`` are relative, one per set; None weights the sets by their numbers of prompts."""
         weights = weights or [len(prompts) for prompts in sets.values()]
         self._shares = {name: weight / sum(weights) for name, weight in zip(sets, weights, strict=True)}
-        # Sets of equal size must not run through the same order.
+        # Sets of equal size must not be shuffled in the same way.
         seeds = [f"{seed}/{place}" if place else str(seed) for place in range(len(sets))]
         self._sets = {name: PromptSet(sets[name], own) for name, own in zip(sets, seeds, strict=True)}
 
@@ -127,14 +126,14 @@ class PromptCursor:
         return [self._next_set().take() for _ in range(number)]
 
     def state(self) -> dict[str, dict[str, int]]:
-        """For each set: the epoch, its prompts handed out in that epoch, and how many prompts it has."""
+        """For each set its epoch, its position within that epoch, and its number of prompts."""
         return {
             name: {"epoch": one.epoch, "position": one.position, "prompts": len(one.prompts)}
             for name, one in self._sets.items()
         }
 
     def restore(self, state: Mapping[str, Mapping[str, int]]) -> None:
-        """Go to where ``state`` was taken; `UserError` if it was taken from other data."""
+        """Continue from what `state` returned; another number of prompts is a `UserError`."""
         for name, one in self._sets.items():
             before = state[name]["prompts"]
             if before != len(one.prompts):

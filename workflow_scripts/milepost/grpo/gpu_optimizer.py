@@ -1,9 +1,9 @@
 """The optimizer on GPUs: Megatron-Core's DistributedDataParallel and DistributedOptimizer.
 
-Gradients are accumulated and reduce-scattered in fp32; master weights and Adam's moments are shared out over the
-data-parallel ranks. With ``cpu_offload`` both live on the CPU and Adam runs there, while copies go both ways
-(`grpo.offloaded_adam`). The DistributedOptimizer's precision-aware mode hands over the fp32 gradients of bf16 weights
-as they are, so that no master copy stays on the GPU; moments are fp32: narrower ones need Transformer Engine's Adam.
+Gradients are accumulated and reduce-scattered in fp32; master weights and Adam's moments are sharded over the
+data-parallel ranks. With ``cpu_offload`` both are on the CPU, where Adam runs while copies go both ways
+(`grpo.offloaded_adam`). The DistributedOptimizer's precision-aware mode then passes on the fp32 gradients of bf16
+weights unchanged, and keeps no master weights on the GPU. Moments are fp32: narrower ones need Transformer Engine.
 """
 
 import copy
@@ -29,9 +29,9 @@ STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 class GpuAdam:
-    """Adam with decoupled weight decay; `grpo.optimizer.Optimizer` says what each call does.
+    """AdamW on sharded states; `grpo.optimizer.Optimizer` documents the methods.
 
-    The weights of ``model`` move into one buffer a type, of which they stay views.
+    The weights of ``model`` become views of one buffer per dtype.
     """
 
     def __init__(self, model: Qwen3_5, settings: Settings, stay: bool) -> None:
@@ -40,7 +40,7 @@ class GpuAdam:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         reduction = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
         config = copy.copy(model.config)
-        config.calculate_per_token_loss = True  # sum gradients, never average: losses are normalised already
+        config.calculate_per_token_loss = True  # sum gradients, never average: the loss is already normalized
         layout = DistributedOptimizer.compute_full_param_layout(
             list(self.parameters.values()),
             None,
@@ -49,7 +49,7 @@ class GpuAdam:
             expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_group().size(),
         )
         self.buffered = DistributedDataParallel(config, reduction, model, full_param_layout=layout)
-        with torch.no_grad():  # its shards of fp32 weights are plain views then
+        with torch.no_grad():  # makes its shards of fp32 weights plain views
             self.optimizer = get_megatron_optimizer(
                 _config(settings, model.config.params_dtype), [self.buffered], use_gloo_process_groups=False
             )
@@ -57,10 +57,12 @@ class GpuAdam:
             for part in self.optimizer.chained_optimizers:
                 part.optimizer = OffloadedAdam(part.optimizer.param_groups, settings)
         else:
-            for group in self.optimizer.param_groups:  # torch's default needs temporaries as large as the weights
+            for (
+                group
+            ) in self.optimizer.param_groups:  # foreach, torch's default, needs temporaries of the weights' size
                 group["fused"], group["foreach"] = True, False
         self._memory = ParkedMemory()
-        torch.cuda.empty_cache()  # where the weights were
+        torch.cuda.empty_cache()  # free the weights' previous memory
 
     def zero_grad(self) -> None:
         self.buffered.zero_grad_buffer()
@@ -80,7 +82,7 @@ class GpuAdam:
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = learning_rate, self.settings.weight_decay * group["wd_mult"]
         if self.stay and not any(master in states for _, master, states in self._slots()):
-            # The first step makes the moments. In memory that activations have left they would keep all of it.
+            # The first step allocates the moments; inside cached blocks they would keep whole blocks from being freed.
             torch.cuda.empty_cache()
         self.optimizer.step_with_ready_grads()
         return norm
@@ -99,7 +101,7 @@ class GpuAdam:
         self.buffered.offload_grad_buffers(empty_cache=False)
         if not self.stay:
             self._memory.park(self._movable_state())
-            if weights:  # where Adam runs on the CPU the host has them already, in fp32
+            if weights:  # with cpu_offload the host has them already, in fp32
                 self._memory.park(self._weight_buffers(), keep=not self.settings.cpu_offload)
         torch.cuda.empty_cache()
         dist.barrier()
@@ -117,12 +119,12 @@ class GpuAdam:
         return [buffer.param_data for buffer in self.buffered.buffers + self.buffered.expert_parallel_buffers]
 
     def _movable_state(self) -> list[Tensor]:
-        """What of the state is on the GPU in memory of its own; an fp32 weight is its own master."""
+        """The states on the GPU that do not share the weights' memory, as the master of an fp32 weight does."""
         weights = {buffer.untyped_storage()._cdata for buffer in self._weight_buffers()}
         return [t for _, t in self._state() if t.is_cuda and t.dim() and t.untyped_storage()._cdata not in weights]
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
-        """This rank's share of the state by name."""
+        """This rank's state by name."""
         for key, master, states in self._slots():
             yield f"master.{key}", master
             for name in STATE:
@@ -144,7 +146,7 @@ def _slots_of(adam: torch.optim.AdamW) -> Iterator[tuple[str, Tensor, dict]]:
 
 
 def _config(settings: Settings, dtype: torch.dtype) -> OptimizerConfig:
-    """The settings in Megatron-Core's words; clipping is done here, learning rate and decay are set at each step."""
+    """The settings for Megatron-Core. `GpuAdam.step` clips, and sets learning rate and weight decay, by itself."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=settings.learning_rate,
@@ -157,7 +159,7 @@ def _config(settings: Settings, dtype: torch.dtype) -> OptimizerConfig:
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )
-    # What its constructor grants to Transformer Engine's Adam and to its own offloading alone: the DistributedOptimizer
-    # makes no fp32 weights, and leaves the gradients of the others in ``decoupled_grad``.
+    # The constructor allows this only with Transformer Engine's Adam or its own offloading. It makes the
+    # DistributedOptimizer create no master weights, and leave gradients in ``decoupled_grad``.
     config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = settings.cpu_offload
     return config

@@ -1,4 +1,4 @@
-"""Learning from one rollout: its optimizer steps, and which of them are skipped for what reason."""
+"""Train on one rollout: its optimizer steps, and when one is skipped."""
 
 import math
 import time
@@ -21,24 +21,24 @@ MEANS = ("clip_fraction", "ratio", "kl", "entropy", "log_prob_diff")
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: this rank's packs, and what all ranks' packs hold together."""
+    """One optimizer step: this rank's packs, and counts over all ranks."""
 
     batches: list[MicroBatch]
     totals: StepTotals
-    learns: bool  # or are its packs there for the metrics alone?
+    learns: bool  # False if its packs serve only the metrics
 
 
 class Learner:
-    """Turns a rollout's sequences into new weights. Every rank has one and calls it with the same sequences."""
+    """Updates the weights from a rollout's sequences. Every rank has one and calls it with the same sequences."""
 
     def __init__(self, policy: Policy, optimizer: Optimizer, settings: Settings) -> None:
         self.policy, self.optimizer, self.settings = policy, optimizer, settings
 
     def learn(self, sequences: Sequence[TrainingSequence], progress: Progress) -> dict[str, float]:
-        """Take the rollout's optimizer steps, counting them in ``progress``; gives the metrics of training.
+        """Take the rollout's optimizer steps, count them in ``progress``, and return the training metrics.
 
-        With one step the policy that trains is the policy that sampled, so the old log-probs are its own. With several
-        they are computed before the first.
+        With a single step the trained policy is the one that sampled, so its own log-probs are the old ones. With
+        several steps the old log-probs are computed before the first.
         """
         size = self.settings.training.global_batch
         steps = [self._prepare(sequences[start : start + size]) for start in range(0, len(sequences), size)]
@@ -54,9 +54,9 @@ class Learner:
     def _prepare(self, sequences: Sequence[TrainingSequence]) -> Step:
         """Pack a step's sequences, without those whose gradient is exactly zero.
 
-        A response with no advantage pulls no weight unless some other term of the loss reaches it; it still counts in
-        the means. A step in which nothing has a gradient is skipped, since Adam's momentum and weight decay would go on
-        without any evidence.
+        A response with advantage 0 has no gradient unless another term of the loss gives it one; it still counts in the
+        means. A step without any gradient is skipped, because Adam's momentum and weight decay would change the weights
+        all the same.
         """
         policy = self.policy
         totals = StepTotals(len(sequences), sum(sequence.response_length for sequence in sequences))
@@ -90,7 +90,7 @@ class Learner:
 
 
 def _summary(reports: list[dict[str, float]]) -> dict[str, float]:
-    """One line of metrics from those of a rollout's steps; means over tokens where they are over tokens."""
+    """The metrics of a rollout from those of its steps: token-weighted means of ``MEANS``, plain means otherwise."""
     if not reports:
         return {"loss": 0.0, "grad_norm": 0.0, "clip_fraction": 0.0, "learning_rate": 0.0}
     weight = sum(report["weight"] for report in reports)

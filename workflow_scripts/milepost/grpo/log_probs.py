@@ -1,7 +1,7 @@
-"""Log-probs of chosen tokens without ever holding the logits of all positions.
+"""Log-probs of given tokens without the logits of all positions in memory at once.
 
-Over a 248,320-token vocabulary the fp32 logits of one 9,216-token pack are 9 GB. Here a chunk of positions has its
-logits made, reduced to a few numbers a position and dropped; the backward pass makes them again, chunk by chunk.
+Over a 248,320-token vocabulary the fp32 logits of a 9,216-token pack take 9 GB. Here the logits of one chunk of
+positions at a time are computed, reduced to a few numbers per position and dropped; backward recomputes them.
 """
 
 from typing import Any
@@ -24,15 +24,15 @@ def token_log_probs(
     with_entropy: bool = False,
     tensor_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of ``targets`` under softmax(hidden @ weight.T / temperature), as the rollout sampled from it.
+    """Log-probs of ``targets`` under softmax(hidden @ weight.T / temperature), the distribution of the rollout.
 
     Args:
-        hidden: (N, H) final hidden states of the positions that predict the targets, whole on every tensor-parallel
-            rank; its gradient comes back whole too.
-        weight: (V / ranks, H) this rank's rows of the output weight, ranks in the order of the vocabulary.
+        hidden: (N, H) final hidden states of the positions that predict the targets, complete on every tensor-parallel
+            rank, as is its gradient.
+        weight: (V / ranks, H) this rank's rows of the output weight, in rank order.
         targets: (N,) token ids.
-        chunk: positions whose logits exist at one time.
-        tensor_group: the ranks that share the vocabulary; None for one.
+        chunk: the number of positions whose logits are in memory at once.
+        tensor_group: the ranks that shard the vocabulary; None for a single one.
 
     Returns:
         log-probs (N,) and entropies in nats (N,) or None, in fp32 (fp64 for fp64 input), both differentiable.
@@ -121,7 +121,7 @@ def _softmax_sums(logits: Tensor, *, temperature: float, with_entropy: bool) -> 
 def _softmax_gradient(
     logits: Tensor, log_normaliser: Tensor, *of_log_prob: Tensor, temperature: float, dtype: torch.dtype
 ) -> Tensor:
-    """The gradient of logits (C, V) but for what the targets' own have besides; ``of_log_prob`` (C,) each."""
+    """The gradient of logits (C, V) without the extra term at each target; ``of_log_prob`` are (C,) each."""
     scaled = logits if temperature == 1.0 else logits / temperature
     log_p = scaled - log_normaliser[:, None]
     gradient = _log_p_gradient(log_p, *(x[:, None] for x in of_log_prob))
@@ -141,7 +141,7 @@ def _spans(number: int, chunk: int) -> list[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """fp32 logits. Rounding them to bf16 on the way would cost log-probs up to 0.1."""
+    """fp32 logits. Rounding them to bf16 would change log-probs by up to 0.1."""
     if hidden.dtype in (torch.float32, torch.float64):
         return hidden @ weight.T
     if hidden.is_cuda:
@@ -150,7 +150,7 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, where on CUDA the sum is not rounded to a narrower dtype first."""
+    """total += left @ right; on CUDA the product is not rounded to the inputs' narrower dtype first."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     elif total.is_cuda:
@@ -166,20 +166,20 @@ def _all_reduce(values: Tensor, group: ProcessGroup | None, operation: Any = dis
 
 
 def _local(targets: Tensor, rows: int, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Column of each target within this rank's part of the vocabulary, and whether it lies there."""
+    """Column of each target in this rank's shard of the vocabulary, and whether it is in this shard."""
     local = targets - (group.rank() * rows if group is not None else 0)
     inside = (local >= 0) & (local < rows)
     return local.clamp(0, rows - 1)[:, None], inside
 
 
 def _pick(logits: Tensor, targets: Tensor, group: ProcessGroup | None) -> Tensor:
-    """logits[i, targets[i]], 0 where another rank holds that column."""
+    """logits[i, targets[i]], or 0 if another rank holds that column."""
     column, inside = _local(targets, logits.shape[1], group)
     return logits.gather(1, column)[:, 0] * inside
 
 
 def _put(matrix: Tensor, targets: Tensor, values: Tensor, group: ProcessGroup | None) -> None:
-    """matrix[i, targets[i]] = values[i], where this rank holds that column."""
+    """matrix[i, targets[i]] = values[i] if this rank holds that column."""
     column, inside = _local(targets, matrix.shape[1], group)
     kept = matrix.gather(1, column)[:, 0]
     matrix.scatter_(1, column, torch.where(inside, values.to(matrix.dtype), kept)[:, None])

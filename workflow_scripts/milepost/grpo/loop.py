@@ -3,14 +3,14 @@
     prompts        data.py           the next ones, in an order that the seed decides            rank 0
     -> rollout     samples.py        a group of responses to each, sampled by the engine            |
     -> grade       samples.py        a reward for each response                                     |
-    -> advantages  advantages.py     how much better it is than the others of its group             |
-    -> packs       policy.py         sequences laid end to end, shared out over the ranks      every rank
+    -> advantages  advantages.py     each reward relative to its group                              |
+    -> packs       policy.py         sequences packed, and distributed over the ranks          every rank
     -> loss        losses.py         from the log-probs of the response tokens                      |
     -> step        learner.py        gradients reduced and clipped, Adam's update                   |
     -> sync        weight_sync.py    the new weights into the engine                                |
     -> log         callbacks.py      metrics, samples, warnings                                  rank 0
 
-Rank 0 alone has the engine, the grader and the logs (`Lead`); the other ranks wait for what it hands on.
+Only rank 0 has the engine, the grader and the logs (`Lead`); the other ranks wait for what it broadcasts.
 """
 
 import contextlib
@@ -34,25 +34,25 @@ from milepost.grpo.run_state import Progress, folder_name
 from milepost.grpo.samples import Rollout, Sampler, TrainingSequence
 from milepost.grpo.settings import Settings
 
-PATIENCE = timedelta(days=7)  # of the ranks that wait while rank 0 samples
+PATIENCE = timedelta(days=7)  # how long the other ranks wait while rank 0 samples
 
 
 @dataclass(frozen=True)
 class Lead:
-    """What rank 0 alone has."""
+    """What only rank 0 has."""
 
     sampler: Sampler
     validation: Validation
     logs: Logs
 
 
-class WeightsWanted:
-    """What rank 0 sends, instead of what the others wait for, when all ranks must send the weights again."""
+class ResendWeights:
+    """Broadcast by rank 0 in place of the expected value when all ranks must send the weights again."""
 
 
 @dataclass
 class Loop:
-    """A run, as every rank sees it; ``lead`` is rank 0's alone."""
+    """A run on one rank; only rank 0 has a ``lead``."""
 
     settings: Settings
     progress: Progress
@@ -61,17 +61,17 @@ class Loop:
     checkpoints: Checkpoints
     interrupts: Interrupts
     lead: Lead | None
-    control: dist.ProcessGroup | None  # all ranks, where there are several: see `control_group`
+    control: dist.ProcessGroup | None  # all ranks, or None for a single one: see `control_group`
     failure: Exception | None = None  # of rank 0's own work, or too many bad steps: raised once the run is saved
-    sending: bool = False  # while rank 0 sends weights all ranks are in it, too
+    sending: bool = False  # whether rank 0 is sending weights, a collective of all ranks
 
     def run(self) -> Path:
-        """Train until ``training.rollouts`` rollouts are done and saved; returns the last checkpoint.
+        """Train until ``training.rollouts`` rollouts are done and saved; return the last checkpoint.
 
         Raises:
-            SystemExit: the process was asked to end, or rank 0 failed; the run is saved and can be continued.
-            UserError: too many bad steps in a row; the run is saved, as above.
-            Exception: on rank 0, whatever ended a rollout or a validation; the run is saved, as above.
+            SystemExit: the process was asked to end, or rank 0 failed; the run is saved and can be resumed.
+            UserError: too many bad steps in a row; the run is saved as well.
+            Exception: on rank 0, the error that ended a rollout or a validation; the run is saved as well.
         """
         progress, lead = self.progress, self.lead
         if lead:
@@ -99,7 +99,7 @@ class Loop:
         return rollout
 
     def _learn(self, sequences: list[TrainingSequence]) -> tuple[dict[str, float], dict[str, float]]:
-        """Learn from a rollout and hand the new weights to the engine; returns metrics, and seconds by phase."""
+        """Train on a rollout and send the new weights to the engine; return metrics, and seconds by phase."""
         progress, optimizer, seconds = self.progress, self.learner.optimizer, Counter()
         with timed(seconds, "sleep_wake"):
             optimizer.wake()
@@ -116,7 +116,7 @@ class Loop:
         progress.rollout += 1
         progress.score = None
         if progress.bad_steps_in_a_row >= self.settings.training.max_bad_steps:
-            # Skipped steps change no weights: what is saved now is what the last good one left.
+            # Skipped steps change no weights, so what is saved now are the weights after the last good step.
             self.failure = UserError(
                 f"{self.checkpoints.work}: {progress.bad_steps_in_a_row} steps in a row had a NaN or infinite loss or"
                 f" gradient and were skipped; the weights before them are saved ({folder_name(progress.rollout)}): look"
@@ -126,7 +126,7 @@ class Loop:
         return metrics, dict(seconds)
 
     def _save_or_end(self) -> None:
-        """Save the run if it is due, and end it if it failed or was asked to end. Rank 0 decides."""
+        """Save the run if that is due; end it if it failed or was asked to end. Rank 0 decides."""
         status = 1 if self.failure else self.interrupts.exit_status if self.interrupts.requested else 0
         status, save = self._from_rank_0((status, self.checkpoints.due(self.progress, ends=bool(status))))
         if save:
@@ -141,55 +141,55 @@ class Loop:
     # ---- rank 0 and the others -----------------------------------------------------------------------------------
 
     def _attempt(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Do what rank 0 does while the others wait; None if it fails, which ends the run."""
+        """Do rank 0's own work while the others wait; return None if it fails, which ends the run."""
         if self.failure:
             return None
         try:
             return work(*arguments)
         except Exception as error:
             if self.sending:
-                raise  # the others can't be told: they wait for what is sent
+                raise  # the other ranks are in the collective and can't be told
             warn(f"{error if isinstance(error, UserError) else repr(error)}: the run is saved, and ends")
             self.failure = error
-            self.lead.sampler.engine.close()  # what is saved may need the memory
+            self.lead.sampler.engine.close()  # saving may need its memory
             return None
 
     def _send_weights(self) -> None:
-        """Hand the weights to the engine while the trainer is asleep."""
+        """Send the weights to the engine while the optimizer sleeps."""
         self.learner.optimizer.wake(weights_only=True)
         self.push_weights()
         self.learner.optimizer.sleep()
 
     def _weights_wanted(self) -> None:
-        """On rank 0: a restarted part of the engine needs the weights, while the other ranks wait for a decision."""
-        with self.interrupts.held():  # the others are in it, too
+        """Send the weights to a restarted engine worker; called on rank 0 while the others wait for a broadcast."""
+        with self.interrupts.held():  # all ranks take part
             self.sending = True
-            from_rank_0(WeightsWanted(), self.control)
+            from_rank_0(ResendWeights(), self.control)
             self._send_weights()
             self.sending = False
 
     def _from_rank_0(self, value: Any) -> Any:
-        """Rank 0's ``value``, on every rank; the weights are sent in between if they are wanted."""
-        while isinstance(value := from_rank_0(value, self.control), WeightsWanted):
+        """Rank 0's ``value`` on every rank; sends the weights whenever rank 0 asks for that instead."""
+        while isinstance(value := from_rank_0(value, self.control), ResendWeights):
             self._send_weights()
         return value
 
 
 @contextlib.contextmanager
 def timed(seconds: Counter[str], phase: str) -> Iterator[None]:
-    """Add the time that a block takes to ``seconds`` of its phase."""
+    """Add the duration of the context to ``seconds[phase]``."""
     began = time.perf_counter()
     yield
     seconds[phase] += time.perf_counter() - began
 
 
 def control_group() -> dist.ProcessGroup | None:
-    """A group of all ranks, over the CPU, that may wait for rank 0 for days; None for one rank. Every rank calls it."""
+    """A gloo group of all ranks that may wait for rank 0 for days; None for a single rank. Every rank calls this."""
     return dist.new_group(backend="gloo", timeout=PATIENCE) if dist.get_world_size() > 1 else None
 
 
 def from_rank_0(value: Any, control: dist.ProcessGroup | None = None) -> Any:
-    """Rank 0's ``value``, on every rank."""
+    """Rank 0's ``value`` on every rank."""
     if dist.get_world_size() == 1:
         return value
     box = [value]

@@ -1,11 +1,10 @@
 """Losses by name: what each response token adds to the loss of an optimizer step.
 
-A new policy loss is a function like `ppo` here, with its name in `POLICY_LOSSES` and in
-`configuration.training.PolicyLoss`; likewise an estimate of the KL divergence.
+To add a policy loss, write a function like `ppo` here and add its name to `POLICY_LOSSES` and to
+`configuration.training.PolicyLoss`; an estimate of the KL divergence likewise.
 
-Every token carries its weight in the step's mean (`aggregations`), worked out from global counts before anything is
-packed. The loss of a pack is then a plain weighted sum, and sums over packs and data-parallel ranks add up to the same
-loss and gradient however the sequences are laid out.
+Every token carries its weight in the step's mean (`aggregations`), computed from global counts before packing. So the
+loss of a pack is a weighted sum, and the sum over packs and data-parallel ranks does not depend on the packing.
 """
 
 from collections.abc import Callable
@@ -16,13 +15,13 @@ from torch import Tensor
 
 from milepost.configuration.schema import Algorithm
 
-MAX_LOG_RATIO = 20.0  # nats between two probabilities of one token: exp is 4.9e8
-MAX_KL = 10.0  # nats of one token's k3 estimate
+MAX_LOG_RATIO = 20.0  # bound on a token's log ratio, in nats: exp(20) is 4.9e8
+MAX_KL = 10.0  # bound on a token's k3 estimate, in nats
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What the loss needs of N response tokens besides their log-probs; every tensor is (N,)."""
+    """The loss's inputs for N response tokens, besides their log-probs; every tensor is (N,)."""
 
     weights: Tensor
     advantages: Tensor
@@ -32,22 +31,21 @@ class TokenBatch:
 
 
 def has_kl_loss(algorithm: Algorithm) -> bool:
-    """Whether the loss includes the divergence from the starting weights."""
+    """Whether the loss includes the KL divergence from the reference, the starting weights."""
     return algorithm.use_kl_loss and algorithm.kl_coefficient > 0
 
 
 def probability_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
     """New over old probability of each token (N,), from their logarithms.
 
-    The log ratio is held within ``MAX_LOG_RATIO`` before exp: beyond 88 a ratio in fp32 is infinite, and times an
-    advantage of 0 not a number. There the gradient is 0, as in verl (``compute_policy_loss`` in trainer/ppo/
-    core_algos.py); within it nothing changes.
+    The log ratio is clamped to ``MAX_LOG_RATIO``: beyond 88 exp is infinite in fp32, and NaN times an advantage of 0.
+    Where the clamp is active the gradient is 0, as in verl (``compute_policy_loss`` in trainer/ppo/core_algos.py).
     """
     return torch.exp((log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
 def ppo(ratio: Tensor, advantages: Tensor, algorithm: Algorithm) -> tuple[Tensor, Tensor]:
-    """PPO's pessimistic surrogate (arXiv 1707.06347, eq. 7) with its own upper bound, to be minimised.
+    """PPO's clipped surrogate loss (arXiv 1707.06347, eq. 7), negated, with separate lower and upper bounds.
 
     Args:
         ratio: (N,) new over old probability.
@@ -55,7 +53,7 @@ def ppo(ratio: Tensor, advantages: Tensor, algorithm: Algorithm) -> tuple[Tensor
         algorithm: the ratio is clipped to between ``1 - clip`` and ``1 + clip_high``.
 
     Returns:
-        the loss of each token (N,), and whether the clip decided it (N,).
+        the loss of each token (N,), and whether it was clipped (N,).
     """
     free = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - algorithm.clip, 1.0 + algorithm.clip_high)
@@ -68,8 +66,9 @@ POLICY_LOSSES: dict[str, Callable[[Tensor, Tensor, Algorithm], tuple[Tensor, Ten
 def low_variance_kl(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     """The k3 estimate of KL(policy || reference) per token, never negative (Schulman 2020, "Approximating KL").
 
-    It is held below ``MAX_KL``, and its log ratio within ``MAX_LOG_RATIO``, as in verl (``kl_penalty`` in trainer/ppo/
-    core_algos.py): a token with a log ratio of 19 would otherwise count 1.8e8. Where a bound holds the gradient is 0.
+    It is clamped to ``MAX_KL``, and its log ratio to ``MAX_LOG_RATIO``, as in verl (``kl_penalty`` in trainer/ppo/
+    core_algos.py): a token with a log ratio of 19 would otherwise count 1.8e8. Where a clamp is active the gradient is
+    0.
     """
     log_ratio = (reference_log_probs - log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return (torch.exp(log_ratio) - log_ratio - 1.0).clamp(max=MAX_KL)
@@ -81,18 +80,18 @@ KL_ESTIMATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"low_var_kl": low
 def grpo_loss(
     log_probs: Tensor, entropy: Tensor | None, batch: TokenBatch, algorithm: Algorithm
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The step's share of the loss that N response tokens carry.
+    """The contribution of N response tokens to the loss of an optimizer step.
 
-    Without old log-probs the policy that sampled is the policy that trains, so that the ratio is exactly 1 and its
-    gradient that of the log-prob.
+    Without old log-probs the trained policy is the one that sampled: the ratio is exactly 1, and its gradient is that
+    of the log-prob.
 
     Args:
         log_probs: (N,) of the policy, with gradient.
-        entropy: (N,) of the policy, where it is asked for.
+        entropy: (N,) of the policy; None if it is not needed.
 
     Returns:
-        the loss, a scalar to be summed over packs and data-parallel ranks; and the weighted sums of the metrics, which
-        are means once they are summed likewise and divided by the sum of ``weight``.
+        the loss, a scalar to sum over packs and data-parallel ranks; and weighted sums of the metrics. Summed in the
+        same way and divided by the sum of ``weight``, those are means.
     """
     weights = batch.weights
     old_log_probs = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl and samples.jsonl, TensorBoard, and Weights & Biases where it is asked for."""
+"""The logs of a run: metrics.jsonl, samples.jsonl, TensorBoard, and Weights & Biases if configured."""
 
 import json
 import math
@@ -17,17 +17,17 @@ from milepost.common.files import json_line
 from milepost.configuration.early import require_wandb
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-SHOWN, TAIL = 3, 160  # samples that a warning shows, and characters of each
+SHOWN, TAIL = 3, 160  # samples that a warning shows, and the final characters of each
 
 
 class JsonLines:
-    """A log of one JSON object a line."""
+    """A log with one JSON object per line."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("ab")
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write one line; numbers that JSON has no word for become null."""
+        """Write one line; NaN and infinite numbers, which JSON lacks, become null."""
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self.file.write(json_line(clean))
         self.file.flush()
@@ -38,8 +38,8 @@ class JsonLines:
             return [json.loads(line) for line in file]
 
     def sync(self) -> int:
-        """Make what was written durable; the length in bytes."""
-        self.file.flush()  # raises again what kept a line from being written: the length would count it
+        """Sync the file to disk and return its length in bytes."""
+        self.file.flush()  # raises again if an earlier line could not be written: the length would count it
         os.fsync(self.file.fileno())
         return self.file.tell()
 
@@ -48,7 +48,7 @@ class JsonLines:
 
 
 class RunLog:
-    """All logs of one run in its work folder. Rank 0 holds one; the others none."""
+    """All logs of one run, in its work folder; only rank 0 has them."""
 
     def __init__(self, work: Path, first_rollout: int, wandb_project: str | None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
@@ -58,7 +58,7 @@ class RunLog:
         self.wandb = _start_wandb(wandb_project, work) if wandb_project else None
 
     def metrics(self, rollout: int, values: dict[str, float | int]) -> None:
-        """Report ``values`` of ``rollout`` everywhere."""
+        """Write the ``values`` of ``rollout`` to all logs."""
         self.lines[METRICS].append({"rollout": rollout, **values})
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, rollout)
@@ -66,11 +66,11 @@ class RunLog:
             self.wandb.log({"rollout": rollout, **values})
 
     def sample(self, row: dict[str, Any]) -> None:
-        """Keep one sample for whoever wants to read what the model writes."""
+        """Write one sample to samples.jsonl."""
         self.lines[SAMPLES].append(row)
 
     def sync(self) -> dict[str, int]:
-        """Make the logs durable; their lengths in bytes, for the checkpoint."""
+        """Sync the logs to disk and return their lengths in bytes, for the checkpoint."""
         self.tensorboard.flush()
         return {name: lines.sync() for name, lines in self.lines.items()}
 
@@ -83,7 +83,7 @@ class RunLog:
 
 
 def equal_rewards(log: RunLog) -> str | None:
-    """A warning where all responses so far earned the same: three answers and why. None where rewards differ."""
+    """A warning, with some of the samples, if all rewards so far are equal; None if they differ."""
     rows = [row for row in log.lines[METRICS].read() if "reward_mean" in row]
     rewards = {row[name] for row in rows for name in ("reward_min", "reward_max")}
     if len(rewards) != 1:
@@ -94,7 +94,7 @@ def equal_rewards(log: RunLog) -> str | None:
     shown = [samples[number] for number in [*sorted(first_of_reason.values()), *rest][:SHOWN]]
     lines = [
         f"every reward of rollouts 1 to {samples[-1]['rollout']} is {rewards.pop():g}, and equal rewards teach"
-        " nothing; training goes on. Is this what the prompts ask for, and what the labels hold?"
+        " nothing; training goes on. Check that the prompts ask for what the reward grades, and the labels:"
     ]
     lines += [
         f"  line {row['line']}, label {row['label']!r}: {row['reason']}, answer {row['answer']!r}, the response ends"
@@ -105,11 +105,16 @@ def equal_rewards(log: RunLog) -> str | None:
 
 
 def expert_metrics(load: Tensor | None, agreement: float | None) -> dict[str, float]:
-    """How evenly experts are used, from the tokens that visited each: (layers, experts) or None.
+    """How evenly the experts are used.
 
-    ``expert_load_max`` and ``_min`` are the busiest and the idlest expert's share as a multiple of an even one, means
-    over the layers; ``expert_imbalance`` is the standard deviation over the mean, likewise.
-    ``routing_agreement`` is the share of the engine's choices of experts that the trainer would have made as well.
+    Args:
+        load: (layers, experts) tokens routed to each expert; None for a dense model.
+        agreement: the share of the engine's choices of experts that the trainer's router agrees with, or None.
+
+    Returns:
+        means over the layers: ``expert_load_max`` and ``expert_load_min``, the load of the busiest and of the least
+        busy expert over the mean load, and ``expert_imbalance``, the loads' standard deviation over their mean; and
+        ``agreement`` as ``routing_agreement``.
     """
     if load is None:
         return {}
@@ -123,10 +128,10 @@ def expert_metrics(load: Tensor | None, agreement: float | None) -> dict[str, fl
 
 
 def peak_memory() -> dict[str, float]:
-    """Peaks in GiB; every rank calls this.
+    """Peak memory in GiB; every rank calls this.
 
-    ``host_memory_gib`` is that of all ranks together since their start, ``gpu_memory_gib`` that of the tensors of the
-    fullest rank since the last call (nothing on CPU).
+    ``host_memory_gib`` is the sum of all ranks' peaks since they started. ``gpu_memory_gib``, left out on the CPU, is
+    the peak of allocated tensors since the last call, on the rank where it is highest.
     """
     host = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20], dtype=torch.float64)  # from KiB
     dist.all_reduce(host)
@@ -140,7 +145,7 @@ def peak_memory() -> dict[str, float]:
 
 
 def truncate_logs(work: Path, log_bytes: dict[str, int]) -> None:
-    """Cut the logs to where a checkpoint saw them, so that what a resumed run does again stands there once."""
+    """Truncate the logs to their lengths in a checkpoint, so that a resumed run logs no rollout twice."""
     for name in (METRICS, SAMPLES):
         length = log_bytes.get(name, 0)
         with (work / name).open("ab") as file:
@@ -150,7 +155,7 @@ def truncate_logs(work: Path, log_bytes: dict[str, int]) -> None:
 
 
 def warn(message: str) -> None:
-    """Tell the user once, above the progress bar: rank 0 does, though every rank may call this."""
+    """Print a warning above the progress bar, on rank 0 only; every rank may call this."""
     from tqdm import tqdm
 
     if dist.get_rank() == 0:
@@ -162,5 +167,5 @@ def _start_wandb(project: str, work: Path) -> Any:
     import wandb
 
     log = wandb.init(project=project, id=work.name, dir=work, resume="allow")
-    log.define_metric("*", step_metric="rollout")  # its own step never goes back, as a resumed run does
+    log.define_metric("*", step_metric="rollout")  # W&B's own step can't go back, but a resumed run does
     return log

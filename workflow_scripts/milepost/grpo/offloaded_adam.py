@@ -1,8 +1,8 @@
-"""Adam on the CPU for weights on a GPU: fp32 weights and moments stay in host memory, gradients and weights pass by.
+"""Adam on the CPU for weights on a GPU: master weights and moments stay in host memory.
 
-Weights are cut into pieces, and two pinned buffers a direction take turns: while the CPU updates one piece, the
-gradient of the next comes in and the weights of the one before go out. So the host holds 12 bytes a parameter, where
-Megatron-Core's HybridDeviceOptimizer also holds all gradients, pinned, in memory that is rounded up to powers of two.
+Weights are updated in pieces, with double buffering in both directions: while the CPU updates one piece, the gradient
+of the next is copied in and the weights of the previous one are copied out. The host holds 12 bytes per parameter;
+Megatron-Core's HybridDeviceOptimizer also holds all gradients, in pinned memory that is rounded up to powers of two.
 """
 
 import weakref
@@ -21,14 +21,14 @@ PIECE = 2**26  # weights
 
 @dataclass(frozen=True)
 class _Piece:
-    """A run of weights.
+    """Consecutive weights that are updated together.
 
     Attributes:
-        shard: the tensor of its param group that holds it; at each step its fp32 gradient is ``shard.decoupled_grad``.
-        rows: which part of the shard.
-        group: the param group, whose learning rate and weight decay count.
+        shard: the tensor of the param group that holds them; its fp32 gradient is ``shard.decoupled_grad``.
+        rows: their position in the shard.
+        group: the param group, which has the learning rate and the weight decay.
         master: the fp32 weights, on the CPU.
-        adam: of this piece alone.
+        adam: the optimizer of this piece alone.
     """
 
     shard: Tensor
@@ -40,20 +40,20 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Buffer:
-    """Locked host memory for one piece on its way, and the event of its last copy."""
+    """Pinned host memory for one piece, and the event of its last copy."""
 
     memory: Tensor
     done: torch.cuda.Event = field(default_factory=torch.cuda.Event)
 
     def like(self, tensor: Tensor) -> Tensor:
-        """The memory as a tensor of that type and size."""
+        """The memory as a tensor of the same dtype and size as ``tensor``, which is flat."""
         return self.memory[: tensor.nbytes].view(tensor.dtype)
 
 
 class OffloadedAdam:
-    """A torch optimizer, as far as Megatron-Core's DistributedOptimizer asks for one, of flat CUDA weights.
+    """An optimizer of flat CUDA weights, with what Megatron-Core's DistributedOptimizer uses of torch's interface.
 
-    A weight is what its fp32 copy rounds to, so `write_weights` brings lost weights back bit for bit.
+    A weight equals its rounded master weight, so `write_weights` restores lost weights bit for bit.
     """
 
     def __init__(self, param_groups: list[dict[str, Any]], settings: Settings) -> None:
@@ -89,20 +89,20 @@ class OffloadedAdam:
 
     @torch.no_grad()
     def write_weights(self) -> None:
-        """Write all weights anew, from their fp32 copies."""
+        """Copy the master weights to all weights."""
         self._begin()
         for number in range(len(self.pieces)):
             self._send_weights(number)
         self._end()
 
     def slots(self) -> Iterator[tuple[str, Tensor, MutableMapping[Tensor, dict[str, Tensor]]]]:
-        """(key, fp32 weights, Adam's states by those) of every piece, always in the same order."""
+        """(key, master weights, Adam's states by master weights) of every piece, always in the same order."""
         for number, piece in enumerate(self.pieces):
             yield str(number), piece.master, piece.adam.state
 
     def _piece(self, shard: Tensor, rows: slice, group: dict[str, Any], settings: Settings) -> _Piece:
         weights = shard[rows].detach()
-        # Through pinned memory: to pageable memory a GPU copies many times slower.
+        # Through pinned memory: copies from a GPU to pageable memory are many times slower.
         master = nn.Parameter(self._weights[0].like(weights).copy_(weights).to(torch.float32, copy=True))
         adam = torch.optim.AdamW([master], betas=settings.betas, eps=settings.epsilon, fused=True)
         return _Piece(shard, rows, group, master, adam)
@@ -115,7 +115,7 @@ class OffloadedAdam:
         torch.cuda.current_stream().wait_stream(self._outgoing)
 
     def _fetch_gradient(self, number: int) -> None:
-        """Let a piece's gradient, if there is such a piece, come into its buffer, which the CPU has done with."""
+        """Start copying a piece's gradient into its buffer; does nothing after the last piece."""
         if number >= len(self.pieces):
             return
         piece, buffer = self.pieces[number], self._gradients[number % 2]
@@ -125,7 +125,7 @@ class OffloadedAdam:
             buffer.done.record()
 
     def _send_weights(self, number: int) -> None:
-        """Let a piece's weights go out, once its buffer is free."""
+        """Round a piece's master weights into its buffer, once that is free, and start copying them to the GPU."""
         piece, buffer = self.pieces[number], self._weights[number % 2]
         weights = piece.shard[piece.rows]
         buffer.done.synchronize()

@@ -1,7 +1,7 @@
-"""The optimizer's door: gradients in fp32, summed over the ranks that share weights, clipped, and Adam's step.
+"""The optimizer's interface: fp32 gradients, summed over the ranks that share weights, clipping, and Adam's step.
 
-The training loop knows `Optimizer` alone. On CPU it is `grpo.cpu_optimizer`'s; on GPUs `grpo.gpu_optimizer`'s, around
-Megatron-Core's own gradient buffers and DistributedOptimizer, which insist on CUDA tensors.
+The training loop uses `Optimizer` only. `grpo.cpu_optimizer` implements it on the CPU; `grpo.gpu_optimizer` on GPUs,
+with Megatron-Core's gradient buffers and DistributedOptimizer, which require CUDA tensors.
 """
 
 from collections.abc import Mapping
@@ -13,38 +13,38 @@ from milepost.configuration.schema import Optimizer as Settings
 
 
 class Optimizer(Protocol):
-    """What the training loop asks of an optimizer."""
+    """The optimizer as the training loop sees it."""
 
     def zero_grad(self) -> None:
-        """Forget the gradients accumulated so far."""
+        """Set the accumulated gradients to zero."""
 
     def reduce(self) -> None:
-        """Sum the accumulated gradients over every rank that holds the same weights; once a step."""
+        """Sum the accumulated gradients over all ranks that hold the same weights; called once per step."""
 
     def step(self, learning_rate: float) -> float:
-        """Clip and update; the global gradient norm before clipping. If it is not finite nothing has changed."""
+        """Clip, update, and return the global gradient norm before clipping; if that is not finite, change nothing."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """This rank's state by name, everything that the next step depends on."""
+        """This rank's state by name: everything that the next step depends on."""
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from `state_dict` of the same model under the same parallel layout."""
+        """Restore what `state_dict` returned for the same model and parallel layout."""
 
     def sleep(self, weights: bool = True) -> None:
-        """Give back GPU memory: of gradients, which are lost, of states, and of the model's weights if ``weights``.
+        """Free the GPU memory of the gradients (they are lost), the states, and if ``weights`` the model's weights.
 
-        States and weights keep theirs where the optimizer was built to ``stay``. Every rank calls it; it returns when
-        all have. What is asleep already stays so. Nothing to do on CPU.
+        States and weights stay if the optimizer was built with ``stay``. Every rank calls this, and it returns when all
+        have done so. May be called again while asleep. Does nothing on the CPU.
         """
 
     def wake(self, weights_only: bool = False) -> None:
-        """Take the memory again, contents as before; of ``weights_only`` the weights can be read, not trained."""
+        """Undo `sleep`; with ``weights_only`` the weights can be read, but not trained."""
 
 
 def build_optimizer(model: nn.Module, settings: Settings, *, stay: bool = False) -> Optimizer:
-    """The optimizer for the device that ``model``, its weights loaded, is on.
+    """The optimizer for the device of ``model``, whose weights are loaded.
 
-    ``stay``: there is room for weights and states beside what runs while it sleeps.
+    ``stay`` keeps weights and states on the GPU while the optimizer sleeps; the rollout engine must fit beside them.
     """
     if next(model.parameters()).is_cuda:
         from milepost.grpo.gpu_optimizer import GpuAdam
@@ -56,7 +56,7 @@ def build_optimizer(model: nn.Module, settings: Settings, *, stay: bool = False)
 
 
 def learning_rate_at(step: int, settings: Settings) -> float:
-    """The rate of optimizer step ``step`` (from 1): linear over the warm-up, then constant."""
+    """The learning rate of optimizer step ``step``, counted from 1: linear warm-up, then constant."""
     if step >= settings.warm_up_steps:
         return settings.learning_rate
     return settings.learning_rate * step / settings.warm_up_steps

@@ -1,4 +1,4 @@
-"""Which sequences share a forward pass, and which rank takes it."""
+"""Packing: which sequences share a forward pass, and on which data-parallel rank."""
 
 from collections.abc import Sequence
 
@@ -6,19 +6,19 @@ Pack = list[int]
 
 
 def pack_sequences(lengths: Sequence[int], budget: int, ranks: int = 1) -> list[list[Pack]]:
-    """Pack sequences first-fit-decreasing into ``budget`` tokens, and deal the packs over data-parallel ranks.
+    """Pack sequences first-fit-decreasing into ``budget`` tokens, and distribute the packs over data-parallel ranks.
 
-    Every rank gets the same number of packs, since experts and gradients meet across ranks in each of them. Ties go to
-    the lower index, so that the same lengths always give the same packs.
+    Every rank gets the same number of packs, since each pack involves collectives across ranks (experts, gradients).
+    Ties go to the lower index, so the same lengths always give the same packs.
 
     Args:
         lengths: tokens of each sequence; one longer than the budget gets a pack of its own.
-        budget: tokens of a pack.
+        budget: tokens per pack.
         ranks: data-parallel ranks.
 
     Returns:
-        for each rank its packs, each a list of indices into ``lengths``, packs of like size at like places. A pack is
-        empty only where there are too few sequences to give every rank one.
+        each rank's packs, as lists of indices into ``lengths``; packs at the same position are of similar size. A pack
+        is empty only if there are fewer sequences than ranks.
     """
     packs = _first_fit_decreasing(lengths, budget)
     wanted = -(-len(packs) // ranks) * ranks
@@ -42,7 +42,7 @@ def _first_fit_decreasing(lengths: Sequence[int], budget: int) -> list[Pack]:
 
 
 def _split_off(packs: list[Pack], lengths: Sequence[int]) -> Pack:
-    """Take about half of the heaviest pack that can be split; empty where none can."""
+    """Take about half of the heaviest pack that can be split; empty if none can."""
     divisible = [pack for pack in packs if len(pack) > 1]
     if not divisible:
         return []
@@ -56,7 +56,7 @@ def _split_off(packs: list[Pack], lengths: Sequence[int]) -> Pack:
 
 
 def _deal(packs: list[Pack], lengths: Sequence[int], ranks: int) -> list[list[Pack]]:
-    """Heaviest first, each pack to the lightest rank that still has room for one."""
+    """Assign the packs, heaviest first, to the lightest rank that still needs one."""
     dealt: list[list[Pack]] = [[] for _ in range(ranks)]
     each = len(packs) // ranks
     for pack in sorted(packs, key=lambda pack: (-_load(pack, lengths), pack)):

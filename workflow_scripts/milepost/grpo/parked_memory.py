@@ -1,4 +1,4 @@
-"""GPU memory that is given back for a while: its content waits on the host, and every tensor in it stays valid."""
+"""Free GPU memory temporarily: its content moves to the host and back, and tensors in it remain valid objects."""
 
 import weakref
 from collections.abc import Iterable
@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PAGE = 4096  # bytes, the unit in which the host's memory is pinned
+PAGE = 4096  # bytes, the unit in which host memory is pinned
 
 
 class _Away(NamedTuple):
-    """A storage without memory: a tensor that keeps it alive, its size in bytes, and where they are kept, if so."""
+    """A storage without memory: a tensor that keeps it alive, its size in bytes, and its content, if that is kept."""
 
     tensor: Tensor
     size: int
@@ -19,10 +19,10 @@ class _Away(NamedTuple):
 
 
 class ParkedMemory:
-    """Storages that `park` shrinks to nothing and `unpark` fills again; what is a view of them need not know.
+    """Storages that `park` empties and `unpark` restores, with all views of them.
 
-    The host memory is kept and pinned, so that copies run at the bus's full speed: it is as large as all that
-    was ever away at a time, and taking it for the first time costs about a second for 4 GiB.
+    The host memory is pinned, for copies at full bus speed, and kept for the next time, since pinning takes about a
+    second per 4 GiB.
     """
 
     def __init__(self) -> None:
@@ -31,9 +31,9 @@ class ParkedMemory:
         weakref.finalize(self, lambda host: unpin(host.values()), self._host)
 
     def park(self, tensors: Iterable[Tensor], *, keep: bool = True) -> None:
-        """Send the storages of CUDA ``tensors`` away; those that are away already stay so.
+        """Free the storages of CUDA ``tensors``, except those that are parked already.
 
-        What is not to be kept comes back with nothing that means anything in it.
+        Without ``keep`` their content is lost: `unpark` returns them uninitialized.
         """
         leaving = {key: t for t in tensors if (key := _key(t)) not in self._away}
         if keep:
@@ -46,14 +46,14 @@ class ParkedMemory:
             storage.resize_(0)
 
     def _copy_out(self, key: int, content: Tensor) -> None:
-        if key in self._host and len(self._host[key]) != len(content):  # an earlier storage that lay here
+        if key in self._host and len(self._host[key]) != len(content):  # of an earlier storage with the same key
             unpin([self._host.pop(key)])
         if key not in self._host:
             self._host[key] = pinned(len(content))
         self._host[key].copy_(content, non_blocking=True)
 
     def unpark(self, tensors: Iterable[Tensor]) -> bool:
-        """Bring the storages of ``tensors`` back, those that are away; whether there were any."""
+        """Restore those storages of ``tensors`` that are parked; return whether there were any."""
         coming = {_key(tensor) for tensor in tensors} & set(self._away)
         for key in coming:
             tensor, size, host = self._away.pop(key)
@@ -64,7 +64,7 @@ class ParkedMemory:
         return bool(coming)
 
     def on_host(self, tensor: Tensor) -> Tensor:
-        """The values of a contiguous tensor, wherever they are now, on the CPU."""
+        """The values of a contiguous tensor on the CPU, whether it is parked or not."""
         away = self._away.get(_key(tensor))
         if away is None:
             return tensor.detach().cpu()
@@ -74,19 +74,20 @@ class ParkedMemory:
 
 
 def _key(tensor: Tensor) -> int:
-    """Which storage a tensor lies in; unlike its address it stays the same without memory."""
+    """The identity of a tensor's storage, which unlike its address is the same while it is parked."""
     return tensor.untyped_storage()._cdata
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """All of a tensor's storage."""
+    """The whole storage of a tensor, as bytes."""
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def pinned(size: int) -> Tensor:
-    """Host memory of ``size`` bytes, on pages of its own, that the GPU can copy to and from by itself.
+    """``size`` bytes of pinned host memory, aligned to pages. (torch rounds pinned memory up to a power of two.)
 
-    (torch's pinned memory is rounded up to a power of two.) `MemoryError` where the host has not as much to pin.
+    Raises:
+        MemoryError: the host can't pin that much.
     """
     memory = torch.empty(size + 2 * PAGE, dtype=torch.uint8)
     memory = memory[-memory.data_ptr() % PAGE :][:size]
@@ -94,12 +95,12 @@ def pinned(size: int) -> Tensor:
         try:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
         except torch.cuda.CudaError as error:
-            raise MemoryError(f"pinning {size / 2**30:.1f} GiB of host memory failed ({error}): free some") from None
+            raise MemoryError(f"can't pin {size / 2**30:.1f} GiB of host memory ({error}): free some") from None
     return memory
 
 
 def unpin(memories: Iterable[Tensor]) -> None:
-    """Undo `pinned`; the memory may be given to others afterwards, who could not pin it again."""
+    """Undo `pinned`, before the memory is freed: its next owner could not pin it again."""
     for memory in memories:
         if len(memory):
             torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())

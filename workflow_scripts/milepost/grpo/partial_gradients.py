@@ -1,4 +1,4 @@
-"""Gradients that a tensor-parallel rank knows in part, as both optimizers complete them before they reduce."""
+"""Sum gradients that each tensor-parallel rank has only a part of; both optimizers do so before they reduce."""
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 
 def sum_partial_gradients(parameters: dict[str, nn.Parameter], gradients: dict[str, Tensor]) -> None:
-    """Complete the replicated weights whose gradient a tensor-parallel rank knows only in part.
+    """All-reduce the gradients of replicated weights that see only a part of the input on each tensor-parallel rank.
 
-    Those are the weights that see a part of the sequence (``sequence_parallel``) or a part of the heads (the norms of
-    queries and keys, which Megatron-Core finds by name).
+    That part is some of the sequence (``sequence_parallel``), or some of the heads (the norms of queries and keys,
+    which Megatron-Core finds by name, too).
     """
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:

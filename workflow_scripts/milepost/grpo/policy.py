@@ -27,7 +27,7 @@ from milepost.qwen3_5.routing import replay_routing, take_routing_agreement
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What one optimizer step holds over all ranks; every mean is taken over these, however the step is packed."""
+    """An optimizer step's counts over all ranks. Every mean divides by these, so packing does not change it."""
 
     responses: int
     tokens: int
@@ -38,12 +38,13 @@ class MicroBatch:
     """One pack of this rank. Under context parallelism N counts the response tokens that this rank predicts.
 
     Attributes:
-        input_ids: (1, R) of the whole pack; ``response_mask`` (1, R) likewise, true at response tokens.
-        position_ids: (1, R)
-        predicting: (N,) places, within this rank's rows, that predict a response token.
-        targets: (N,) those next tokens.
-        tokens: what the loss needs of them.
-        routing: (R / cp, layers, k) experts that this rank's rows visit; None to leave the choice to the routers.
+        input_ids: (1, R) token ids of the whole pack.
+        position_ids: (1, R) of the whole pack.
+        response_mask: (1, R) of the whole pack, true at response tokens.
+        predicting: (N,) indices into this rank's rows of the positions that predict a response token.
+        targets: (N,) the tokens that they predict.
+        tokens: the loss's inputs for these N tokens.
+        routing: (R / cp, layers, k) experts that this rank's rows visit; None if the routers choose.
     """
 
     input_ids: Tensor
@@ -57,19 +58,20 @@ class MicroBatch:
 
 
 class Policy:
-    """A model together with the settings under which it samples and trains."""
+    """The model that is trained, and if the settings need one, the reference model."""
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model, self.settings = model, settings
         self.device = next(model.parameters()).device
         algorithm = settings.algorithm
         self.reference = _copy_of(model) if algorithm.reference_forward or has_kl_loss(algorithm) else None
-        # The MTP layer needs every token's next one, and an auxiliary loss counts every token.
+        # Samples of a prompt share its rows unless every token counts: the MTP layer needs each token's successor, and
+        # an auxiliary loss is a mean over all tokens.
         self.shares_prompts = not (settings.mtp.train or model.config.moe_aux_loss_coeff)
 
     @property
     def learns_without_advantage(self) -> bool:
-        """Whether a response of advantage 0 has a gradient."""
+        """Whether a response with advantage 0 still has a gradient."""
         algorithm = self.settings.algorithm
         return (
             has_kl_loss(algorithm)
@@ -80,25 +82,25 @@ class Policy:
 
     @property
     def measures_every_response(self) -> bool:
-        """Whether the metrics ask for those, too, that have no gradient."""
+        """Whether the metrics include responses without a gradient."""
         algorithm = self.settings.algorithm
         return self.reference is not None or algorithm.entropy_metric or algorithm.old_log_prob_forward
 
     def micro_batches(self, sequences: Sequence[TrainingSequence], totals: StepTotals) -> list[MicroBatch]:
-        """This rank's packs of an optimizer step's sequences; every data-parallel rank gets equally many."""
+        """This rank's packs of an optimizer step's sequences; every data-parallel rank gets the same number."""
         ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         lengths = [len(sequence.ids) for sequence in sequences]
-        sharing = parallel_state.get_tensor_model_parallel_world_size() * _context_size()  # GPUs that take one pack
+        sharing = parallel_state.get_tensor_model_parallel_world_size() * _context_size()  # GPUs that share a pack
         packs = pack_sequences(lengths, self.settings.training.max_tokens_per_gpu * sharing, ranks)[rank]
         return [self._micro_batch([sequences[index] for index in indices], totals) for indices in packs]
 
     def _micro_batch(self, sequences: Sequence[TrainingSequence], totals: StepTotals) -> MicroBatch:
         multiple = parallel_state.get_tensor_model_parallel_world_size() * _context_size()
-        # Where there are too few sequences for all ranks, two tokens that nothing is asked of keep the ranks in step.
+        # With fewer sequences than ranks, a dummy of two tokens without a loss keeps this rank in step with the others.
         rows = [sequence.ids for sequence in sequences] or [torch.zeros(2, dtype=torch.long)]
         prefixes = [sequence.prompt_length for sequence in sequences] if self.shares_prompts else []
         input_ids, position_ids, packed = pack(rows, prefixes=prefixes, multiple_of=multiple, device=self.device)
-        response_tokens = _response_tokens(sequences).to(self.device)  # (N,) their places in the pack
+        response_tokens = _response_tokens(sequences).to(self.device)  # (N,) indices into the concatenated sequences
         row_of_token = packed.spread(torch.arange(input_ids.shape[1], device=self.device))  # (T,)
         mask = torch.zeros(input_ids.shape[1], dtype=torch.bool, device=self.device)
         mask[row_of_token[response_tokens]] = True
@@ -128,7 +130,7 @@ class Policy:
         )
 
     def _routing(self, sequences: Sequence[TrainingSequence], packed: Packed) -> Tensor:
-        """The experts that this rank's rows are to visit, (R / cp, layers, k); padding visits the first ones."""
+        """The experts that this rank's rows must visit, (R / cp, layers, k); padding visits the first k."""
         config = self.model.config
         known = [sequence.routing.view(-1, config.num_layers, config.moe_router_topk) for sequence in sequences]
         padding = len(packed.positions) - sum(map(len, known))
@@ -137,7 +139,7 @@ class Policy:
         return context_shard(packed.collect(experts), dim=0)
 
     def with_past_log_probs(self, batches: list[MicroBatch], old: bool) -> list[MicroBatch]:
-        """Add the old log-probs, if asked for, and the reference's, if it is kept; before the first step."""
+        """Add the old log-probs if ``old``, and the reference's if there is one; called before the first step."""
         if old:
             found = self._log_probs_of(batches)
             batches = [_with(b, old_log_probs=log_probs) for b, log_probs in zip(batches, found, strict=True)]
@@ -155,11 +157,11 @@ class Policy:
         """Run forward and backward over this rank's packs.
 
         Returns:
-            the loss and the metrics' weighted sums of the whole step, over all data-parallel ranks.
+            the loss and the weighted sums of the metrics, each over the whole step and all data-parallel ranks.
         """
         algorithm, mtp = self.settings.algorithm, self.settings.mtp
         wants_entropy = bool(algorithm.entropy_coefficient) or algorithm.entropy_metric
-        # The mean over packs; of a pack's loss every context-parallel rank has its part of the gradient already.
+        # Makes the auxiliary loss a mean over packs. Context-parallel ranks already split a pack's gradient.
         packs = len(batches) * parallel_state.get_data_parallel_world_size()
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / packs, device=self.device))
         sums: dict[str, Tensor] = {}
@@ -192,12 +194,12 @@ class Policy:
         return dict(zip(sums, together.tolist(), strict=True)) | idle | of_experts
 
     def _forward(self, batch: MicroBatch, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Log-probs (N,) and entropy (N,) of the response tokens, and all hidden states (T / cp, H)."""
+        """Log-probs (N,) and entropies (N,) of the response tokens, and all hidden states (R / cp, H)."""
         ids, positions = context_shard(batch.input_ids), context_shard(batch.position_ids)
         if batch.routing is not None:
             replay_routing(self.model, batch.routing)
         hidden = hidden_states(self.model, ids, positions, batch.packed)
-        # Where samples share a row, the gradient of hidden[rows] is summed in whatever order the CPU's threads come.
+        # Not hidden[rows]: if samples share a row, its gradient is summed in an order that CPU threads race for.
         log_probs, entropy = token_log_probs(
             hidden.index_select(0, batch.predicting),  # (N, H)
             output_weight(self.model),
@@ -211,7 +213,7 @@ class Policy:
 
 
 def _idle_share(began: float, device: torch.device) -> dict[str, float]:
-    """The share of its time that a rank waits on average for the slowest one, since ``began``; nothing for one rank."""
+    """The mean share of the time since ``began`` that a rank waits for the slowest; empty with a single rank."""
     if dist.get_world_size() == 1:
         return {}
     if device.type == "cuda":
@@ -228,7 +230,7 @@ def _context_size() -> int:
 
 
 def _response_tokens(sequences: Sequence[TrainingSequence]) -> Tensor:
-    """Places of the response tokens among those of the sequences laid end to end: (N,)."""
+    """Indices (N,) of the response tokens in the concatenated sequences."""
     start, places = 0, [torch.empty(0, dtype=torch.long)]
     for sequence in sequences:
         end = start + len(sequence.ids)
@@ -238,7 +240,7 @@ def _response_tokens(sequences: Sequence[TrainingSequence]) -> Tensor:
 
 
 def _per_token(values: list[float], sequences: Sequence[TrainingSequence]) -> Tensor:
-    """Repeat each sequence's value once for every token of its response: (N,)."""
+    """Repeat each sequence's value for every token of its response: (N,)."""
     return torch.tensor(values).repeat_interleave(
         torch.tensor([s.response_length for s in sequences], dtype=torch.long)
     )
@@ -249,13 +251,13 @@ def _with(batch: MicroBatch, **log_probs: Tensor) -> MicroBatch:
 
 
 def _copy_of(model: nn.Module) -> dict[str, Tensor]:
-    """The weights as they are now, on the CPU."""
+    """A copy of the current weights on the CPU."""
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
 
 
 @contextlib.contextmanager
 def _weights_swapped(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Let ``model`` compute with other ``weights`` for a while."""
+    """Give ``model`` other ``weights`` within the context."""
     own = {name: parameter.data for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.data = weights[name].to(parameter.device)

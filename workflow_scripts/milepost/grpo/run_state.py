@@ -1,13 +1,13 @@
-"""One atomic run state: everything that the next rollout depends on, in one folder that is whole or absent.
+"""One atomic run state: everything that the next rollout depends on, in one folder that is either complete or absent.
 
     work/checkpoint-000020/
         weights/                   Megatron's distributed checkpoint
         optimizer/rank-00000.safetensors ...   each rank's optimizer state and random states
-        progress.json              counters, the prompt cursor, the logs' lengths
+        progress.json              counters, the prompt cursor, the lengths of the logs
         manifest.json              written last: every file's size and sha256
 
-A checkpoint is written beside its name, synced, and renamed. What is newest is decided by looking at the folders, so
-no pointer can disagree with them; a damaged one is put out of the way.
+A checkpoint is written under a temporary name, synced, and renamed. The newest one is found by listing the folders: no
+pointer file could disagree with them. A damaged checkpoint is renamed, and so ignored.
 """
 
 import re
@@ -37,17 +37,17 @@ RANDOM_STATE = "random_state.torch"
 
 @dataclass
 class Progress:
-    """The small part of a run's state: what has been done, and where its logs and its prompts stand.
+    """The small part of a run's state: counters, the prompt cursor, and the positions in the logs.
 
     Attributes:
-        rollout: rollouts that have been trained on.
-        optimizer_step: optimizer steps taken (a skipped one does not count).
-        bad_steps: steps skipped for a NaN or infinite loss or gradient, since the start.
-        bad_steps_in_a_row: of those, the ones since the last good step.
-        cursor: the prompt cursor's own state.
-        log_bytes: log file -> its length in bytes, where a resumed run goes on writing.
-        score: the validation score of just these weights, or None where they were not evaluated.
-        protocol: what the score was measured by, or will be (plain JSON): two of different protocols say nothing.
+        rollout: rollouts trained on.
+        optimizer_step: optimizer steps taken, without skipped ones.
+        bad_steps: steps skipped since the start because the loss or a gradient was NaN or infinite.
+        bad_steps_in_a_row: those since the last good step.
+        cursor: the state of the prompt cursor.
+        log_bytes: log file -> its length in bytes; a resumed run continues there.
+        score: the validation score of these weights, or None if they were not evaluated.
+        protocol: how the score was or will be measured (plain JSON); only scores of equal protocols are comparable.
         inputs: digests of the starting weights and of the prompts.
     """
 
@@ -62,19 +62,20 @@ class Progress:
     inputs: dict[str, str] = field(default_factory=dict)
 
     def validation_due(self, interval: int) -> bool:
-        """Whether these weights are still to be evaluated, which is done every ``interval`` rollouts; 0 for never."""
+        """Whether these weights must be evaluated now: every ``interval`` rollouts, or never if it is 0."""
         return bool(interval) and self.rollout % interval == 0 and self.score is None
 
 
 def folder_name(rollout: int) -> str:
-    """What the checkpoint after so many rollouts is called."""
+    """The name of the checkpoint after ``rollout`` rollouts."""
     return f"checkpoint-{rollout:06d}"
 
 
 def save(work: Path, progress: Progress, model: nn.Module, optimizer: Optimizer, provenance: dict[str, Any]) -> Path:
-    """Write the run state of ``progress.rollout``; called by every rank. Returns the checkpoint's folder.
+    """Save the run state and return the checkpoint's folder; every rank calls this.
 
-    `UserError`, on every rank and before anything is written, where the disk lacks the room.
+    Raises:
+        UserError: too little free disk space; raised on every rank, before anything is written.
     """
     folder = work / folder_name(progress.rollout)
     partial = partial_folder(folder)
@@ -97,7 +98,7 @@ def save(work: Path, progress: Progress, model: nn.Module, optimizer: Optimizer,
 
 
 def load(folder: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
-    """Put model, optimizer and random states back to what `save` saw; called by every rank."""
+    """Restore model, optimizer and random states from what `save` wrote; every rank calls this."""
     saved_by = len(list(_rank_file(folder).parent.iterdir()))
     if saved_by != dist.get_world_size():
         raise UserError(f"{folder}: saved by {saved_by} processes: resume with as many, not {dist.get_world_size()}")
@@ -109,9 +110,9 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file by name, each read when it is asked for.
+    """The tensors of a safetensors file by name, each read on access.
 
-    Adam's states on the CPU fill half of a node's memory: there is no room for a second copy of them.
+    Adam's states on the CPU can fill half of a node's memory, too much for a second copy.
     """
 
     def __init__(self, file: Path) -> None:
@@ -134,12 +135,12 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 def read_progress(folder: Path) -> Progress:
-    """The small part of a checkpoint alone."""
+    """Read only the small part of a checkpoint."""
     return Progress(**read_json(folder / "progress.json"))
 
 
 def newest(work: Path) -> Path | None:
-    """The newest checkpoint that is whole, digests compared; damaged ones are put out of the way with a warning."""
+    """The newest checkpoint whose digests match; damaged ones are set aside with a warning."""
     for folder in sorted(_named(work), key=_number, reverse=True):
         try:
             read_manifest(folder / "manifest.json").require(digests=True)
@@ -152,9 +153,9 @@ def newest(work: Path) -> Path | None:
 
 
 def best(work: Path) -> Path | None:
-    """The checkpoint with the highest validation score, the earlier of equals; None where none was evaluated.
+    """The checkpoint with the highest validation score, the earliest if several have it; None if none was evaluated.
 
-    Only those compare that were evaluated as the last one was.
+    Only checkpoints that were evaluated by the same protocol as the last one are compared.
     """
     found = {folder: read_progress(folder) for folder in sorted(_named(work), key=_number)}
     evaluated = {folder: progress for folder, progress in found.items() if progress.score is not None}
@@ -164,9 +165,9 @@ def best(work: Path) -> Path | None:
 
 
 def prune(work: Path, keep: int) -> None:
-    """Remove all but the last ``keep`` checkpoints and the best, and what lies out of the way.
+    """Keep the last ``keep`` checkpoints and the best one; delete the others, and all that were set aside.
 
-    To be called once a new checkpoint is whole: the old ones vouch for the run until then.
+    Call it only after a new checkpoint is complete: until then the run depends on the old ones.
     """
     stay = {*sorted(_named(work), key=_number)[-keep:], best(work)}
     for folder in set(_named(work)) - stay:
@@ -176,7 +177,7 @@ def prune(work: Path, keep: int) -> None:
 
 
 def clear(work: Path) -> None:
-    """Remove what a stopped run left half-written: the next checkpoint may want the room."""
+    """Delete partial checkpoints of a stopped run: the next one may need the disk space."""
     for left in work.glob(partial_folder("checkpoint-*").name):
         shutil.rmtree(left)
 
@@ -186,7 +187,7 @@ def _named(work: Path) -> Iterator[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Take a checkpoint's name away at once; `prune` deletes what lies there, whole or in part."""
+    """Rename a checkpoint, which is atomic, so that it is ignored; `prune` deletes it."""
     away = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(away, ignore_errors=True)
     folder.rename(away)
@@ -201,7 +202,7 @@ def _rank_file(folder: Path) -> Path:
 
 
 def _over_all_ranks(number: int) -> int:
-    """The sum of every rank's number."""
+    """The sum of ``number`` over all ranks."""
     total = torch.tensor(number)
     dist.all_reduce(total)
     return int(total)

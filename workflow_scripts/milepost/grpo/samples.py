@@ -1,6 +1,6 @@
-"""One rollout: prompts in, graded samples with advantages out. Rank 0 draws it, and every rank learns from it.
+"""One rollout: prompts in, graded samples with advantages out. Rank 0 draws it, and every rank trains on it.
 
-Token ids go in and token ids come out; nothing is tokenised again.
+Responses stay token ids from the engine to the trainer; text is decoded for the reward and never tokenized again.
 """
 
 import time
@@ -25,7 +25,7 @@ from milepost.rollout.prompts import decode
 
 @dataclass(frozen=True)
 class Sample:
-    """One response and what it earned."""
+    """One response and its reward."""
 
     prompt: Prompt
     completion: Completion
@@ -56,13 +56,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class TrainingSequence:
-    """What training needs of a sample.
+    """The part of a sample that training needs.
 
     Attributes:
-        ids: (P + R,) the tokens that were asked and those that were sampled, prompt first.
-        log_probs: (R,) of the response tokens as they were sampled, fp32.
+        ids: (P + R,) the prompt's tokens and then the response's.
+        log_probs: (R,) of the response tokens in the engine that sampled them, fp32.
         advantage: of the whole response.
-        routing: (P + R, layers x k) experts to visit, layer after layer; None to leave the choice to the router.
+        routing: (P + R, layers x k) experts to visit, layer by layer; None if the routers choose.
     """
 
     ids: Tensor
@@ -81,12 +81,12 @@ class TrainingSequence:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Responses to learn from.
+    """Responses to train on.
 
     Attributes:
-        samples: in groups, each with its own prompt.
-        sequences: what training needs of them, in the same order.
-        seconds: by phase.
+        samples: group by group; a group shares a prompt.
+        sequences: the same samples for training, in the same order.
+        seconds: duration of each phase.
     """
 
     samples: list[Sample]
@@ -95,13 +95,13 @@ class Rollout:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all prompts and responses."""
+        """The number of tokens in all prompts and responses."""
         return sum(len(sequence.ids) for sequence in self.sequences)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws rollouts: takes prompts, samples a group of responses to each, grades them and compares them."""
+    """Draws rollouts: takes prompts, samples a group of responses to each, grades them and computes advantages."""
 
     settings: Settings
     engine: RolloutEngine
@@ -112,12 +112,12 @@ class Sampler:
     interrupts: Interrupts
 
     def draw(self, number: int) -> Rollout | None:
-        """Draw rollout ``number``, from 1; None if the process was asked to end meanwhile."""
+        """Draw rollout ``number``, counted from 1; None if the process was asked to end in the meantime."""
         began, training = time.perf_counter(), self.settings.training
         prompts = self.cursor.take(training.prompts_per_rollout)
         asked = [prompt for prompt in prompts for _ in range(training.samples_per_prompt)]
         requests = [
-            # ``place`` in the rollout, not the prompt's own: a small data set may hold a prompt at several.
+            # ``place`` in the rollout, not the prompt's line: a small data set may repeat a prompt within a rollout.
             Request(prompt.ids, request_seed(training.seed, number, place, sample))
             for place, prompt in enumerate(prompts)
             for sample in range(training.samples_per_prompt)
@@ -167,7 +167,7 @@ class Sampler:
 
 
 def to_training(samples: Sequence[Sample], settings: Settings) -> list[TrainingSequence]:
-    """Samples with the advantages of their groups: each ``samples_per_prompt`` in a row share a prompt."""
+    """Training sequences with advantages; every ``samples_per_prompt`` consecutive samples form a group."""
     advantages = ADVANTAGES[settings.algorithm.advantage](
         _rewards(samples, settings.training.samples_per_prompt), settings.algorithm
     )
@@ -183,23 +183,23 @@ def to_training(samples: Sequence[Sample], settings: Settings) -> list[TrainingS
 
 
 def _rewards(samples: Sequence[Sample], group_size: int) -> Tensor:
-    """(G, n): a row for each prompt, a column for each of its samples."""
+    """The rewards as (G, n): one row per prompt, one column per sample."""
     return torch.tensor([sample.reward for sample in samples], dtype=torch.float64).view(-1, group_size)
 
 
 def _whole_routing(routing: Tensor | None) -> Tensor | None:
-    """Add a row for the last token: nothing reads what it computes, so it may visit the experts before it."""
+    """Add a row for the last token, whose output is unused, so it may visit the same experts as the one before it."""
     return None if routing is None else torch.cat([routing, routing[-1:]])
 
 
 def statistics(samples: Sequence[Sample], group_size: int) -> dict[str, float]:
-    """The metrics of a rollout that need no model.
+    """The metrics of a rollout that need no forward pass.
 
-    ``pass_rate`` is the share of prompts that at least one sample solved, ``groups_without_spread`` the share of
-    prompts whose samples all earned the same, which teach nothing; ``reward_<part>`` is the mean of a sum's part, and
-    ``grading_failed_share`` the share of samples that could not be graded. With speculative decoding
-    ``acceptance_length`` is the number of tokens per forward pass of the model, ``acceptance_rate`` the share of
-    drafted tokens that are kept. Where the prompts are of several sets, ``<metric>/<set>`` is a set's own, and
+    ``pass_rate`` is the share of prompts with at least one correct sample, ``groups_without_spread`` the share of
+    prompts whose samples all have the same reward and so no gradient, ``reward_<part>`` the mean of one part of a sum,
+    and ``grading_failed_share`` the share of samples whose grading failed. With speculative decoding
+    ``acceptance_length`` is the number of tokens per forward pass of the model, and ``acceptance_rate`` the share of
+    drafted tokens that are accepted. With several training sets ``<metric>/<set>`` is the metric of one set, and
     ``prompts/<set>`` the number of its prompts.
     """
     sets = {

@@ -1,4 +1,4 @@
-"""The settings of a training as one object, which travels through all of it."""
+"""The settings of a training as one object."""
 
 from pydantic import Field
 
@@ -18,9 +18,9 @@ class Settings(schema.Section):
     engine: schema.Engine
     experts: schema.Experts
     reward: schema.Reward  # of the first training set
-    reward_of: dict[str, schema.Reward] = Field({})  # of other training sets, where it is another one
-    reward_code: dict[str, str] | None = None  # of a user's functions, by file: it decides which run goes on
-    validation_reward: schema.Reward | None = None  # where it is another one
+    reward_of: dict[str, schema.Reward] = Field({})  # of the other training sets, if it differs from ``reward``
+    reward_code: dict[str, str] | None = None  # digests of a user's functions by file: part of the run's identity
+    validation_reward: schema.Reward | None = None  # if it differs from ``reward``
     validation_reward_code: dict[str, str] | None = None
     hardware: schema.Hardware
 

@@ -1,4 +1,4 @@
-"""The trainer's weights into the rollout engine, by their names on the Hub."""
+"""Send the trainer's weights to the rollout engine, under their names on the Hub."""
 
 from torch import nn
 
@@ -14,7 +14,7 @@ def push_weights(
 ) -> None:
     """Send every text weight to ``engine``, one tensor at a time.
 
-    Every rank calls this, since a tensor's shards meet on the way; ``engine`` is given on the one that drives it.
+    Every rank calls this, since tensors are gathered from their shards; only rank 0 passes an ``engine``.
     """
 
     def send() -> None:

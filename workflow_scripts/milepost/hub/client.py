@@ -38,10 +38,16 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository on the Hub; ``kind`` is ``model`` or ``dataset``."""
+    """A repository on the Hub.
+
+    Attributes:
+        kind: ``model`` or ``dataset``.
+        licence: the one that its card names, once it is known.
+    """
 
     kind: str
     name: str
+    licence: str | None = None
 
     @property
     def cache(self) -> Path:
@@ -107,7 +113,8 @@ def resolve(repository: Repository, revision: str) -> Listing:
     if revision != info.sha:
         with contextlib.suppress(OSError):  # a cache that is read-only or full may already hold all files
             atomic_write(repository.cache / "refs" / revision, info.sha)
-    return Listing(repository, info.sha, files)
+    licence = getattr(info.card_data, "license", None)
+    return Listing(replace(repository, licence=str(licence) if licence else None), info.sha, files)
 
 
 def _require_token() -> None:

@@ -22,7 +22,7 @@ def require_importable() -> None:
     for name in WHOLE_NUMBERS:
         value = os.environ.get(name, "")
         if value and not value.isdecimal():
-            raise UserError(f"{name} is {value!r}: a whole number of seconds is expected")
+            raise UserError(f"{name} is {value!r}: set it to a whole number of seconds, or unset it")
 
 
 def require_usable(endpoint: str) -> None:
@@ -41,12 +41,12 @@ def require_usable(endpoint: str) -> None:
     except (ValueError, httpx.InvalidURL) as error:  # all proxies are valid, so no_proxy is not
         name = _variable("no_proxy")
         raise UserError(
-            f"{name} is {os.environ.get(name)!r} ({error}): host names are expected, with commas between them"
+            f"{name} is {os.environ.get(name)!r} ({error}): set it to host names with commas between them, or unset it"
         ) from None
 
 
 def _require_address(endpoint: str) -> None:
-    wanted = f"an address such as {PUBLIC_HUB} is expected; unset it to use that one"
+    wanted = f"set it to an address such as {PUBLIC_HUB}, or unset it to use that one"
     if not endpoint.strip():
         raise UserError(f"HF_ENDPOINT is empty: {wanted}")
     try:
@@ -70,7 +70,7 @@ def _require_proxy(name: str, proxy: str) -> None:
         ) from None
     except (ValueError, httpx.InvalidURL):  # their messages may contain part of the password
         raise UserError(
-            f"{name} is {shown!r}: not the address of a proxy, such as http://proxy.example.org:3128"
+            f"{name} is {shown!r}: set it to the address of a proxy, such as http://proxy.example.org:3128, or unset it"
         ) from None
 
 

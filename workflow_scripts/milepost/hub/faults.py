@@ -34,6 +34,8 @@ NOT_A_HUB += (httpx.DecodingError,)
 class Repository(Protocol):
     """A repository, whose ``str`` is ``model owner/name``."""
 
+    licence: str | None
+
     @property
     def page(self) -> str: ...
 
@@ -119,8 +121,9 @@ def explain(error: Exception, repository: Repository, what: str) -> NoReturn:
     token, home = environment.token_source(constants.HF_TOKEN_PATH), environment.cache_variable()
     subject = f"{repository}: {what}"
     if isinstance(error, GatedRepoError):
+        terms = f"terms (licence: {repository.licence})" if repository.licence else "licence"
         message = (
-            f"{repository}: access is gated: accept its licence at {repository.page} with your account, and set"
+            f"{repository}: access is gated: accept its {terms} at {repository.page} with your account, and set"
             " HF_TOKEN to a token of that account"
         )
     elif isinstance(error, RevisionNotFoundError):

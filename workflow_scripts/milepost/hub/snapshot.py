@@ -17,7 +17,9 @@ from milepost.checkpoints.headers import INDEX, read_index, weight_files
 from milepost.checkpoints.inspection import CONFIG, Inspection, require_files
 from milepost.common.errors import UserError, is_disk_full
 from milepost.common.files import atomic_path, sha256_of_all
+from milepost.configuration.schema import Dataset
 from milepost.hub.client import Listing, RemoteFile, Repository, cached, resolve
+from milepost.problems.selection import CARD, as_regex, files_in_folder, select_files
 
 # Files to take besides the weights: never a pickle, never code.
 SIDE_FILES = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "LICENSE*"]
@@ -64,11 +66,31 @@ def model_from_hub(repo: str, revision: str, hub: Path, inspection: Inspection) 
 
 
 @_files_explained()
-def dataset_from_hub(repo: str, revision: str, file: str, hub: Path) -> Snapshot:
-    """Fetch the one ``file`` of a dataset at ``revision`` and link it below ``hub``."""
-    listing = resolve(Repository("dataset", repo), revision)
-    _require_file(str(listing.repository), listing.files, file)
-    return _from_hub(listing.only([file]), revision, hub)
+def dataset_from_hub(name: str, settings: Dataset, hub: Path) -> Snapshot:
+    """Fetch the files of the data set ``name`` at its revision and link them below ``hub``."""
+    listing = resolve(Repository("dataset", settings.repo), settings.revision)
+    files = select_files(_Repository(listing), settings, str(listing.repository), name)
+    return _from_hub(listing.only(files), settings.revision, hub)
+
+
+class _Repository:
+    """A repository's files, as `select_files` asks for them."""
+
+    def __init__(self, listing: Listing) -> None:
+        self._listing = listing
+
+    def matching(self, pattern: str) -> list[str]:
+        if pattern in self._listing.files:
+            return [pattern]
+        return list(filter(as_regex(pattern).fullmatch, self._listing.files))
+
+    def files(self) -> list[str]:
+        return list(self._listing.files)
+
+    def card(self) -> str:
+        if CARD not in self._listing.files:
+            return ""
+        return (cached(self._listing.only([CARD])) / CARD).read_text(encoding="utf-8", errors="replace")
 
 
 def _from_hub(listing: Listing, revision: str, hub: Path) -> Snapshot:
@@ -90,11 +112,10 @@ def model_from_folder(folder: Path, name: str, hub: Path, inspection: Inspection
 
 
 @_files_explained()
-def dataset_from_folder(folder: Path, file: str, name: str, hub: Path) -> Snapshot:
-    """Copy a dataset's ``file`` into ``hub/name@digest``; a copy, so that editing the original doesn't change it."""
-    folder = folder.expanduser()
-    _require_file(str(folder), _names(folder), file)
-    return _from_folder(folder, [file], name, hub, copy)
+def dataset_from_folder(name: str, settings: Dataset, hub: Path) -> Snapshot:
+    """Copy a data set's files into ``hub/name@digest``; copies, so that editing the originals doesn't change them."""
+    folder = Path(settings.folder).expanduser()
+    return _from_folder(folder, files_in_folder(folder, settings, name), name, hub, copy)
 
 
 def _names(folder: Path) -> list[str]:
@@ -113,11 +134,6 @@ def _from_folder(
     return Snapshot(root, entries, {"folder": str(folder)})
 
 
-def _require_file(source: str, names: Iterable[str], file: str) -> None:
-    if file not in names:
-        raise UserError(f"{source}: holds no file {file}: check the dataset's file in the configuration")
-
-
 def _model_files(source: str, names: Collection[str], folder: Path) -> list[str]:
     """The files to take of a model, sorted: its weights (`weight_files`) and the files that describe them.
 
@@ -125,7 +141,7 @@ def _model_files(source: str, names: Collection[str], folder: Path) -> list[str]
     """
     weights = set(weight_files(names, read_index(folder / INDEX) if INDEX in names else None))
     if missing := sorted(weights - set(names)):
-        raise UserError(f"{source}: {INDEX} names {missing[0]}, which is missing: the source is incomplete")
+        raise UserError(f"{source}: {INDEX} names {missing[0]}, which is missing: complete the source")
     side_files = {name for name in names if _matches(name, SIDE_FILES) and not _matches(name, INDICES)}
     return sorted(weights | side_files | ({INDEX} & set(names)))
 

@@ -53,7 +53,7 @@ def take(count: int, devices: Mapping[str, str]) -> list[str]:
     if len(devices) < count:
         raise UserError(
             f"{count} GPUs are needed, but only {len(devices)} are visible (CUDA_VISIBLE_DEVICES:"
-            f" {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}): lower hardware.gpus or show more of them"
+            f" {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}): lower hardware.gpus or evaluation.gpus"
         )
     LOCKS.mkdir(mode=0o700, exist_ok=True)
     announced = False

@@ -74,7 +74,7 @@ class Architecture:
                 raise UserError(f"{where}: has no {key}: the file is incomplete: use the checkpoint's own")
             if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
                 expected = "a whole number" if kind is int else "a number"
-                raise UserError(f"{where}: {key} is {value!r}: {expected} above 0 is expected")
+                raise UserError(f"{where}: {key} is {value!r}: set it to {expected} above 0")
             return value
 
         is_moe = text["model_type"] == "qwen3_5_moe_text"
@@ -155,7 +155,7 @@ class Architecture:
             if wrong
         ]
         if faults:
-            raise UserError(f"{where}: {'; '.join(faults)}: not a Qwen3.5 that can be trained here")
+            raise UserError(f"{where}: {'; '.join(faults)}: can't be trained here; choose another Qwen3.5 checkpoint")
 
     @property
     def is_moe(self) -> bool:
@@ -226,5 +226,5 @@ def _full_attention_interval(text: dict[str, Any], where: str) -> int | None:
     if not kinds:
         return None
     if not isinstance(kinds, list) or "full_attention" not in kinds:
-        raise UserError(f"{where}: layer_types names no full_attention layer: not a Qwen3.5's")
+        raise UserError(f"{where}: layer_types names no full_attention layer: choose a Qwen3.5 checkpoint")
     return kinds.index("full_attention") + 1

@@ -99,7 +99,10 @@ def build_model(
     """
     parallel, experts = parallel or Parallel(), experts or UNTRAINED
     if mtp_num_layers > architecture.mtp_num_layers:
-        raise UserError(f"mtp_num_layers {mtp_num_layers}: the checkpoint has {architecture.mtp_num_layers} MTP layers")
+        raise UserError(
+            f"mtp_num_layers {mtp_num_layers}: the checkpoint has {architecture.mtp_num_layers} MTP layers: ask for no"
+            " more"
+        )
     on_cpu = not torch.cuda.is_available()
     dtype = dtype or (torch.float32 if on_cpu else torch.bfloat16)
     config = transformer_config(

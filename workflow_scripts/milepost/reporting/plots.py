@@ -10,10 +10,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from milepost.configuration.schema import Plots
-from milepost.reporting.results import Pair, Training
+from milepost.reporting.results import Pair, Score, Training
 
 WIDTH = 7.2  # inches
 HEALTH = {
@@ -29,27 +30,35 @@ HEALTH = {
     "tokens_per_second": "tokens per second",
 }
 VALIDATION = "validation_average"
+OTHER_RUNS = ("#b35900", "#7048a8", "#2b8a3e", "#c2255c")
+BAR, BETWEEN = 0.38, 0.24  # from bar to bar, and more from one model or problem set to the next
 
 
 @dataclass(frozen=True)
 class Theme:
-    """The colours of a drawing."""
+    """The colours of a drawing; ``others`` are of further runs."""
 
     base: str
     trained: str
+    others: tuple[str, ...]
     ink: str
     muted: str
     grid: str
 
     @classmethod
     def light(cls, settings: Plots) -> "Theme":
-        return cls(settings.color_base, settings.color_trained, "#1f2328", "#656d76", "#d8dee4")
+        return cls(settings.color_base, settings.color_trained, OTHER_RUNS, "#1f2328", "#656d76", "#d8dee4")
 
     @classmethod
     def dark(cls, settings: Plots) -> "Theme":
         """The same hues, lighter, so that they stand out on a dark background."""
         base, trained = _lighter(settings.color_base, 0.2), _lighter(settings.color_trained, 0.4)
-        return cls(base, trained, "#e6edf3", "#9198a1", "#30363d")
+        others = tuple(_lighter(color, 0.4) for color in OTHER_RUNS)
+        return cls(base, trained, others, "#e6edf3", "#9198a1", "#30363d")
+
+    def run(self, number: int) -> str:
+        """The colour of a run, or of one of its checkpoints, by its place among all that are drawn."""
+        return self.trained if number == 0 else self.others[(number - 1) % len(self.others)]
 
 
 @dataclass(frozen=True)
@@ -83,58 +92,65 @@ class Plot:
             return _bytes(figure, format="svg", transparent=True, metadata={"Date": None})
 
 
-def all_plots(trainings: Sequence[Training], pairs: Sequence[Pair]) -> list[Plot]:
+def all_plots(trainings: Sequence[Training], scores: Sequence[Score], pairs: Sequence[Pair]) -> list[Plot]:
     """All plots for which there is data, in the order of the report."""
+    names = [score.weights for score in scores if not score.is_base] + [training.run for training in trainings]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     found = []
-    if pairs:
+    if scores:
         found.append(
             Plot(
                 "scores",
-                "Base and trained",
+                "Scores",
                 "Mean reward (avg@n; where it is 0 or 1 the share of correct samples), its 95% interval over problems.",
                 None,
-                lambda theme: _score_bars(pairs, theme),
+                lambda theme: _score_bars(scores, numbers, theme),
             )
         )
     for pair in pairs:
+        first, second = pair.first, pair.second
+        of_training = pair.is_of_a_training
+        compared = second.name if of_training else f"{second.name} against {first.name}"
+        of = f"{second.model}-{second.weights}" if of_training else f"{compared.replace('/', '-').replace(' ', '-')}"
         found.append(
             Plot(
-                f"problems-{pair.base.model}-{pair.base.dataset}",
-                f"{pair.base.model} on {pair.base.dataset}, problem by problem",
-                "Each column is a problem, the hardest for the base on the left; the line is what training did.",
-                pair.base.model,
-                lambda theme, pair=pair: _paired_dots(pair, theme),
+                f"problems-{of}-{first.dataset}",
+                f"{compared} on {first.dataset}, problem by problem",
+                f"Each column is a problem, the hardest for {'the base' if of_training else first.name} on the left;"
+                f" the line is {'what training did' if of_training else 'the difference'}.",
+                second.model if first.model == second.model else None,
+                lambda theme, pair=pair: _paired_dots(pair, numbers, theme),
             )
         )
-    for training in trainings:
-        if len(training.column("reward_mean")):
-            found += _training_plots(training)
+    for model in dict.fromkeys(training.model for training in trainings):
+        own = [training for training in trainings if training.model == model and len(training.column("reward_mean"))]
+        found += _training_plots(model, own, numbers) if own else []
     return found
 
 
-def _training_plots(training: Training) -> list[Plot]:
-    model = training.model
+def _training_plots(model: str, runs: Sequence[Training], numbers: dict[str, int]) -> list[Plot]:
+    """The plots of a model's runs, which share their axes."""
     return [
         Plot(
             f"reward-{model}",
             f"{model}: reward",
             "Mean reward of each rollout (thin), smoothed (thick), and the validation score of those weights (dots).",
             model,
-            lambda theme: _reward(training, theme),
+            lambda theme: _reward(runs, numbers, theme),
         ),
         Plot(
             f"length-{model}",
             f"{model}: response length",
             "Mean tokens of a response, and the share that the cap cut off.",
             model,
-            lambda theme: _length(training, theme),
+            lambda theme: _length(runs, numbers, theme),
         ),
         Plot(
             f"health-{model}",
             f"{model}: training metrics",
             "What goes wrong shows here first: a growing log-prob difference means that engine and trainer disagree.",
             model,
-            lambda theme: _health(training, theme),
+            lambda theme: _health(runs, numbers, theme),
         ),
     ]
 
@@ -144,81 +160,105 @@ def smoothed(values: pd.Series) -> pd.Series:
     return values.rolling(max(3, len(values) // 20), center=True, min_periods=1).mean()
 
 
-def _reward(training: Training, theme: Theme) -> Figure:
+def _reward(runs: Sequence[Training], numbers: dict[str, int], theme: Theme) -> Figure:
     figure, (axes,) = _figure(1, 3.4)
-    _curve(axes, training.column("reward_mean"), theme.trained, "reward of a rollout")
-    validation = training.column(VALIDATION)
-    if len(validation):
-        axes.plot(
-            validation.index,
-            validation,
-            "o-",
-            color=theme.ink,
-            markersize=4.5,
-            linewidth=0.8,
-            label="validation (avg@n)",
-            zorder=4,
-        )
-    axes.set(xlabel="rollout", ylabel="share correct" if training.is_share else "mean reward")
-    if training.is_share:
+    several = len(runs) > 1
+    for training in runs:
+        color = theme.run(numbers[training.run])
+        _curve(axes, training.column("reward_mean"), color, training.run if several else "reward of a rollout", several)
+        validation = training.column(VALIDATION)
+        if len(validation):
+            axes.plot(
+                validation.index,
+                validation,
+                "o-",
+                color=color if several else theme.ink,
+                markersize=4.5,
+                linewidth=0.8,
+                label=f"{training.run}: validation" if several else "validation (avg@n)",
+                zorder=4,
+            )
+    is_share = all(training.is_share for training in runs)
+    axes.set(xlabel="rollout", ylabel="share correct" if is_share else "mean reward")
+    if is_share:
         axes.set_ylim(0, 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=3)
+    _legend_above(axes, columns=4 if several else 3)
     return figure
 
 
-def _length(training: Training, theme: Theme) -> Figure:
+def _length(runs: Sequence[Training], numbers: dict[str, int], theme: Theme) -> Figure:
     figure, (upper, lower) = _figure(2, 3.8, heights=(2, 1), share=True)
-    _curve(upper, training.column("response_length_mean"), theme.trained, "mean tokens")
+    several, highest = len(runs) > 1, 0.0
+    for training in runs:
+        color = theme.run(numbers[training.run])
+        label = training.run if several else "mean tokens"
+        _curve(upper, training.column("response_length_mean"), color, label, several)
+        truncated, color = training.column("truncated_share"), color if several else theme.base
+        if not several:
+            lower.fill_between(truncated.index, truncated, color=color, alpha=0.5, linewidth=0)
+        lower.plot(truncated.index, truncated, color=color, linewidth=1)
+        highest = max(highest, truncated.max() if len(truncated) else 0.0)
     upper.set_ylabel("tokens")
     upper.set_ylim(bottom=0)
     upper.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    truncated = training.column("truncated_share")
-    lower.fill_between(truncated.index, truncated, color=theme.base, alpha=0.5, linewidth=0)
-    lower.plot(truncated.index, truncated, color=theme.base, linewidth=1)
     lower.set(xlabel="rollout", ylabel="cut off")
-    lower.set_ylim(0, max(0.05, 1.15 * truncated.max()) if len(truncated) else 1)
+    lower.set_ylim(0, max(0.05, 1.15 * highest))
     lower.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    if several:
+        _legend_above(upper)
     return figure
 
 
-def _health(training: Training, theme: Theme) -> Figure:
-    shown = {name: label for name, label in HEALTH.items() if len(training.column(name))}
-    with_rows = -(-max(1, len(shown)) // 3)
-    figure = Figure(figsize=(WIDTH, 1.75 * with_rows), layout="constrained")
+def _health(runs: Sequence[Training], numbers: dict[str, int], theme: Theme) -> Figure:
+    shown = {name: label for name, label in HEALTH.items() if any(len(training.column(name)) for training in runs)}
+    with_rows, several = -(-max(1, len(shown)) // 3), len(runs) > 1
+    figure = Figure(figsize=(WIDTH, 1.75 * with_rows + 0.3 * several), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(with_rows, 3, squeeze=False).flat, shown.items(), strict=False):
-        _curve(axes, training.column(name), theme.trained, label)
+        for training in runs:
+            _curve(axes, training.column(name), theme.run(numbers[training.run]), training.run, several)
         axes.set_title(label, fontsize=8, color=theme.muted, loc="left")
         axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(3))
     for axes in figure.axes[len(shown) :]:
         axes.remove()
+    if several:
+        colors = {training.run: theme.run(numbers[training.run]) for training in runs}
+        lines = [Line2D([], [], color=color, linewidth=2, label=run) for run, color in colors.items()]
+        figure.legend(handles=lines, loc="outside upper left", ncols=4)
     return figure
 
 
-def _score_bars(pairs: Sequence[Pair], theme: Theme) -> Figure:
-    figure, (axes,) = _figure(1, 0.9 + 0.72 * len(pairs))
-    names = []
-    for row, pair in enumerate(pairs):
-        for score, offset, color in ((pair.base, -0.19, theme.base), (pair.trained, 0.19, theme.trained)):
+def _score_bars(scores: Sequence[Score], numbers: dict[str, int], theme: Theme) -> Figure:
+    groups: dict[tuple[str, str], list[Score]] = {}
+    for score in scores:
+        groups.setdefault((score.model, score.dataset), []).append(score)
+    figure, (axes,) = _figure(1, 0.9 + 0.72 * (BAR * len(scores) + BETWEEN * len(groups)))
+    several = len({dataset for _, dataset in groups}) > 1
+    at, ticks, labelled = 0.0, {}, set()
+    for (model, dataset), group in groups.items():
+        ticks[at + BAR * (len(group) - 1) / 2] = f"{model}\n{dataset}" if several else model
+        for score in group:
             average, (low, high) = score.facts["average"], score.interval
-            axes.barh(row + offset, average, height=0.34, color=color, label=None if row else _label(score.is_base))
+            color = theme.base if score.is_base else theme.run(numbers[score.weights])
+            label = None if score.weights in labelled else score.weights
+            axes.barh(at, average, height=0.34, color=color, label=label)
+            labelled.add(score.weights)
             reach = [[0 if np.isnan(low) else average - low], [0 if np.isnan(high) else high - average]]
-            axes.errorbar(average, row + offset, xerr=reach, color=theme.ink, linewidth=1.1, capsize=2.5)
-            right = average if np.isnan(high) else max(high, average)
+            axes.errorbar(average, at, xerr=reach, color=theme.ink, linewidth=1.1, capsize=2.5)
             axes.annotate(
                 f"{100 * average:.1f}%" if score.is_share else f"{average:.3g}",
-                (right, row + offset),
+                (average if np.isnan(high) else max(high, average), at),
                 xytext=(5, 0),
                 textcoords="offset points",
                 va="center",
                 fontsize=8.5,
             )
-        several = len({pair.base.dataset for pair in pairs}) > 1
-        names.append(f"{pair.base.model}\n{pair.base.dataset}" if several else pair.base.model)
-    axes.set_yticks(range(len(pairs)), names)
+            at += BAR
+        at += BETWEEN
+    axes.set_yticks([*ticks], [*ticks.values()])
     axes.invert_yaxis()
-    if all(pair.base.is_share for pair in pairs):
+    if all(score.is_share for score in scores):
         axes.set_xlim(0, 1.08)
         axes.set_xticks(np.linspace(0, 1, 6))
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -227,36 +267,48 @@ def _score_bars(pairs: Sequence[Pair], theme: Theme) -> Figure:
         axes.set_xlabel("mean reward; 1 is 100%")
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
     return figure
 
 
-def _paired_dots(pair: Pair, theme: Theme) -> Figure:
-    base, trained = pair.base.problem_means(), pair.trained.problem_means()
-    order = np.lexsort((trained, base))
-    base, trained, at = base[order], trained[order], np.arange(len(order))
+def _paired_dots(pair: Pair, numbers: dict[str, int], theme: Theme) -> Figure:
+    first, second = pair.first.problem_means(), pair.second.problem_means()
+    order = np.lexsort((second, first))
+    first, second, at = first[order], second[order], np.arange(len(order))
     figure, (axes,) = _figure(1, 3.1)
     size = float(np.clip(900 / len(at), 6, 26))
-    colors = np.where(trained >= base, theme.trained, theme.base)
-    axes.vlines(at, base, trained, color=colors, linewidth=float(np.clip(90 / len(at), 0.8, 3)), alpha=0.55)
-    axes.scatter(at, base, s=1.9 * size, color=theme.base, label=_label(True), zorder=3)  # a ring where both are equal
-    axes.scatter(at, trained, s=size, color=theme.trained, label=_label(False), zorder=4)
-    axes.set(xlabel=f"{len(at)} problems, sorted", ylabel="share correct" if pair.base.is_share else "mean reward")
+    from_color = theme.base if pair.first.is_base else theme.run(numbers[pair.first.weights])
+    to_color = theme.trained if pair.second.is_base else theme.run(numbers[pair.second.weights])
+    if to_color == from_color:  # runs of one name, of two models
+        from_color = theme.base
+    names = [score.weights if pair.is_of_a_training else score.name for score in (pair.first, pair.second)]
+    colors = np.where(second >= first, to_color, from_color)
+    axes.vlines(at, first, second, color=colors, linewidth=float(np.clip(90 / len(at), 0.8, 3)), alpha=0.55)
+    axes.scatter(at, first, s=1.9 * size, color=from_color, label=names[0], zorder=3)  # a ring where both are equal
+    axes.scatter(at, second, s=size, color=to_color, label=names[1], zorder=4)
+    axes.set(xlabel=f"{len(at)} problems, sorted", ylabel="share correct" if pair.first.is_share else "mean reward")
     axes.set_xticks([])
-    if pair.base.is_share:
+    if pair.first.is_share:
         axes.set_ylim(-0.04, 1.04)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return figure
 
 
-def _curve(axes: Axes, values: pd.Series, color: str, label: str) -> None:
-    """Plot all values as a thin pale line and the trend on top; a short run has no trend."""
+def _legend_above(axes: Axes, columns: int = 4) -> None:
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns)
+
+
+def _curve(axes: Axes, values: pd.Series, color: str, label: str, several: bool = False) -> None:
+    """Plot all values as a thin pale line and the trend on top; a short run has no trend.
+
+    Where several runs share the axes, the trend has the label.
+    """
     if len(values) < 10:
         axes.plot(values.index, values, "o-", color=color, markersize=3, linewidth=1.4, label=label)
         return
-    axes.plot(values.index, values, color=color, linewidth=0.7, alpha=0.35, label=label)
-    axes.plot(values.index, smoothed(values), color=color, linewidth=2, label="smoothed")
+    axes.plot(values.index, values, color=color, linewidth=0.7, alpha=0.35, label=None if several else label)
+    axes.plot(values.index, smoothed(values), color=color, linewidth=2, label=label if several else "smoothed")
 
 
 def _figure(rows: int, height: float, heights: Sequence[float] | None = None, share: bool = False):
@@ -288,10 +340,6 @@ def _style(theme: Theme) -> dict[str, object]:
         "legend.fontsize": 8.5,
         "lines.solid_capstyle": "round",
     }
-
-
-def _label(is_base: bool) -> str:
-    return "base" if is_base else "trained"
 
 
 def _lighter(color: str, share: float) -> str:

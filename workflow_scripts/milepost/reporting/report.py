@@ -15,13 +15,13 @@ from milepost.checkpoints.manifest import Manifest
 from milepost.configuration.schema import Plots
 from milepost.reporting.plots import Theme
 from milepost.reporting.results import Pair, Score, Training
-from milepost.reporting.tables import amount, change, in_words, span, titled
+from milepost.reporting.tables import amount, change, sentences, span, titled
 
 EACH = 3  # correct samples, and as many incorrect ones, per group
 LAST_ROLLOUTS = 5  # rollouts whose samples are shown
 FIRST_ROLLOUTS = 3  # rollouts whose rewards are reported if all are equal
 HEAD, TAIL = 12_000, 4_000  # characters shown of a long response
-TEXT_COLUMNS = ("dataset", "weights")
+TEXT_COLUMNS = ("dataset", "weights", "second")
 CHAT_MARKS = re.compile(r"<\|im_start\|>(system|user|assistant)?|<\|im_end\|>|</?think>")
 
 templates = Environment(
@@ -56,7 +56,7 @@ def report_page(
         protocol=_protocol(scores),
         gains=[_gain(pair) for pair in pairs],
         tables={title: _table(table) for title, table in titled(scores, pairs).items()},
-        sentences=[in_words(pair) for pair in pairs],
+        sentences=sentences(scores, pairs, trainings),
         overlaps=overlaps,
         plots=[_embedded(plot, plots.root) for plot in plots.facts["plots"]],
         versions=_versions(results),
@@ -72,25 +72,33 @@ def _model(name: str, scores: Sequence[Score], trainings: Sequence[Training]) ->
     trained = [training for training in trainings if training.model == name]
     groups = [
         {
-            "title": f"{'Base' if score.is_base else 'Trained'} weights on {score.dataset}, samples",
+            "title": f"{'Base' if score.is_base else score.weights} weights on {score.dataset}, samples",
             "rows": evaluation_samples(score),
         }
         for score in own
     ]
     groups += [
-        {"title": "Samples of the last rollouts", "rows": training_samples(training)}
+        {"title": f"Samples of the last rollouts of {training.run}", "rows": training_samples(training)}
         for training in trained
         if "samples" in training.manifest.facts
     ]
-    settings: dict[str, Any] = {}
-    for result in [*own, *trained]:  # trainings last: their engine settings are complete, and take precedence
-        settings |= result.manifest.provenance["config"]
     return {
         "name": name,
-        "training": [row for training in trained for row in _training_facts(training)],
+        "trainings": [{"run": training.run, "facts": _training_facts(training)} for training in trained],
         "samples": [group for group in groups if group["rows"]],
-        "settings": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
+        "settings": [
+            {"name": f"{name}/{training.run}" if training else name, "yaml": _settings(own, training)}
+            for training in trained or [None]
+        ],
     }
+
+
+def _settings(scores: Sequence[Score], training: Training | None) -> str:
+    """A model's settings as YAML; those of its training take precedence, since its engine settings are complete."""
+    settings: dict[str, Any] = {}
+    for result in [*scores, *([training] if training else [])]:
+        settings |= result.manifest.provenance["config"]
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 def evaluation_samples(score: Score) -> list[dict[str, Any]]:
@@ -175,18 +183,18 @@ def _training_facts(training: Training) -> list[tuple[str, str]]:
 
 def _gain(pair: Pair) -> dict[str, Any]:
     """A tile with the difference and a bar for each of the two scores, the shorter on top of the longer."""
-    difference, base, trained = pair.difference(), pair.base.facts["average"], pair.trained.facts["average"]
-    is_share = pair.base.is_share
-    whole = 1.0 if is_share else max(base, trained, 1e-9)  # of the longest bar
-    (shorter, shorter_color), (longer, longer_color) = sorted([(base, "--base"), (trained, "--accent")])
+    difference, first, second = pair.difference(), pair.first.facts["average"], pair.second.facts["average"]
+    is_share = pair.first.is_share
+    whole = 1.0 if is_share else max(first, second, 1e-9)  # of the longest bar
+    (shorter, shorter_color), (longer, longer_color) = sorted([(first, "--base"), (second, "--accent")])
     return {
-        "model": pair.base.model,
-        "dataset": pair.base.dataset,
+        "of": pair.second.name if pair.is_of_a_training else f"{pair.second.name} against {pair.first.name}",
+        "dataset": pair.first.dataset,
         "points": change(difference.value, is_share),
         "unit": "points" if is_share else "reward",
         "percent": "%" if is_share else "",
-        "base": amount(base, is_share),
-        "trained": amount(trained, is_share),
+        "first": amount(first, is_share),
+        "second": amount(second, is_share),
         "interval": difference.interval and span(difference.interval, is_share),
         "shorter": round(100 * max(shorter, 0.0) / whole, 1),
         "shorter_color": shorter_color,

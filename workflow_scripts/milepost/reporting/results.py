@@ -1,7 +1,7 @@
 """Read scores and trainings from their manifests; a manifest's path says which model and weights it is about."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,10 @@ import pandas as pd
 
 from milepost.checkpoints.manifest import Manifest, read_manifest
 from milepost.common.errors import UserError
-from milepost.configuration import staleness
+from milepost.configuration import scored, staleness
 from milepost.configuration.rewards import Reward
+from milepost.configuration.weights import BASE
 from milepost.evaluation.estimators import PairedDifference, paired_difference
-
-BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,11 @@ class Score:
     dataset: str
     weights: str
     manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        """The scored weights: ``9B/base``, ``9B/grpo``."""
+        return f"{self.model}/{self.weights}"
 
     @property
     def is_base(self) -> bool:
@@ -74,22 +78,47 @@ class Score:
 
 @dataclass(frozen=True)
 class Pair:
-    """The base and the trained weights of one model on one problem set."""
+    """Two scores on the same problems, above all of a model's base and trained weights."""
 
-    base: Score
-    trained: Score
+    first: Score
+    second: Score
+
+    @property
+    def is_of_a_training(self) -> bool:
+        """Whether the difference is what a training did."""
+        return self.first.model == self.second.model and self.first.is_base
 
     def difference(self) -> PairedDifference:
-        """Trained minus base over the same problems, bootstrapped with the evaluation's seed."""
-        protocol = self.trained.protocol
-        means = self.base.problem_means(), self.trained.problem_means()
-        bounds = (-1.0, 1.0) if self.trained.is_share else (-np.inf, np.inf)
+        """Second minus first over the same problems, bootstrapped with the second evaluation's seed."""
+        protocol = self.second.protocol
+        means = self.first.problem_means(), self.second.problem_means()
+        bounds = (-1.0, 1.0) if self.second.is_share else (-np.inf, np.inf)
         return paired_difference(*means, protocol["bootstrap_samples"], protocol["seed"], bounds=bounds)
 
-    def made_by_others(self) -> list[str]:
-        """How the code or package versions of the two scores differ, in words."""
-        base, trained = self.base.manifest.provenance, self.trained.manifest.provenance
-        return staleness.makers(base, trained)
+    def obstacles(self) -> list[str]:
+        """Why the two can't be compared, in words: another protocol, reward, or other problems."""
+        first, second = (score.manifest for score in (self.first, self.second))
+        asked = [
+            {
+                "prompts": made.facts.get("prompts"),
+                "labels": [problem["label"] for problem in made.facts["per_problem"]],
+            }
+            for made in (first, second)
+        ]
+        return [
+            *staleness.settings(*(scored.shared(made.provenance["config"]) for made in (first, second))),
+            *(f"other {name}" for name in asked[0] if asked[0][name] != asked[1][name]),
+        ]
+
+    def notes(self) -> list[str]:
+        """What else differs between the two, in sentences: code and versions, and how the engine was set."""
+        first, second = (score.manifest.provenance for score in (self.first, self.second))
+        settings = [*staleness.settings(scored.noted(first["config"]), scored.noted(second["config"]))]
+        made_by = staleness.makers(first, second)
+        return [
+            *([f"The two were scored with different code or versions ({', '.join(made_by)})."] if made_by else []),
+            *([f"They were sampled with different settings ({', '.join(settings)})."] if settings else []),
+        ]
 
 
 @dataclass(frozen=True)
@@ -106,8 +135,14 @@ class Training:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings of the training, by section."""
+        """The settings of the training, by section: as recorded, perhaps by an older version of the pipeline."""
         return self.manifest.provenance["config"]
+
+    @property
+    def datasets(self) -> list[str]:
+        """The names of the problem sets that it was trained on."""
+        names = self.settings["training"]["dataset"]
+        return [names] if isinstance(names, str) else names
 
     @property
     def is_share(self) -> bool:
@@ -152,37 +187,33 @@ def read_trainings(paths: Iterable[Path]) -> list[Training]:
     return trainings
 
 
-def pairs(scores: Iterable[Score]) -> list[Pair]:
-    """Pair every trained score with the base's of the same model and problem set, if there is one.
+def pairs(scores: Iterable[Score], compare: Iterable[Sequence[Sequence[str]]] = ()) -> list[Pair]:
+    """Pair every trained score with the base's of the same model and problem set, then those that ``compare`` names.
 
-    Scores that were not measured in the same way can't be compared: a `UserError` says what differs.
+    Scores that can't be compared are a `UserError` that says what differs.
+
+    Args:
+        compare: pairs of (model, weights), first and second.
     """
     scores = list(scores)
-    bases = {(score.model, score.dataset): score for score in scores if score.is_base}
+    datasets = list(dict.fromkeys(score.dataset for score in scores))
+    at = {(score.model, score.weights, score.dataset): score for score in scores}
+    wanted = [
+        *(((score.model, BASE, score.dataset), (score.model, score.weights, score.dataset)) for score in scores),
+        *(((*first, name), (*second, name)) for first, second in compare for name in datasets),
+    ]
     found = [
-        Pair(bases[score.model, score.dataset], score)
-        for score in scores
-        if not score.is_base and (score.model, score.dataset) in bases
+        Pair(at[first], at[second])
+        for first, second in dict.fromkeys(wanted)
+        if first != second and {first, second} <= at.keys()
     ]
     for pair in found:
-        base, trained = _measured_by(pair.base), _measured_by(pair.trained)
-        if differing := [name for name in base if base[name] != trained[name]]:
+        if obstacles := pair.obstacles():
             raise UserError(
-                f"{pair.trained.manifest.path}: made with another {' and '.join(differing)} than"
-                f" {pair.base.manifest.path}: delete both and run again"
+                f"{pair.second.manifest.path}: can't be compared with {pair.first.manifest.path}:"
+                f" {staleness.few(obstacles, '; ')}: evaluate both again with the same settings"
             )
     return found
-
-
-def _measured_by(score: Score) -> dict[str, Any]:
-    """What must be equal in two comparable scores: protocol, engine, grader and problems."""
-    config = score.manifest.provenance["config"]
-    return {
-        **{f"{section} section": config.get(section) for section in ("evaluation", "engine", "reward")},
-        "reward function": config.get("reward_code"),
-        "set of prompts": score.facts.get("prompts"),
-        "set of labels": [problem["label"] for problem in score.facts["per_problem"]],
-    }
 
 
 def _reward(manifest: Manifest) -> Reward:
@@ -193,7 +224,7 @@ def _reward(manifest: Manifest) -> Reward:
 def _read(path: Path, kind: str) -> Manifest:
     manifest = read_manifest(path)
     if manifest.kind != kind:
-        raise UserError(f"{path}: a manifest of kind {manifest.kind!r}, not {kind!r}")
+        raise UserError(f"{path}: a manifest of kind {manifest.kind!r}, not {kind!r}: delete it and run again")
     return manifest
 
 

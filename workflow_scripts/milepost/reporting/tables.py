@@ -1,11 +1,14 @@
-"""The tables of scores and of paired differences (trained minus base), as numbers and in readable form."""
+"""The tables of scores and of paired differences (second minus first), as numbers, in readable form and in words."""
 
 import math
 from collections.abc import Callable, Sequence
 
 import pandas as pd
 
-from milepost.reporting.results import Pair, Score
+from milepost.configuration.weights import BEST
+from milepost.evaluation.estimators import PairedDifference
+from milepost.evaluation.selection import selection
+from milepost.reporting.results import Pair, Score, Training
 
 
 def score_table(scores: Sequence[Score]) -> pd.DataFrame:
@@ -19,7 +22,7 @@ def score_table(scores: Sequence[Score]) -> pd.DataFrame:
             {
                 "model": score.model,
                 "dataset": score.dataset,
-                "weights": _weights(score),
+                "weights": score.weights,
                 "problems": score.facts["problems"],
                 "samples": score.facts["samples_per_problem"],
                 "measure": "share correct" if score.is_share else "mean reward",
@@ -40,19 +43,20 @@ def score_table(scores: Sequence[Score]) -> pd.DataFrame:
 
 
 def difference_table(pairs: Sequence[Pair]) -> pd.DataFrame:
-    """One row per pair: trained minus base, with the 95% t and BCa bootstrap intervals over problems."""
+    """One row per pair: second minus first, with the 95% t and BCa bootstrap intervals over problems."""
     rows, unknown = [], (math.nan, math.nan)
     for pair in pairs:
         difference = pair.difference()
         t_interval, bootstrap = difference.interval or unknown, difference.bootstrap_interval or unknown
         rows.append(
             {
-                "model": pair.base.model,
-                "dataset": pair.base.dataset,
-                "problems": pair.base.facts["problems"],
-                "measure": "share correct" if pair.base.is_share else "mean reward",
-                "base": pair.base.facts["average"],
-                "trained": pair.trained.facts["average"],
+                "first": pair.first.name,
+                "second": pair.second.name,
+                "dataset": pair.first.dataset,
+                "problems": pair.first.facts["problems"],
+                "measure": "share correct" if pair.first.is_share else "mean reward",
+                "avg@n of first": pair.first.facts["average"],
+                "avg@n of second": pair.second.facts["average"],
                 "difference": difference.value,
                 "t low": t_interval[0],
                 "t high": t_interval[1],
@@ -93,9 +97,9 @@ def readable_differences(table: pd.DataFrame) -> pd.DataFrame:
     """`difference_table` in percentage points, mean rewards as they are."""
     if table.empty:
         return table
-    shown = table[["model", "dataset"]].astype(str)
+    shown = table[["first", "second", "dataset"]].astype(str)
     is_share = table["measure"] == "share correct"
-    for name in ("base", "trained"):
+    for name in ("avg@n of first", "avg@n of second"):
         shown[name] = [*map(amount, table[name], is_share)]
     shown["difference"] = [*map(change, table["difference"], is_share)]
     shown["95% t interval"] = _intervals(table["t low"], table["t high"], is_share, change)
@@ -104,17 +108,34 @@ def readable_differences(table: pd.DataFrame) -> pd.DataFrame:
     return shown
 
 
+def sentences(scores: Sequence[Score], pairs: Sequence[Pair], trainings: Sequence[Training]) -> list[str]:
+    """All that is to be said of the scores in words."""
+    found = [*map(in_words, pairs), *gains_and_losses(pairs)]
+    for training in trainings:
+        name = f"{training.model}/{training.run}@{BEST}"
+        scored_on = {score.dataset for score in scores if score.name == name}
+        if scored_on and (chosen := selection(training.manifest)):
+            said = f"{training.model}/{chosen}"
+            if chosen.dataset in scored_on:
+                said += " Here it is scored on the very problems that it was chosen by: that score is too high as well."
+            found.append(said)
+    return found
+
+
 def in_words(pair: Pair) -> str:
     """The paired difference as a sentence that claims no more than the interval supports."""
-    difference, base, trained = pair.difference(), pair.base.facts["average"], pair.trained.facts["average"]
-    is_share, who, gained = pair.base.is_share, pair.base.model, change(difference.value, pair.base.is_share)
-    if is_share:
-        said = f"{who} went from {percent(base)}% to {percent(trained)}%: {gained} points"
+    difference, is_share = pair.difference(), pair.first.is_share
+    first, second = (amount(score.facts["average"], is_share) for score in (pair.first, pair.second))
+    gained, unit = change(difference.value, is_share), " points" if is_share else ""
+    measure, percent_sign = ("", "%") if is_share else ("the mean reward of ", "")
+    if pair.is_of_a_training:
+        said = f"{measure}{pair.second.name} went from {first}{percent_sign} to {second}{percent_sign}: {gained}{unit}"
     else:
-        said = f"the mean reward of {who} went from {amount(base, False)} to {amount(trained, False)}: {gained}"
-    text = f"On {pair.base.dataset}, {said}"
-    if others := pair.made_by_others():
-        text = f"The two scores were made with different code or versions ({', '.join(others)}). {text}"
+        said = f"{measure}{pair.second.name} is {second}{percent_sign} and of {pair.first.name} {first}{percent_sign}"
+        if is_share:
+            said = f"{pair.second.name} scores {second}% and {pair.first.name} {first}%"
+        said = f"{said}: {gained}{unit}"
+    text = " ".join([*pair.notes(), f"On {pair.first.dataset}, {said}"])
     if difference.interval is None:
         return f"{text}. Without a spread over problems there is no interval."
     low, high = difference.interval
@@ -122,10 +143,39 @@ def in_words(pair: Pair) -> str:
     text += f" (95% t interval {span(difference.interval, is_share)}"
     text += f"; BCa bootstrap {span(bootstrap, is_share)})." if bootstrap else ")."
     if low > 0:
-        return f"{text} The interval lies above 0: on problems like these, training helped."
+        return f"{text} The interval lies above 0: on problems like these, {_verdict(pair, 'helped', 'better')}."
     if high < 0:
-        return f"{text} The interval lies below 0: on problems like these, training hurt."
-    return f"{text} The interval holds 0: these {pair.base.facts['problems']} problems can't tell the two apart."
+        return f"{text} The interval lies below 0: on problems like these, {_verdict(pair, 'hurt', 'worse')}."
+    return f"{text} The interval holds 0: these {pair.first.facts['problems']} problems can't tell the two apart."
+
+
+def _verdict(pair: Pair, of_training: str, of_weights: str) -> str:
+    if pair.is_of_a_training:
+        return f"training {of_training}"
+    return f"{pair.second.name} is {of_weights} than {pair.first.name}"
+
+
+def gains_and_losses(pairs: Sequence[Pair]) -> list[str]:
+    """A sentence for all pairs of two weights of which the second gained on one problem set and lost on another."""
+    found, of_weights = [], {}
+    for pair in pairs:
+        of_weights.setdefault((pair.first.name, pair.second.name), []).append((pair, pair.difference()))
+    for (first, second), of_sets in of_weights.items():
+        up = [_on_a_set(pair, difference) for pair, difference in of_sets if difference.value > 0]
+        down = [_on_a_set(pair, difference) for pair, difference in of_sets if difference.value < 0]
+        if up and down:
+            found.append(f"Against {first}, {second} gained on {' and '.join(up)}, and lost on {' and '.join(down)}.")
+    return found
+
+
+def _on_a_set(pair: Pair, difference: PairedDifference) -> str:
+    is_share = pair.first.is_share
+    text = f"{pair.first.dataset} ({change(difference.value, is_share)}{' points' if is_share else ''}"
+    if difference.interval is None:
+        return f"{text}, without an interval)"
+    low, high = difference.interval
+    chance = ", which may be chance" if low <= 0 <= high else ""
+    return f"{text}, 95% t interval {span(difference.interval, is_share)}{chance})"
 
 
 def titled(scores: Sequence[Score], pairs: Sequence[Pair]) -> dict[str, pd.DataFrame]:
@@ -134,17 +184,19 @@ def titled(scores: Sequence[Score], pairs: Sequence[Pair]) -> dict[str, pd.DataF
     rewards = "" if _all_shares(table) else " or mean reward"
     return {
         f"Scores, percent{rewards}": readable_scores(table),
-        f"Trained minus base, percentage points{rewards}": readable_differences(difference_table(pairs)),
+        f"Differences, second minus first, percentage points{rewards}": readable_differences(difference_table(pairs)),
         "Format, percent of samples": readable_format(table),
     }
 
 
-def markdown(tables: dict[str, pd.DataFrame]) -> str:
-    """Titled readable tables as Markdown."""
+def markdown(tables: dict[str, pd.DataFrame], sentences: Sequence[str] = ()) -> str:
+    """Titled readable tables as Markdown, and what they say in words."""
     parts = []
     for title, table in tables.items():
         body = table.to_markdown(index=False, disable_numparse=True) if len(table) else "None."
         parts.append(f"## {title}\n\n{body}\n")
+    if sentences:
+        parts.append("## In words\n\n" + "".join(f"- {sentence}\n" for sentence in sentences))
     return "\n".join(parts)
 
 
@@ -188,7 +240,3 @@ def _all_shares(table: pd.DataFrame) -> bool:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _weights(score: Score) -> str:
-    return "base" if score.is_base else "trained"

@@ -1,1 +1,1 @@
-"""Rule-based rewards: is the boxed answer of a response the label's."""
+"""Rewards: math answers, multiple choice, exact text, and users' own functions."""

@@ -1,4 +1,4 @@
-r"""From a response's text to the one answer that it gives: the last complete ``\boxed{}`` behind the reasoning."""
+r"""Extract and parse the answer of a response: the content of the last complete ``\boxed{}`` after the reasoning."""
 
 import re
 from collections.abc import Sequence
@@ -44,33 +44,33 @@ QUANTITIES = """
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer or label, as it was understood."""
+    """One parsed answer or label."""
 
     statement: Statement
 
     @property
     def parts(self) -> int:
-        r"""How many answers it states: 1, or more for "33 or 34", "33, 34", ``\pm 33``."""
+        r"""The number of answers in it: more than 1 for "33 or 34", "33, 34", ``\pm 33``."""
         return len(self.statement.items)
 
     @property
     def value(self) -> Fraction | None:
-        """Its exact value where it is one rational number."""
+        """Its exact value if it is a single rational number, else None."""
         return _value(self.statement.items[0]) if self.parts == 1 else None
 
     @property
     def key(self) -> str:
-        """The same for equal numbers, however written: what a majority vote counts."""
+        """A text that is the same for equal numbers in any notation; majority votes count it."""
         values = [(item, _value(item)) for item in self.statement.items]
         return ", ".join(item.text if value is None else str(value) for item, value in values)
 
 
 def extract(response: Response) -> tuple[str | None, str | None]:
-    r"""The content of the last complete ``\boxed{}`` behind the reasoning, and else the reason why there is none.
+    r"""The content of the last complete ``\boxed{}`` after the reasoning, or the reason why there is none.
 
     Returns:
-        ``(content, None)`` or ``(None, reason)``, reason being ``no_think_end`` (the reasoning never ended, or never
-        began though it has to) or ``no_box`` (no complete box behind it, or but empty ones).
+        ``(content, None)`` or ``(None, reason)``. The reason is ``no_think_end`` (the reasoning never ended, or did not
+        begin although a think block is required) or ``no_box`` (no complete box with content follows it).
     """
     if not response.is_answered:
         return None, NO_THINK_END
@@ -79,31 +79,31 @@ def extract(response: Response) -> tuple[str | None, str | None]:
 
 
 def last_box(text: str) -> str | None:
-    r"""The content of the ``\boxed{...}`` that closes last, in one pass; empty ones and open ones are none."""
-    stack: list[int | None] = []  # of open braces: where the content starts if it is a box's
+    r"""The content of the last ``\boxed{...}`` to close, ignoring empty and unclosed ones; a single pass."""
+    stack: list[int | None] = []  # for each open brace: where its content starts if it is a box's
     last = None
     for match in BOX_OR_BRACE.finditer(text):
         found = match[0]
         backslashes = len(found) - len(found.lstrip("\\"))
         if match[1] and match[1].startswith("boxed"):
             stack.append(match.end())
-        elif found[-1] not in "{}" or backslashes % 2:  # \{ and \} are printed, they do not group
+        elif found[-1] not in "{}" or backslashes % 2:  # \{ and \} are literal
             continue
         elif found[-1] == "{":
             stack.append(None)
         elif stack and (start := stack.pop()) is not None and INK.search(text, start, match.start()):
-            last = (start, match.start())  # an empty box takes nothing back
+            last = (start, match.start())  # an empty box does not replace an earlier answer
     return text[slice(*last)] if last else None
 
 
 def read_answer(raw: str, *, is_label: bool = False) -> Answer:
-    """What an answer states.
+    """Parse an answer.
 
-    A label is an equation where more than a symbol stands before its equals sign (``x^2 + y^2 = 1``); the same in an
-    answer may also be the name of what was asked for (``m + n = 33`` answers 33).
+    A label with more than a symbol before its equals sign is an equation (``x^2 + y^2 = 1``). In an answer, the left
+    side may also name the quantity (``m + n = 33`` answers 33).
 
     Raises:
-        rewards.latex.OutOfBounds: it is too long or nested too deep.
+        rewards.latex.OutOfBounds: it is too long or nested too deeply.
     """
     tokens = _trimmed(tokenize(raw))
     try:
@@ -126,7 +126,7 @@ def _value(item: Item) -> Fraction | None:
 
 
 def _trimmed(tokens: list[Token]) -> list[Token]:
-    """Without full stops, words that lead in, braces around all of it, and the brackets of a choice, ``(A)``."""
+    """Strip full stops, introductory words, braces around the whole, and the brackets of a choice, ``(A)``."""
     while True:
         shorter = unwrapped(tokens)
         while shorter and shorter[-1].text in STOPS and [token.text for token in shorter[-2:]] != [".", "."]:
@@ -140,7 +140,7 @@ def _trimmed(tokens: list[Token]) -> list[Token]:
 
 
 def _lead_in(tokens: list[Token]) -> int:
-    """How many tokens only lead in: ``The final answer is:``, ``=``."""
+    """The number of introductory tokens: ``The final answer is:``, ``=``."""
     words = 0
     while words < len(tokens) and tokens[words].text.lower() in LEAD_IN:
         words += 1
@@ -166,7 +166,7 @@ def _read_item(tokens: list[Token], is_label: bool) -> Item:
 
 
 def _tree(tokens: list[Token]) -> Tree | None:
-    """The expression with its arithmetic done; None where it is not understood, or divides by zero."""
+    """The expression with arithmetic evaluated; None if it can't be parsed, or divides by zero."""
     try:
         return fold(read_expression(tokens))
     except (Unreadable, NoValue):
@@ -174,7 +174,7 @@ def _tree(tokens: list[Token]) -> Tree | None:
 
 
 def _sides(tokens: list[Token]) -> tuple[list[list[Token]], list[str]]:
-    """The tokens split at the relations outside of brackets, and these relations."""
+    """The tokens split at the relations outside brackets, and those relations."""
     sides, relations, start, position = [], [], 0, 0
     while position < len(tokens):
         if tokens[position].text in ("{", "(", "[", r"\{"):
@@ -190,7 +190,7 @@ def _sides(tokens: list[Token]) -> tuple[list[list[Token]], list[str]]:
 def _stated(
     sides: Sequence[list[Token]], trees: list[Tree | None], relations: list[str], is_label: bool
 ) -> tuple[str, Tree | None]:
-    """What a chain of relations says that something is, and the name of that; no tree where it says no such thing."""
+    """The value that a chain of relations gives to something, and the name of that; no tree if it gives none."""
     kinds = set(relations)
     *lefts, last = trees
     if kinds == {r"\in"} and len(lefts) == 1 and _is_symbol(lefts[0]) and last and last[0] in COLLECTIONS:
@@ -227,10 +227,10 @@ def _operands(tree: Tree) -> list[Tree]:
 
 
 def _is_name(tokens: list[Token], tree: Tree | None) -> bool:
-    r"""Whether an answer's left-hand side names what was asked for: ``m + n``, ``\angle ABC``, ``P(X = 3)``, ``[ABC]``.
+    r"""Whether an answer's left-hand side names the quantity: ``m + n``, ``\angle ABC``, ``P(X = 3)``, ``[ABC]``.
 
-    ``2x`` and ``x + 1`` do not: an equation that is linear in its one unknown says what that is, not what ``2x`` is.
-    Nor does a multiple, ``33 ab``, which begins with another number than what it would be worth.
+    ``2x`` and ``x + 1`` do not, since an equation that is linear in a single unknown determines that unknown. Nor does
+    a multiple such as ``33 ab``.
     """
     if tree is not None:
         names = unknowns(tree)
@@ -260,7 +260,7 @@ def _may_name(token: Token) -> bool:
 
 
 def _degree(tree: Tree) -> int:
-    """The degree of a polynomial in its unknowns, 2 standing for everything that is not linear."""
+    """The degree of a polynomial in its unknowns; 2 for everything that is not linear."""
     operation, *operands = tree
     if operation in ("symbol", "apply"):
         return 1

@@ -1,4 +1,4 @@
-"""Exact arithmetic on the numbers that answers are written as, within bounds that no answer can push."""
+"""Exact rational arithmetic, with bounds on time and memory that hold for any answer."""
 
 import math
 from fractions import Fraction
@@ -9,19 +9,19 @@ MAX_BITS = 4096  # of a numerator or denominator, at every step: about 1,200 dig
 
 
 class NotArithmetic(ValueError):
-    """The expression is something other than rational numbers under arithmetic with a rational result."""
+    """The expression is not arithmetic on rational numbers with a rational result."""
 
 
 class NoValue(ValueError):
-    """It is arithmetic, but divides by zero or leaves the bounds."""
+    """The expression is arithmetic, but divides by zero or exceeds the bounds."""
 
 
 def evaluate(tree: Tree) -> Fraction:
     """The exact value of sums, products, powers, factorials, binomials, perfect roots, |x|, floors and ceilings.
 
     Raises:
-        NotArithmetic: it is no such expression.
-        NoValue: it is one, but has no value within ``MAX_BITS``.
+        NotArithmetic: it is anything else.
+        NoValue: it divides by zero, or a number in it exceeds ``MAX_BITS``.
     """
     folded = fold(tree)
     if folded[0] != "number":
@@ -30,7 +30,7 @@ def evaluate(tree: Tree) -> Fraction:
 
 
 def fold(tree: Tree) -> Tree:
-    """The tree with every part that is rational arithmetic replaced by its value; `NoValue` if one of them has none."""
+    """Replace every part of the tree that is rational arithmetic by its value; `NoValue` if one has none."""
     operation, *operands = tree
     operands = [fold(operand) if isinstance(operand, tuple) else operand for operand in operands]
     if operation in OPERATIONS and all(operand[0] == "number" for operand in operands):
@@ -100,7 +100,7 @@ def _binomial(top: Fraction, bottom: Fraction) -> Fraction:
 
 
 def _root(value: Fraction, index: Fraction) -> Fraction:
-    """The real root, where it is rational."""
+    """The real root if it is rational, else `NotArithmetic`."""
     if index.denominator != 1 or not 2 <= index <= MAX_BITS or (value < 0 and index % 2 == 0):
         raise NotArithmetic("a root that is not rational")
     degree, sign = int(index), -1 if value < 0 else 1

@@ -1,4 +1,4 @@
-"""What every reward is given, a `Response`, and what it gives back, a `Verdict`."""
+"""The input of every reward, a `Response`, and its output, a `Verdict`."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,11 @@ from milepost.configuration.rewards import ThinkBlock
 
 THINK_MARK = re.compile(r"<(/?)think>")
 NO_THINK_END = "no_think_end"  # the reason of a verdict on a response whose reasoning never ended
-ERROR = "grading_"  # begins every reason that says that grading failed
+ERROR = "grading_"  # the prefix of every reason for failed grading
 
 
 class Asked(Protocol):
-    """A problem that was asked: `common.problems.Problem`, or what a training keeps of one."""
+    """The problem that a response answers: `problems.loading.Problem`, or `grpo.data.Prompt`."""
 
     row: Mapping[str, Any]
     messages: Sequence[Mapping[str, str]]
@@ -22,18 +22,18 @@ class Asked(Protocol):
 
 @dataclass(frozen=True)
 class Response:
-    """One response, as a reward sees it; a user's function is given the same.
+    """One response as rewards see it, including users' functions.
 
     Attributes:
-        row: the data set's whole row, as its JSON gives it.
-        prompt: the chat that was asked, a list of ``{"role", "content"}``.
-        label: the row's label, as the reward's kind reads it; None where there is none.
-        response: all of the response's text.
-        reasoning: the text before the think block's end.
-        answer: the text behind it; empty where the reasoning never ended.
-        is_answered: whether the reasoning ended, so that ``answer`` is what the model wanted to say.
-        finish: ``stop``, or ``length`` where the response was cut off by the cap.
-        tokens: how many tokens were sampled.
+        row: the whole row of the data set, parsed JSON.
+        prompt: the chat, a list of ``{"role", "content"}``.
+        label: the row's label as the reward's kind reads it; None if there is none.
+        response: the whole text of the response.
+        reasoning: the text before the end of the think block.
+        answer: the text after it; empty if the reasoning never ended.
+        is_answered: whether the reasoning ended, so that ``answer`` is the model's answer.
+        finish: ``stop``, or ``length`` if the response was truncated at the maximum length.
+        tokens: the number of sampled tokens.
     """
 
     row: Mapping[str, Any]
@@ -50,7 +50,7 @@ class Response:
     def of(
         cls, asked: Asked, text: str, finish: Literal["stop", "length"], tokens: int, think_block: ThinkBlock
     ) -> Self:
-        """The response ``text`` to what was asked, split where its reasoning ends."""
+        """The response ``text`` to ``asked``, split at the end of its reasoning."""
         reasoning, answer = split_reasoning(text, think_block)
         return cls(
             row=asked.row,
@@ -67,16 +67,14 @@ class Response:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a reward makes of one response.
+    """A reward's verdict on one response.
 
     Attributes:
-        reward: what the response earns.
-        answer: what was answered, in a spelling that is the same for equal answers, which a majority vote counts; None
-            where there is no answer.
-        reason: in a word or a sentence; `no_think_end` where the reasoning never ended, ``grading_...`` where grading
-            failed.
-        parts: of a sum the verdict of each part, by its name.
-        correct_from: the reward from which the response is correct.
+        reward: a finite number.
+        answer: the answer, normalized so that equal answers are equal texts for majority votes; None if there is none.
+        reason: a word or a sentence; ``no_think_end`` if the reasoning never ended, ``grading_...`` if grading failed.
+        parts: the verdict of each part of a sum, by name.
+        correct_from: the response is correct if ``reward`` is at least this.
     """
 
     reward: float
@@ -91,28 +89,28 @@ class Verdict:
 
     @property
     def failed(self) -> bool:
-        """Whether the response could not be graded."""
+        """Whether grading failed."""
         return self.reason.startswith(ERROR)
 
     def parts_as_json(self) -> dict[str, dict[str, Any]]:
-        """The parts as logs keep them."""
+        """The parts as plain JSON, for logs."""
         return {name: {"reward": part.reward, "reason": part.reason} for name, part in self.parts.items()}
 
 
 class Grade(Protocol):
-    """What a reward's kind does: one verdict for each response, in their order."""
+    """A kind of reward: returns one verdict per response, in order."""
 
     def grade(self, responses: Sequence[Response]) -> list[Verdict]: ...
 
     def close(self) -> None:
-        """End the processes that it started."""
+        """End all processes that it started."""
 
 
 def split_reasoning(response: str, think_block: ThinkBlock) -> tuple[str, str | None]:
-    """The text before the end of the reasoning and the text behind it, which is None where the reasoning never ended.
+    """Split a response into reasoning and answer; the answer is None if the reasoning never ended.
 
-    With ``think_block="required"`` a response begins within its reasoning; with ``"optional"`` it does where it has a
-    think mark. The reasoning ends at its ``</think>``; one more behind it, that nothing opened, takes nothing away.
+    With ``think_block="required"`` every response begins with reasoning; with ``"optional"`` only one that has a think
+    tag. The reasoning ends at its ``</think>``; a further ``</think>`` without a ``<think>`` does not count.
     """
     marks = list(THINK_MARK.finditer(response))
     thinking, start = bool(marks) or think_block == "required", 0

@@ -1,4 +1,4 @@
-"""Grades a file of answers, so that a reward is tried before it costs GPU time: ``snakemake check_reward``."""
+"""Grade a file of answers, to try a reward before it costs GPU time: ``snakemake check_reward``."""
 
 import json
 from collections.abc import Mapping
@@ -9,20 +9,20 @@ from tabulate import tabulate
 
 from milepost.common.errors import UserError
 from milepost.common.labels import READERS
-from milepost.common.problems import Problem
 from milepost.configuration.rewards import Reward
+from milepost.problems.loading import Problem
 from milepost.rewards.base import Response, Verdict
 from milepost.rewards.grader import Grader
 
-SHOWN = 40  # characters of a text in the table, the last ones of a response
+SHOWN = 40  # characters of each text in the table; a response's last ones
 
 
 def verdict_table(file: Path, reward: Reward) -> str:
-    """What a reward makes of the answers in a file, for a person to read.
+    """A readable table of a reward's verdicts on the answers in a file.
 
-    A line of the file is a JSON object with the text ``response`` and, where the reward needs one, ``label``. It may
-    have ``prompt`` (text, or a list of messages), ``row`` (the data set's row; otherwise the line's own object),
-    ``finish`` and ``tokens``: a training's samples.jsonl will do.
+    Each line of the file is a JSON object with the text ``response`` and, if the reward needs one, a ``label``. It may
+    also have ``prompt`` (text, or a list of messages), ``row`` (the data set's row; by default the object itself),
+    ``finish`` and ``tokens``. A training's samples.jsonl has this format.
     """
     answers = read_answers(file, reward)
     with Grader(reward.model_copy(update={"max_error_share": 1.0})) as grader:
@@ -38,20 +38,21 @@ def verdict_table(file: Path, reward: Reward) -> str:
 
 
 def read_answers(file: Path, reward: Reward) -> list[tuple[int, Response]]:
-    """The answers in a file, each with its line (from 1); a `UserError` names the first line that has none."""
+    """The answers in a file, each with its line number (from 1); a `UserError` names the first invalid line."""
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"answers: {file}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+        reason = f"{error.strerror}: correct the path" if isinstance(error, OSError) else "not UTF-8: save it as UTF-8"
+        raise UserError(f"answers: {file}: {reason}") from None
     found = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 found.append((number, _read(json.loads(line), reward)))
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{file}, line {number}: {error}") from None
+                raise UserError(f"{file}, line {number}: {error}: correct that line") from None
     if not found:
-        raise UserError(f'{file}: holds no answer: give one a line, {{"response": "...", "label": "..."}}')
+        raise UserError(f'{file}: holds no answer: give one per line, {{"response": "...", "label": "..."}}')
     return found
 
 

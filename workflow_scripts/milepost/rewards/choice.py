@@ -17,15 +17,15 @@ class ChoiceReward:
         return [_grade(response) for response in responses]
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Nothing to do: it starts no process."""
 
 
 def _grade(response: Response) -> Verdict:
-    """Besides ``correct`` and ``wrong`` a verdict's reason may be one of these.
+    """Grade one response.
 
-    ``no_think_end``; ``no_choice``: neither a box nor an ``Answer:``; ``no_letter``: something else in it than one
-    letter; ``several_answers``: a box and an ``Answer:`` with different letters. Of several boxes the last counts, as
-    of several ``Answer:``.
+    The reason is ``correct``, ``wrong``, ``no_think_end``, ``no_choice`` (neither a box nor an ``Answer:``),
+    ``no_letter`` (its content is not a single letter), or ``several_answers`` (a box and an ``Answer:`` with different
+    letters). The last of several boxes counts, and the last of several ``Answer:``.
     """
     if not response.is_answered:
         return Verdict(0.0, None, NO_THINK_END)

@@ -1,6 +1,6 @@
-"""Whether an answer says what the label says: lists, names, units and structure; what equality is comes from outside.
+"""Compare an answer with the label: lists, names, units and structure; the caller provides equality of expressions.
 
-The same code runs where answers are read, with exact arithmetic for equality, and in the worker, with sympy.
+The grader runs this code with exact arithmetic for equality, the worker with sympy.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,18 +18,18 @@ POSITIVE_MULTIPLES = {"<", ">", r"\leq", r"\geq"}
 
 
 class Undecided(Exception):
-    """Exact arithmetic cannot tell whether two expressions are equal."""
+    """Exact arithmetic can't decide whether two expressions are equal."""
 
 
 class Item(NamedTuple):
     """One member of an answer.
 
     Attributes:
-        text: in the one spelling of `latex.spelled`, unit included.
-        name: what stands before the equals sign, as in ``x = 33``; empty where nothing does.
-        unit: in one spelling, ``cm^2``; empty where there is none.
-        tree: what it is worth: a number, an expression, an interval ...; None where it is not understood.
-        relation: the equation or inequality that it is, whole; None where it is none.
+        text: normalized by `latex.spelled`, with its unit.
+        name: the left side of an equals sign, as in ``x = 33``, or empty.
+        unit: normalized, such as ``cm^2``, or empty.
+        tree: its value: a number, an expression, an interval ...; None if it can't be parsed.
+        relation: the whole equation or inequality, if it is one; else None.
     """
 
     text: str
@@ -40,14 +40,14 @@ class Item(NamedTuple):
 
 
 class Statement(NamedTuple):
-    """An answer or a label: its members, and what stands between them (``,``, ``and``, ``or``), sorted."""
+    """An answer or a label: its members, and the separators between them (``,``, ``and``, ``or``), sorted."""
 
     items: tuple[Item, ...]
     between: tuple[str, ...] = ()
 
 
 def same_statement(label: Statement, answer: Statement, equal: Equal) -> bool:
-    """Whether every member of one is, in any order, a member of the other; a set is the list of its elements."""
+    """Whether both have the same members, in any order; a set counts as the list of its elements."""
     if (len(label.items) == 1) != (len(answer.items) == 1):
         label, answer = _as_list(label), _as_list(answer)
     if len(label.items) != len(answer.items):
@@ -59,7 +59,7 @@ def same_statement(label: Statement, answer: Statement, equal: Equal) -> bool:
 
 
 def same(label: Tree, answer: Tree, equal: Equal) -> bool:
-    """Whether two trees are of the same structure, with equal expressions in the same places."""
+    """Whether two trees have the same structure, with equal expressions in the same places."""
     kinds = {label[0], answer[0]}
     if kinds & SET_OPERATIONS:
         return all(_is_set(tree) for tree in (label, answer)) and equal(label, answer)
@@ -79,7 +79,7 @@ def same(label: Tree, answer: Tree, equal: Equal) -> bool:
 
 
 def exactly(label: Tree, answer: Tree) -> bool:
-    """Equality as far as it shows without sympy; `Undecided` beyond."""
+    """Equality as far as it can be decided without sympy; otherwise raises `Undecided`."""
     if label == answer:
         return True
     if label in INFINITE or answer in INFINITE:
@@ -90,11 +90,11 @@ def exactly(label: Tree, answer: Tree) -> bool:
         agree = None
     if agree is None and unknowns(label) == unknowns(answer):
         raise Undecided
-    return agree is True  # a number is no expression in unknowns, nor one in x another in y
+    return agree is True  # different unknowns (or none) make different expressions
 
 
 def _polynomials_agree(label: Tree, answer: Tree) -> bool | None:
-    """Whether two expressions have one normal form, or two relations such that are multiples; None without proof."""
+    """Whether two expressions have equal normal forms, or two relations proportional ones; None if unproven."""
     if label[0] == answer[0] == "relation":
         if label[1] != answer[1] or label[1] not in POSITIVE_MULTIPLES | {"="}:
             return None
@@ -122,7 +122,7 @@ def _same_item(label: Item, answer: Item, must_name: bool, equal: Equal) -> bool
 
 
 def _same_in_any_order(label: Sequence, answer: Sequence, alike: Callable) -> bool:
-    """Whether each has its own partner. The first that fits will do, since equals of equals are equal."""
+    """Whether the members pair up. Greedy matching suffices, since equality is transitive."""
     left = list(answer)
     for one in label:
         partner = next((place for place, other in enumerate(left) if alike(one, other)), None)

@@ -1,8 +1,8 @@
-"""What a process that reads a model's text may do: compute, within bounds, and answer on the pipes that it has.
+"""Confine a process that parses a model's text: it may compute, within bounds, and answer on its open pipes.
 
-Limits of resources are not enough: to root, the only user of many containers, the kernel grants forks and files in
-spite of them. A seccomp filter, which no later privilege lifts, therefore refuses (EPERM) every system call that is
-not listed here; a processor or a kernel without such filters leaves the limits alone, and `confine` says so.
+Resource limits are not enough: root, the only user of many containers, is exempt from those on processes and files.
+So a seccomp filter, which no privilege lifts, refuses (EPERM) every system call that is not listed here. Without
+support by processor and kernel only the resource limits apply, and `confine` reports that.
 """
 
 import ctypes
@@ -58,12 +58,12 @@ ALLOWED = {
     "exit": (60, 93),
     "exit_group": (231, 94),
 }
-# Allowed only where arguments, by their positions, have none of the bits of a mask: files are opened for reading ...
+# Allowed only if arguments, by position, have none of the bits of a mask: files may be opened for reading ...
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 ALLOWED_WITHOUT_BITS = {
     "openat": ((257, 56), {2: WRITING}),
     "open": ((2, None), {1: WRITING}),
-    # ... and of the limits only that of its own (process 0) processor time (resource 0) is set, for each question anew.
+    # ... and only its own (process 0) limit on processor time (resource 0) may be set, which happens for each question.
     "prlimit64": ((302, 261), {0: 0xFFFFFFFF, 1: 0xFFFFFFFF}),
 }
 
@@ -75,7 +75,7 @@ PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 
 
 def confine(memory_bytes: int = MEMORY_BYTES) -> bool:
-    """Bound this process for the rest of its life; False where the kernel takes no seccomp filter."""
+    """Confine this process for the rest of its life; False if the kernel supports no seccomp filter."""
     for limit, value in (
         (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_FSIZE, 0),
@@ -87,7 +87,7 @@ def confine(memory_bytes: int = MEMORY_BYTES) -> bool:
 
 
 def limit_seconds(more: float) -> None:
-    """End this process once it has computed for that many more seconds."""
+    """Let the kernel end this process after ``more`` further seconds of processor time."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     seconds = int(usage.ru_utime + usage.ru_stime + more) + 2
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
@@ -112,7 +112,7 @@ def _install_filter() -> bool:
 
 
 def _program(column: int, architecture: int) -> bytes:
-    """The filter in the kernel's classic BPF: one comparison for each call, and a look at an argument for a few."""
+    """The filter as classic BPF: one comparison per system call, and for a few a check of an argument."""
     steps = [_step(LOAD, ARCHITECTURE), _step(JUMP_EQUAL, architecture, skip_if=1), _step(RETURN, KILL)]
     steps.append(_step(LOAD, NUMBER))
     for numbers in ALLOWED.values():

@@ -1,4 +1,4 @@
-"""The reward for text that has to be just the label's."""
+"""The reward for text that equals the label."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ class ExactReward:
         return [self._grade(response) for response in responses]
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Nothing to do: it starts no process."""
 
     def _grade(self, response: Response) -> Verdict:
         if not response.is_answered:
@@ -25,6 +25,6 @@ class ExactReward:
         return Verdict(float(is_right), answer, "correct" if is_right else "wrong")
 
     def _same(self, text: str) -> str:
-        """One spelling for all texts that are taken for the same."""
+        """The normalized text, the same for all texts that count as equal."""
         text = text.strip() if self.trim else text
         return text.casefold() if self.fold_case else text

@@ -1,6 +1,6 @@
-r"""From tokens to the tree of an expression.
+r"""Parse tokens to the tree of an expression.
 
-What is not understood in whole is `Unreadable`: no part of an answer is ever left out.
+Tokens that can't be parsed completely are `Unreadable`: no part of an answer is ever ignored.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ GREEK_LETTERS = """
 """
 GREEK = {rf"\{name}" for lower in GREEK_LETTERS.split() for name in (lower, lower.capitalize())} | {r"\Pi", r"\ell"}
 ANGLE_FUNCTIONS = {f"\\{name}" for name in ("sin", "cos", "tan", "cot", "sec", "csc")}
-APPLIED = {"f", "g", "h", "F", "G", "P", "E"}  # letters that are functions where a bracket follows
+APPLIED = {"f", "g", "h", "F", "G", "P", "E"}  # letters that are functions if a bracket follows
 SHORT_WORDS = "an as at be by do go he if in is it me my no of on or so to up us we and any are but for not odd the yes"
-ENGLISH = set(SHORT_WORDS.split())  # which are no products of their letters
+ENGLISH = set(SHORT_WORDS.split())  # not products of their letters
 WHOLE_LINE = {r"\mathbb R": ("sequence", "(", ")", ("negate", ("constant", "infinity")), ("constant", "infinity"))}
 FENCES = {r"\lfloor": (r"\rfloor", "floor"), r"\lceil": (r"\rceil", "ceiling")}
 OPERANDS = {r"\frac", r"\sqrt", r"\binom", r"\surd", *FENCES}
@@ -31,20 +31,20 @@ def read_expression(tokens: list[Token]) -> Tree:
     """The tree of all tokens.
 
     Raises:
-        Unreadable: they are no expression.
-        OutOfBounds: they nest too deep.
+        Unreadable: they are not an expression.
+        OutOfBounds: they are nested too deeply.
     """
     return _Reader(tokens).whole()
 
 
 class _Reader:
-    """Recursive descent over one token list; every method leaves ``position`` behind what it has read."""
+    """A recursive descent parser of one token list; every method advances ``position`` past what it parsed."""
 
     def __init__(self, tokens: list[Token], depth: int = 0) -> None:
         self.tokens = [letter for token in tokens for letter in _letters(token)]
         self.position = 0
         self.depth = depth
-        self.bars = 0  # |...| that are open
+        self.bars = 0  # the number of open |...|
 
     def whole(self) -> Tree:
         tree = self.level()
@@ -60,7 +60,7 @@ class _Reader:
         return self.tokens[self.position] if self.position < len(self.tokens) else None
 
     def take(self, *wanted: str) -> str:
-        """The next token if it is one of those wanted, else an empty string."""
+        """Consume the next token if it is one of ``wanted``; return its text, or an empty string."""
         if found := self.peek() if self.peek() in wanted else "":
             self.position += 1
         return found
@@ -78,7 +78,7 @@ class _Reader:
         return tree
 
     def level(self) -> Tree:
-        r"""What a group or an answer may hold: sets, or ``a \over b``."""
+        r"""The content of a group or a whole answer: sets, or ``a \over b``."""
         tree = self.joined()
         if infix := self.take(r"\over", r"\choose"):
             return (_quotient if infix == r"\over" else _binomial)(tree, self.joined())
@@ -120,7 +120,7 @@ class _Reader:
                 return _flat("multiply", factors)
 
     def begins_factor(self) -> bool:
-        """Whether a product goes on without a sign. Two numbers side by side are none, whatever braces they wear."""
+        """Whether a product continues without a sign. Two adjacent numbers are no product, with or without braces."""
         ahead = 0
         while self.peek(ahead) == "{":
             ahead += 1
@@ -142,7 +142,7 @@ class _Reader:
         return (("negate", _scalar(tree)) if minus else tree), ambiguous
 
     def power(self) -> tuple[Tree, bool]:
-        """A factor with its exponent, and whether it is a root sign without brackets."""
+        """A factor with its exponent, and whether it is a root without brackets."""
         bare_root = self.peek() == r"\surd" and self.peek(1) not in ("(", "{", "[")
         tree = self.postfix()
         if self.take("^"):
@@ -263,7 +263,7 @@ class _Reader:
         raise Unreadable(token.text)
 
     def must_touch(self) -> None:
-        """An argument stands next to its command: nothing that was dropped may have been the argument."""
+        """An argument must directly follow its command, since a dropped token between them could be the argument."""
         if self.token() is None or self.token().gap > Gap.SPACE:
             raise Unreadable("no argument")
 
@@ -289,7 +289,7 @@ class _Reader:
         return (name, tree)
 
     def bracketed(self) -> Tree:
-        """Brackets around one expression only group; around more they are a tuple or an interval."""
+        """Brackets around a single expression group it; around several they make a tuple or an interval."""
         inner, opening, end = self.inside(")", "]")
         members, _ = split_list(inner)
         trees = [_Reader(member, self.depth).whole() for member in members]
@@ -301,7 +301,7 @@ class _Reader:
         return ("sequence", opening, end, *trees)
 
     def based(self, digits: str) -> Tree:
-        """A number with its base, ``4210_5``: equal to nothing but the same digits to the same base."""
+        """A number with its base, ``4210_5``, which equals only the same digits to the same base."""
         return ("based", digits.lstrip("0") or "0", self.subscript().replace("(", "").replace(")", ""))
 
     def set(self) -> Tree:
@@ -309,7 +309,7 @@ class _Reader:
         return ("set", *(_Reader(member, self.depth).whole() for member in split_list(inner)[0] if inner))
 
     def inside(self, *ends: str) -> tuple[list[Token], str, str]:
-        """The tokens within the bracket that opens here, and the bracket's two halves."""
+        """The tokens inside the bracket that opens here, and the opening and the closing bracket."""
         start, end = self.position, closing(self.tokens, self.position)
         if end is None or self.tokens[end].text not in ends:
             raise Unreadable("a bracket that does not close")
@@ -327,7 +327,7 @@ class _Reader:
                 raise Unreadable("a matrix without its end")
             elif self.peek() == end and self.peek(-1) == "&":
                 raise Unreadable("an empty cell")
-        rows = rows if rows[-1] else rows[:-1]  # a last \\ begins no row
+        rows = rows if rows[-1] else rows[:-1]  # a final \\ starts no row
         if not rows or not rows[0] or len({len(row) for row in rows}) > 1:
             raise Unreadable("rows of different length")
         return ("matrix", *(("row", *row) for row in rows))
@@ -366,7 +366,7 @@ class _Reader:
         return ("power", tree, exponent) if exponent else tree
 
     def factors(self) -> Tree:
-        """The product that a function without brackets takes: numbers, letters, fractions; no bracket, no function."""
+        """The argument of a function without brackets: a product of numbers, letters and fractions only."""
         factors = [self.power()[0]]
         while self.begins_factor() and self.peek() not in ("(", "|") and self.peek().lstrip("\\") not in FUNCTIONS:
             factors.append(self.power()[0])
@@ -374,7 +374,7 @@ class _Reader:
 
 
 def _letters(token: Token) -> list[Token]:
-    """A word in mathematics is the product of its letters, but for names of functions, constants, English and units."""
+    """The product of a word's letters, unless the word is a function, a constant, English or a unit."""
     text = token.text
     if token.kind != "word" or len(text) == 1 or text in FUNCTIONS or text in CONSTANTS or text == "sqrt":
         return [token]
@@ -391,7 +391,7 @@ def _letters(token: Token) -> list[Token]:
 
 
 def _flat(operation: str, operands: list[Tree]) -> Tree:
-    """One node for a whole sum or product, so that a long one makes no deep tree."""
+    """One node for a whole sum or product, so that a long one does not nest deeply."""
     return (operation, *map(_scalar, operands)) if len(operands) > 1 else operands[0]
 
 
@@ -404,7 +404,7 @@ def _binomial(top: Tree, bottom: Tree) -> Tree:
 
 
 def _scalar(tree: Tree) -> Tree:
-    """An operand of arithmetic: no tuple, no set; a matrix may be one."""
+    """Refuse a tuple or a set as an operand of arithmetic; a matrix is allowed."""
     if tree[0] in COLLECTIONS - {"matrix"} or tree[0] == "based":
         raise Unreadable(f"arithmetic on a {tree[0]}")
     return tree

@@ -1,4 +1,4 @@
-"""Grades responses by the reward of the configuration: a kind, a user's function, or a weighted sum of both."""
+"""Grade responses by the configured reward: a kind, a user's function, or a weighted sum of those."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ from milepost.rewards.user import UserReward
 
 
 class Grader:
-    """Grades responses; a context manager, because the processes that it starts end with it."""
+    """Grades responses; a context manager, which ends the processes that it starts."""
 
     def __init__(self, settings: Reward) -> None:
         self.settings = settings
@@ -28,7 +28,7 @@ class Grader:
             reward.close()
 
     def grade(self, responses: Sequence[Response]) -> list[Verdict]:
-        """One verdict for each response.
+        """Return one verdict per response.
 
         Raises:
             UserError: a user's function can't be loaded, or fails more often than ``max_error_share`` allows.
@@ -38,9 +38,9 @@ class Grader:
         return [replace(verdict, correct_from=self.settings.correct_from) for verdict in verdicts]
 
     def _sum(self, verdicts: Sequence[Verdict]) -> Verdict:
-        """The weighted sum of the parts' verdicts; answer and reason are those of the first part of a built-in kind.
+        """The weighted sum of the parts' verdicts; answer and reason come from the first part of a built-in kind.
 
-        Where a function failed the response earns ``on_error``, whatever the other parts say.
+        If a function failed, the reward is ``on_error`` regardless of the other parts.
         """
         parts = [part for part, _ in self.parts]
         named = {part.title: verdict for part, verdict in zip(parts, verdicts, strict=True)}
@@ -53,7 +53,7 @@ class Grader:
 
 
 def _start(part: Part, settings: Reward) -> Grade:
-    """The reward of one part; a new kind is one more case here, and its file."""
+    """Start the reward of one part; a new kind needs one more case here, and its file."""
     match part.kind:
         case "math":
             return MathReward(settings.max_seconds)

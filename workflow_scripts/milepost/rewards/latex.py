@@ -1,8 +1,8 @@
-r"""From an answer's text to tokens: one spelling for what prints the same, and nothing joined that is printed apart.
+r"""Tokenize an answer: what prints the same becomes the same tokens, and what prints apart is never joined.
 
-Characters of other scripts become LaTeX, fonts, sizes and delimiters' heights disappear, aliases (``\dfrac``,
-``\le``) become one command. Every token remembers the gap before it, so that ``1\,024`` can be one number while
-``3\quad 3``, ``3\mbox{ }3`` and ``3$3`` stay two.
+Characters of other scripts become LaTeX; fonts, sizes and the heights of delimiters are dropped; aliases (``\dfrac``,
+``\le``) become one command. Every token records the gap before it, so that ``1\,024`` can be one number while
+``3\quad 3``, ``3\mbox{ }3`` and ``3$3`` remain two.
 """
 
 import re
@@ -13,11 +13,11 @@ from functools import lru_cache
 from typing import Literal
 
 MAX_CHARACTERS = 1000  # of an answer
-MAX_DEPTH = 40  # of brackets within one another
+MAX_DEPTH = 40  # of nested brackets
 
 
 class OutOfBounds(ValueError):
-    """The answer is longer or nested deeper than any is read; ``reason`` is the verdict."""
+    """The answer is too long or nested too deeply to parse; ``reason`` says which, for the verdict."""
 
     def __init__(self, reason: Literal["too_long", "too_deep"]) -> None:
         super().__init__(reason)
@@ -25,17 +25,17 @@ class OutOfBounds(ValueError):
 
 
 class Gap(IntEnum):
-    """What stands between two tokens; of several, the greatest counts."""
+    """The gap between two tokens; the greatest of several counts."""
 
     NONE = 0
-    SPACE = 1  # one that may group digits: 1\,024
-    TIGHT = 2  # \!, which says that the comma before it groups digits: 32,\! 349
-    APART = 3  # whatever keeps digits apart: a quad, a new line, a change of font, a dollar sign
+    SPACE = 1  # may group digits: 1\,024
+    TIGHT = 2  # \!: the comma before it groups digits: 32,\! 349
+    APART = 3  # separates digits: a quad, a new line, a change of font, a dollar sign
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """``kind`` is ``number``, ``word``, ``command`` or ``sign``; ``upright`` says that it is text, not mathematics."""
+    """``kind`` is ``number``, ``word``, ``command`` or ``sign``; ``upright`` marks text, as opposed to mathematics."""
 
     kind: str
     text: str
@@ -43,7 +43,7 @@ class Token:
     upright: bool = False
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Token) and self.text == other.text  # how it is set is not what it says
+        return isinstance(other, Token) and self.text == other.text  # gap and font do not count
 
     def __hash__(self) -> int:
         return hash(self.text)
@@ -123,18 +123,18 @@ def tokenize(text: str) -> list[Token]:
     """The tokens of an answer.
 
     Raises:
-        OutOfBounds: it is longer than ``MAX_CHARACTERS``, or nests more than ``MAX_DEPTH`` brackets.
+        OutOfBounds: it is longer than ``MAX_CHARACTERS``, or nested deeper than ``MAX_DEPTH``.
     """
     if len(text) > MAX_CHARACTERS:
         raise OutOfBounds("too_long")
     source = _as_latex(text)
-    if len(source) > 4 * MAX_CHARACTERS:  # compatibility characters may unfold to many
+    if len(source) > 4 * MAX_CHARACTERS:  # one compatibility character may become many
         raise OutOfBounds("too_long")
     return _grouped_digits(_Lexer(source).tokens)
 
 
 def spelled(tokens: list[Token]) -> str:
-    """Tokens as text again, in one spelling; a space where words or numbers would run together."""
+    """The normalized text of tokens, with spaces where words or numbers would run together."""
     shown = ""
     for token in tokens:
         glued = (
@@ -147,14 +147,14 @@ def spelled(tokens: list[Token]) -> str:
 
 
 def unwrapped(tokens: list[Token]) -> list[Token]:
-    """Without the braces that hold all of it."""
+    """Strip braces around the whole."""
     while len(tokens) > 1 and tokens[0].text == "{" and closing(tokens, 0) == len(tokens) - 1:
         tokens = tokens[1:-1]
     return tokens
 
 
 def closing(tokens: list[Token], start: int) -> int | None:
-    """Where the bracket at ``start`` closes; of whatever kind, because half-open intervals mix them."""
+    """The index at which the bracket at ``start`` closes; kinds may differ, as in half-open intervals."""
     depth = 0
     for position in range(start, len(tokens)):
         depth += (tokens[position].text in OPENING) - (tokens[position].text in CLOSING)
@@ -164,7 +164,7 @@ def closing(tokens: list[Token], start: int) -> int | None:
 
 
 def balanced(tokens: list[Token]) -> bool:
-    """Whether every bracket closes behind where it opens."""
+    """Whether every bracket is closed, and none closes before it opens."""
     depth = 0
     for token in tokens:
         depth += (token.text in OPENING) - (token.text in CLOSING)
@@ -174,13 +174,13 @@ def balanced(tokens: list[Token]) -> bool:
 
 
 def _as_latex(text: str) -> str:
-    """The characters of other scripts as LaTeX; what compatibility would silently turn into digits stays as it is."""
+    """Convert characters of other scripts to LaTeX, except those that Unicode normalization would make digits."""
     text = SUPERSCRIPTS.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}", text)
     text = SUBSCRIPTS.sub(lambda match: f"_{{{unicodedata.normalize('NFKC', match[0])}}}", text)
     text = VULGAR_FRACTION.sub(_latex_fraction, text)
     text = OVERLINED.sub(lambda match: rf"\overline{{{match[0].replace(chr(0x305), '')}}}", text)
     text = "".join(character if character.isascii() else _latex_character(character) for character in text)
-    if r"\begin" not in text:  # a doubled backslash before a command is one too many, except between a matrix's rows
+    if r"\begin" not in text:  # a doubled backslash before a command is an escaping error, except in a matrix
         text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)
     return text
 
@@ -198,7 +198,7 @@ def _latex_character(character: str) -> str:
     if name:
         return rf"\{name[2].lower() if name[1] == 'SMALL' else name[2].capitalize()} "
     folded = unicodedata.normalize("NFKC", character)
-    if re.search("[0-9]", folded):  # ① is no digit that could stand beside another
+    if re.search("[0-9]", folded):  # ① must not join other digits
         return character
     return folded if folded.isascii() else "".join(CHARACTERS.get(each, each) for each in folded)
 
@@ -209,7 +209,7 @@ def _latex_fraction(match: re.Match) -> str:
 
 
 class _Lexer:
-    """One pass over the source. ``groups`` has where each open brace began and, for a font's, the font around it."""
+    """One pass over the source. ``groups`` holds each open brace's start and, if it set a font, the font around it."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -224,7 +224,7 @@ class _Lexer:
             position = match.end() + self.read(match)
 
     def read(self, match: re.Match) -> int:
-        """Take one match, and return how many characters behind it belong to it."""
+        """Add one match, and return how many of the characters after it belong to it."""
         kind, found = match.lastgroup, match[match.lastgroup]
         if kind == "command":
             return self.command(found, match.end())
@@ -305,7 +305,7 @@ class _Lexer:
             raise OutOfBounds("too_deep")
 
     def close(self) -> None:
-        """End a group. A font's braces stay where it holds more than words, so that they still bind what is in them."""
+        """End a group. Braces of a font stay if it holds more than words, so that they still group their content."""
         self.depth -= 1
         start, upright = self.groups.pop()
         inner = self.tokens[start:]
@@ -324,15 +324,15 @@ class _Lexer:
             self.gap = Gap.APART
 
     def degree(self) -> None:
-        r"""``^\circ``, in whatever braces, is one sign."""
+        r"""Make ``^\circ`` a single token, with or without braces."""
         if [token.text for token in self.tokens[-2:]] in (["^", r"\circ"], ["^", r"\degree"]):
             self.tokens[-2:] = [Token("command", r"\degree", self.tokens[-2].gap)]
 
 
 def _grouped_digits(tokens: list[Token]) -> list[Token]:
-    r"""Digits in groups of three as one number: ``1,024``, ``1\,024``, ``32,\! 349``.
+    r"""Join digits in groups of three to one number: ``1,024``, ``1\,024``, ``32,\! 349``.
 
-    Within brackets a plain comma separates, as in ``(1,024)``; a space or ``{,}`` groups there, too.
+    Inside brackets a plain comma separates, as in ``(1,024)``, but a space or ``{,}`` still groups.
     """
     grouped: list[Token] = []
     position = depth = 0
@@ -346,7 +346,7 @@ def _grouped_digits(tokens: list[Token]) -> list[Token]:
 
 
 def _group_at(tokens: list[Token], start: int, bracketed: bool) -> tuple[int, str]:
-    """How many tokens from ``start`` are one grouped number, and its digits; 0 where there is none."""
+    """The number of tokens from ``start`` that form one grouped number, and its digits; 0 if there is none."""
     if not re.fullmatch("[1-9][0-9]{0,2}", tokens[start].text) or _follows_number(tokens, start):
         return 0, ""
     for separators in (1, 0):  # a comma, or nothing but a space
@@ -378,7 +378,7 @@ def _follows_number(tokens: list[Token], start: int) -> bool:
 
 
 def _continues(tokens: list[Token], position: int) -> bool:
-    """Whether more digits follow, so that what was read was no group of them."""
+    """Whether more digits follow, so that the tokens so far are not a complete grouped number."""
     if position >= len(tokens):
         return False
     comma = tokens[position].text == "," and tokens[position + 1 : position + 2]

@@ -1,4 +1,4 @@
-"""The members of a list, a tuple or a set, and what stands between them."""
+"""Split a list, a tuple or a set into its members and separators."""
 
 from dataclasses import replace
 
@@ -13,20 +13,20 @@ SEPARATORS = {
 
 
 class Unreadable(ValueError):
-    """The tokens are nothing that the grader knows."""
+    """The grader can't parse the tokens."""
 
 
 def split_list(tokens: list[Token]) -> tuple[list[list[Token]], set[str]]:
-    r"""The members of a list, split outside of brackets, and what stood between them (``,``, ``and`` or ``or``).
+    r"""The members of a list, split outside brackets, and the separators between them (``,``, ``and`` or ``or``).
 
-    ``a \pm b`` is two members; more than one such sign in a member could mean two or four and is `Unreadable`.
+    ``a \pm b`` is two members. Several such signs in one member could mean two or four and are `Unreadable`.
     """
     members, between, start, depth = [], set(), 0, 0
     for position, token in enumerate(tokens):
         depth += _depth_change(token)
         separator = SEPARATORS.get(token.text.lower())
         if depth <= 0 and separator:
-            if position > start or not members or separator == ",":  # else it follows a comma: 1, 2, and 3
+            if position > start or not members or separator == ",":  # otherwise it follows a comma: 1, 2, and 3
                 members.append(tokens[start:position])
             between.add(separator)
             start = position + 1
@@ -40,7 +40,7 @@ def _depth_change(token: Token) -> int:
 
 
 def _both_signs(member: list[Token]) -> list[list[Token]]:
-    """The member with plus and with minus for its one ``\\pm``; a set takes care of those within it."""
+    """The member with plus and with minus in place of its ``\\pm``; a set within it is split on its own."""
     places, depth = [], 0
     for position, token in enumerate(member):
         depth += (token.text == r"\{") - (token.text == r"\}")

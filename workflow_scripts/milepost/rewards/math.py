@@ -1,4 +1,4 @@
-"""The rule-based math reward: 1 for a response whose one boxed answer is the label's, else 0."""
+"""The math reward: 1 for a response whose single boxed answer equals the label, else 0."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,21 +12,21 @@ from milepost.rewards.workers import Question, SympyWorkers
 
 
 class MathReward:
-    """Grades responses: exact arithmetic here, anything else by sympy in processes that may be killed.
+    """Grades responses by exact arithmetic in this process, or else by sympy in worker processes.
 
-    Those processes start when the first answer needs them.
+    The workers start when the first answer needs them.
     """
 
     def __init__(self, max_seconds: float) -> None:
         self.workers = SympyWorkers(max_seconds)
 
     def grade(self, responses: Sequence[Response]) -> list[Verdict]:
-        """One verdict for each response. No text raises, or takes more than bounded time and memory.
+        """Return one verdict per response. No text raises, and time and memory are bounded for any text.
 
-        A verdict's answer is spelled alike for equal numbers (``33`` for ``33.0``). Its reason is ``correct``;
-        ``wrong``; ``several_answers`` (a hedge such as "33 or 34"); ``no_think_end`` (the reasoning never ended);
-        ``no_box``; ``too_long`` or ``too_deep`` (beyond what any answer needs); ``grading_timeout`` or
-        ``grading_error`` (sympy could not tell in time, or at all).
+        The answer of a verdict is normalized (``33`` for ``33.0``). The reason is ``correct``, ``wrong``,
+        ``several_answers`` (a hedge such as "33 or 34"), ``no_think_end`` (the reasoning never ended), ``no_box``,
+        ``too_long`` or ``too_deep`` (beyond what any answer needs), or ``grading_timeout`` or ``grading_error`` (sympy
+        could not decide in time, or at all).
         """
         results = [_read(response) for response in responses]
         questions = list({result[1]: None for result in results if not isinstance(result, Verdict)})
@@ -38,7 +38,7 @@ class MathReward:
 
 
 def _read(response: Response) -> Verdict | tuple[str, Question]:
-    """The verdict, or the answer and the question that decides it."""
+    """The verdict, or the answer and the question for sympy that decides it."""
     content, reason = extract(response)
     if content is None:
         return Verdict(0.0, None, reason)
@@ -55,7 +55,7 @@ def _read(response: Response) -> Verdict | tuple[str, Question]:
 
 @lru_cache(maxsize=4096)
 def _read_label(label: str | int) -> Answer | None:
-    """The label; None where it is longer or deeper than any answer, and so matches none."""
+    """Parse the label; None if it is too long or nested too deeply, so that no answer matches it."""
     if isinstance(label, int) and label.bit_length() > MAX_BITS:
         return None
     try:
@@ -65,7 +65,7 @@ def _read_label(label: str | int) -> Answer | None:
 
 
 def _compare(label: Answer, answer: Answer) -> str | Question:
-    """``correct``, a reason why not, or what to ask sympy."""
+    """``correct``, the reason why it is not, or the question for sympy."""
     try:
         if same_statement(label.statement, answer.statement, exactly):
             return "correct"

@@ -1,7 +1,7 @@
-"""Polynomials in normal form: what decides most questions about expressions at once, without sympy.
+"""Polynomials in normal form, which decide most comparisons of expressions quickly and without sympy.
 
-Roots, functions and constants count as unknowns of their own. Two expressions of one normal form are therefore equal
-for certain; those of two are different for certain only where the unknowns are real symbols (`is_plain`).
+Roots, functions and constants count as separate unknowns. So equal normal forms prove that two expressions are equal;
+different ones prove that they differ only if all unknowns are plain symbols (`is_plain`).
 """
 
 from fractions import Fraction
@@ -10,7 +10,7 @@ from milepost.rewards.arithmetic import MAX_BITS
 from milepost.rewards.trees import COLLECTIONS, Tree
 
 MAX_TERMS = 200
-MAX_PRODUCTS = 2000  # of terms, in one multiplication
+MAX_PRODUCTS = 2000  # products of terms in one multiplication
 MAX_EXPONENT = 20
 
 NO_SCALARS = COLLECTIONS | {"based", "relation"}
@@ -20,11 +20,11 @@ Polynomial = dict[Monomial, Fraction]
 
 
 class NotPolynomial(ValueError):
-    """The tree is no scalar expression, or its normal form is too long."""
+    """The tree is not a scalar expression, or its normal form is too large."""
 
 
 def normal_form(tree: Tree) -> Polynomial:
-    """The coefficients that are not 0, by monomial."""
+    """The nonzero coefficients by monomial."""
     operation, *operands = tree
     if operation == "number":
         return _clean({(): Fraction(*operands)})
@@ -49,7 +49,7 @@ def difference(one: Tree, other: Tree) -> Polynomial:
 
 
 def ratio(one: Polynomial, other: Polynomial) -> Fraction | None:
-    """By what number the first is the second's multiple; None where there is no such number, or it is 0."""
+    """The nonzero number that multiplied by ``other`` gives ``one``; None if there is none."""
     if not one or one.keys() != other.keys():
         return None
     ratios = {value / other[monomial] for monomial, value in one.items()}
@@ -90,7 +90,7 @@ def _joined(one: Monomial, other: Monomial) -> Monomial:
 
 
 def _clean(polynomial: Polynomial) -> Polynomial:
-    """Without the terms that are 0."""
+    """Drop terms with coefficient 0."""
     if len(polynomial) > MAX_TERMS:
         raise NotPolynomial("too many terms")
     for value in polynomial.values():

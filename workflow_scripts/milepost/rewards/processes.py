@@ -1,4 +1,4 @@
-"""Worker processes that are asked by lines of text, side by side, and may be killed at any time."""
+"""Pools of worker processes that answer lines of text, in parallel, and may be killed at any time."""
 
 import contextlib
 import os
@@ -12,12 +12,12 @@ from pathlib import Path
 from queue import LifoQueue
 from typing import IO
 
-PACKAGES = Path(__file__).parents[2]  # where a worker finds this package
+PACKAGES = Path(__file__).parents[2]  # the folder from which a worker imports this package
 CHUNK = 2**16
 
 
 class LineProcess:
-    """A process that reads a line and answers with one; `spawn` starts it, also after it has ended."""
+    """A process that answers each line with one line; `spawn` starts it, and restarts it after it has ended."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
@@ -34,15 +34,15 @@ class LineProcess:
             stderr=stderr,
             bufsize=0,
             env=environment,
-            start_new_session=True,  # Ctrl-C is for the parent, which may want its last verdicts
+            start_new_session=True,  # Ctrl-C is for the parent to handle, which may need the last verdicts
         )
         os.set_blocking(self.process.stdin.fileno(), False)
 
     def ask(self, line: bytes, seconds: float) -> str | None:
-        """The answer to a line; None when it did not come in time, an empty string when the process has ended."""
+        """The answer to a line; None if it does not come in time, an empty string if the process has ended."""
         deadline = time.monotonic() + seconds
         pipe, left = self.process.stdin.fileno(), memoryview(line)
-        room = select.poll()  # not select(), which takes no descriptor above 1023: a rank can have more open
+        room = select.poll()  # not select(), which fails for descriptors above 1023: a rank can have more open
         room.register(pipe, select.POLLOUT)
         try:
             while left:
@@ -54,7 +54,7 @@ class LineProcess:
         return self.read(deadline - time.monotonic())
 
     def read(self, seconds: float) -> str | None:
-        """The next line; None when it did not come in time, an empty string when the process has ended."""
+        """The next line; None if it does not come in time, an empty string if the process has ended."""
         deadline, parts = time.monotonic() + seconds, [b""]
         answer = select.poll()
         answer.register(self.process.stdout, select.POLLIN)
@@ -67,14 +67,14 @@ class LineProcess:
         return b"".join(parts).decode().strip()
 
     def kill(self) -> None:
-        """End the process and those that it started; whoever waits for its answer sees that it has ended."""
+        """Kill the process and all that it started; a pending `read` then returns."""
         if self.is_running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
     def stop(self) -> int | None:
-        """End the process and forget it; its exit status."""
+        """Kill the process, forget it, and return its exit status."""
         if self.process is None:
             return None
         self.kill()
@@ -86,26 +86,28 @@ class LineProcess:
 
 
 class Pool[Worker: LineProcess]:
-    """Workers that share out questions."""
+    """Workers among which questions are distributed."""
 
     def __init__(self, workers: Sequence[Worker]) -> None:
         self.workers = list(workers)
-        self.idle: LifoQueue[Worker] = LifoQueue()  # the last that answered is running already
-        self.is_abandoned = False  # while `ask` is on its way out, for a worker that would try again
+        self.idle: LifoQueue[Worker] = (
+            LifoQueue()
+        )  # last in, first out: the worker that answered last is running already
+        self.is_abandoned = False  # set while `ask` fails, so that no worker retries
         for worker in self.workers:
             self.idle.put(worker)
 
     def ask[Question, Answer](
         self, ask: Callable[[Worker, Question], Answer], questions: Sequence[Question]
     ) -> list[Answer]:
-        """Ask each question of the next idle worker; whatever ends that early, such as a signal, ends the workers."""
+        """Ask each question of the next idle worker; an exception here, such as a signal's, kills the workers."""
 
         def of_idle(question: Question) -> Answer:
             worker = self.idle.get()
             try:
                 return ask(worker, question)
             except BaseException:
-                worker.kill()  # its answer would be taken for that to the next question
+                worker.kill()  # its late answer would be read as the next question's
                 raise
             finally:
                 self.idle.put(worker)

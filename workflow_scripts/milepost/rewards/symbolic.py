@@ -1,4 +1,4 @@
-"""Equality of expressions with sympy. Runs in the worker only, since there is no bound on what sympy takes."""
+"""Equality of expressions with sympy. Only the worker runs this, since sympy's time and memory are unbounded."""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -23,7 +23,7 @@ UNNAMED_BASE = sympy.Symbol("base", positive=True)  # of \log: 10 for some, e fo
 
 
 def equal(label: Tree, answer: Tree) -> bool:
-    """Whether two trees of the same structure are worth the same, whatever real numbers their unknowns stand for."""
+    """Whether two trees of the same structure are equal for all real values of their unknowns."""
     if label[0] == "relation":
         return _same_relation(label, answer)
     if {label[0], answer[0]} & SET_OPERATIONS:
@@ -37,7 +37,7 @@ def equal(label: Tree, answer: Tree) -> bool:
 
 
 def _is_zero(difference: Expr) -> bool:
-    """Whether an expression vanishes: at every probe to 40 digits, and provably."""
+    """Whether an expression is zero: numerically to 40 digits at every probe, and provably."""
     if difference.has(sympy.oo, -sympy.oo, sympy.zoo, sympy.nan):
         return False
     return _vanishes(difference) and (sympy.simplify(difference) == 0 or difference.equals(0) is True)
@@ -54,7 +54,7 @@ def _vanishes(difference: Expr) -> bool:
 
 
 def _same_relation(label: Tree, answer: Tree) -> bool:
-    """Whether one equation is a multiple of the other, by a number that is not 0; above 0 between inequalities."""
+    """Whether one equation is a nonzero multiple of the other, or one inequality a positive multiple of the other."""
     signs, other_signs = label[1].split(), answer[1].split()
     if len(signs) != len(other_signs):
         return False
@@ -97,7 +97,7 @@ def _set(tree: Tree) -> sympy.Set:
 
 
 def _build(tree: Tree) -> Basic | Matrix:
-    """The sympy object of a tree; KeyError for structures that are no expression."""
+    """The sympy object of a tree; KeyError if it is not an expression."""
     operation, *operands = tree
     if operation == "number":
         return sympy.Rational(*operands)
@@ -121,7 +121,7 @@ def _call(name: str, value: Expr, base: Expr | None = None) -> Expr:
 
 
 def _product(*factors: Basic | Matrix) -> Basic | Matrix:
-    """In the order in which it is written, which counts where matrices are among them."""
+    """The product in the written order, which matters for matrices."""
     product = factors[0]
     for factor in factors[1:]:
         product = product * factor
@@ -136,7 +136,7 @@ def _sum(*terms: Basic | Matrix) -> Basic | Matrix:
 
 
 def _root(value: Expr, index: Expr) -> Expr:
-    """The real root where there is one: of -8 the third is -2."""
+    """The real root if there is one: the third root of -8 is -2."""
     if value.is_negative and index.is_odd:
         return -sympy.root(-value, index)
     return sympy.root(value, index)

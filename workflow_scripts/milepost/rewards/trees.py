@@ -1,7 +1,7 @@
 r"""The tree of an expression: a tuple of an operation and its operands, ``("add", a, b)``.
 
-It holds nothing but strings, integers and trees, so that it can be sent to a worker as JSON. Leaves are ``("number",
-numerator, denominator)``, ``("symbol", name)`` and ``("constant", name)``.
+It contains only strings, integers and trees, so it can be sent to a worker as JSON. Leaves are ``("number", numerator,
+denominator)``, ``("symbol", name)`` and ``("constant", name)``.
 """
 
 from fractions import Fraction
@@ -9,7 +9,7 @@ from fractions import Fraction
 Tree = tuple
 
 SET_OPERATIONS = {"union", "intersection", "difference"}
-COLLECTIONS = {"sequence", "set", "matrix", *SET_OPERATIONS}  # what no number is added to, but for a matrix
+COLLECTIONS = {"sequence", "set", "matrix", *SET_OPERATIONS}  # not operands of arithmetic, except matrices
 
 
 def number(value: Fraction | int) -> Tree:
@@ -32,6 +32,6 @@ def decimal(text: str) -> Tree:
 
 
 def unknowns(tree: Tree) -> set[str]:
-    """The names of the symbols and of the functions that are not known."""
+    """The names of its symbols and unknown functions."""
     own = {tree[1]} if tree[0] in ("symbol", "apply") else set()
     return own.union(*(unknowns(operand) for operand in tree[1:] if isinstance(operand, tuple)))

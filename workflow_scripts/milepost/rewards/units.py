@@ -1,11 +1,11 @@
-"""The words that may stand behind a number without changing it; every other word makes it another answer."""
+"""The words that may follow a number without changing its value; any other word makes it a different answer."""
 
 import re
 
 from milepost.rewards.latex import FUNCTIONS, Token, balanced
 
-# The spellings of one unit on a line, its name first. "-" marks those that are read as text only: 5m may be 5 times m.
-# Case counts in short ones, since 33 M is 33 million.
+# One line for each unit: its name and its other spellings. "-" marks spellings that are units only in text: 5m may be 5
+# times m. Short spellings are case-sensitive, since 33 M is 33 million.
 MEASURES = """
     degree degrees deg
     percent pct
@@ -99,7 +99,7 @@ SIGNS = {
     "₹": "rupee",
 }
 CURRENCIES = {"dollar", "pound-sterling", "euro", "yen", "rupee"}
-TEMPERATURES = {"C": "C", "F": "F", "Celsius": "C", "Fahrenheit": "F"}  # behind degrees
+TEMPERATURES = {"C": "C", "F": "F", "Celsius": "C", "Fahrenheit": "F"}  # after degrees
 POWERS = {"square": "2", "sq": "2", "cubic": "3", "cu": "3", "squared": "2", "cubed": "3"}
 
 UNITS = {
@@ -110,9 +110,9 @@ HAN_UNITS = re.compile("|".join(sorted(HAN, key=len, reverse=True)))
 
 
 def split_unit(tokens: list[Token]) -> tuple[list[Token], str]:
-    """A number's tokens and its unit in one spelling, ``cm^2``; an empty unit where there is none, or things counted.
+    """A number's tokens, and its normalized unit, such as ``cm^2``; the unit is empty for counted things or none.
 
-    The tokens come back whole where what stands behind the number is more, or something else, than a unit.
+    If anything but a unit follows the number, all tokens are returned.
     """
     tokens, currency = _without_currency(tokens)
     for start in range(1, len(tokens)):
@@ -123,19 +123,19 @@ def split_unit(tokens: list[Token]) -> tuple[list[Token], str]:
 
 
 def _without_currency(tokens: list[Token]) -> tuple[list[Token], str]:
-    r"""Drop the sign of money before a number, also behind its minus: ``-\$5``."""
+    r"""Drop a currency sign before a number or after its minus sign: ``-\$5``."""
     at = 1 if tokens[:1] and tokens[0].text == "-" else 0
     unit = SIGNS.get(tokens[at].text, "") if len(tokens) > at + 1 else ""
     return (tokens[:at] + tokens[at + 1 :], unit) if unit in CURRENCIES else (tokens, "")
 
 
 def _has_function(tokens: list[Token]) -> bool:
-    """Whether degrees belong to an argument: the sine of 30 is one of radians, that of 30 degrees is not."""
+    """Whether degrees may belong to a function's argument: dropping them would turn sin 30° into sin 30 rad."""
     return any(token.text.lstrip("\\") in FUNCTIONS for token in tokens)
 
 
 def _unit(tokens: list[Token]) -> str | None:
-    """The unit that the tokens are, all of them; None where they are not."""
+    """The unit that all tokens together spell, or None."""
     if not balanced(tokens):
         return None
     tokens = [token for token in tokens if token.text not in ("{", "}")]
@@ -144,7 +144,7 @@ def _unit(tokens: list[Token]) -> str | None:
         token = tokens[position]
         name, word = _name(token), token.text.lower()
         if word in POWERS and token.kind == "word":
-            if word.endswith("d"):  # squared, behind what it squares
+            if word.endswith("d"):  # squared, after the unit
                 if joined:
                     return None
                 spelled += f"^{POWERS[word]}"
@@ -168,7 +168,7 @@ def _unit(tokens: list[Token]) -> str | None:
 
 
 def _power(tokens: list[Token], position: int) -> tuple[str, int]:
-    """The exponent of the unit at ``position``, and where the unit ends."""
+    """The exponent of the unit at ``position``, and the index after it."""
     if [token.text for token in tokens[position + 1 : position + 2]] == ["^"] and position + 2 < len(tokens):
         exponent = tokens[position + 2].text
         if exponent in ("2", "3"):

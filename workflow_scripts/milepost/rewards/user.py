@@ -1,4 +1,4 @@
-"""A reward that is a function in a file of the user's, called in worker processes with bounds of time and memory."""
+"""A reward that is a function in a user's file, called in worker processes with time and memory limits."""
 
 import json
 import logging
@@ -19,9 +19,9 @@ from milepost.rewards.processes import PACKAGES, LineProcess, Pool
 log = logging.getLogger(__name__)
 
 STARTUP_SECONDS = 300  # a file may import torch, or load a model
-BATCH = 1024  # samples of one call at most, under batch: true
-LONGEST_PAUSE = 30  # seconds before another attempt; the first pause is 1 s, each later one twice the last
-SHOWN = 300  # characters of the sample that an error is shown with
+BATCH = 1024  # the most samples per call, under batch: true
+LONGEST_PAUSE = 30  # seconds before a retry; the first pause is 1 s, and each later one is twice as long
+SHOWN = 300  # characters of the sample that is shown with an error
 
 Outcome = dict[str, Any]  # as `user_worker` writes it
 
@@ -29,8 +29,8 @@ Outcome = dict[str, Any]  # as `user_worker` writes it
 class UserReward:
     """Calls the function for each response, or for lists of them.
 
-    A call that raises, takes too long, or gives back anything but a finite number fails: its responses earn
-    ``settings.on_error``. Each kind of failure is shown once, with a sample; too many of them are a `UserError`.
+    A call fails if it raises, takes too long, or returns anything but a finite number; its responses get the reward
+    ``settings.on_error``. Each kind of failure is shown once, with a sample; too many failures are a `UserError`.
     """
 
     def __init__(self, function: Function, batch: bool, settings: Reward) -> None:
@@ -39,7 +39,7 @@ class UserReward:
         self.shown: set[str] = set()
 
     def grade(self, responses: Sequence[Response]) -> list[Verdict]:
-        """One verdict for each response, with the function's own reason.
+        """Return one verdict per response, with the function's own reason.
 
         Raises:
             UserError: the file can't be loaded, or more than ``max_error_share`` of the responses failed.
@@ -63,7 +63,7 @@ class UserReward:
         self.pool.close()
 
     def _attempt(self, worker: "_Worker", responses: Sequence[Response]) -> list[Outcome]:
-        """One call, and further ones for the responses that failed as long as there are retries left."""
+        """Call the function, and again for the responses that failed while retries are left."""
         outcomes = worker.call(responses)
         for retry in range(self.settings.retries):
             failed = [number for number, outcome in enumerate(outcomes) if "error" in outcome]
@@ -97,14 +97,14 @@ class UserReward:
 
 
 class _Worker(LineProcess):
-    """One process of ``user_worker.py``: with the whole environment, since a judge may need its keys."""
+    """One process of ``user_worker.py``. It inherits the whole environment, since a judge may need API keys."""
 
     def __init__(self, function: Function, batch: bool, settings: Reward) -> None:
         super().__init__()
         self.function, self.batch, self.settings = function, batch, settings
 
     def call(self, responses: Sequence[Response]) -> list[Outcome]:
-        """What the function says of each response; of all of them the same error where the process did not survive."""
+        """The function's outcome for each response; the same error for all if the process ended."""
         self.start()
         seconds = self.settings.max_seconds
         samples = [{field.name: getattr(response, field.name) for field in fields(Response)} for response in responses]
@@ -112,7 +112,7 @@ class _Worker(LineProcess):
         if line:
             outcomes = json.loads(line)
             if any(outcome.get("error", "").startswith(MemoryError.__name__) for outcome in outcomes):
-                self.stop()  # what holds the memory goes along
+                self.stop()  # also frees the memory
             return outcomes
         status = self.stop()
         if line is None:
@@ -135,4 +135,4 @@ class _Worker(LineProcess):
         error = json.loads(line).get("error") if line else "it took too long" if line is None else "its process ended"
         if error:
             self.stop()
-            raise UserError(f"{function.file} can't be loaded: {error}")
+            raise UserError(f"{function.file} can't be loaded: {error}: correct the file")

@@ -1,7 +1,8 @@
 """The process in which a user's reward runs: `python -P -m milepost.rewards.user_worker FILE NAME BATCH BYTES`.
 
-One JSON line in, the samples of one call; one out, a list with what became of each: ``{"reward", "reason"}``, or
-``{"error"}``. The first line out says whether the file could be loaded. What the function prints goes to the job's log.
+It answers each JSON line, the samples of one call, with a line: a list with ``{"reward", "reason"}`` or ``{"error"}``
+for each sample. Before that, its first line says whether the file could be loaded. What the function prints goes to the
+job's log.
 """
 
 import importlib.util
@@ -18,9 +19,9 @@ from typing import Any
 
 from milepost.rewards.base import Response
 
-GRACE_SECONDS = 5  # beyond its time, after which the kernel ends a call that nobody watches any more
-LARGEST = 1e30  # of a reward: beyond it a group's standard deviation overflows
-LONGEST = 500  # characters of an error or a reason
+GRACE_SECONDS = 5  # after the time limit: then the kernel ends the call, in case the parent is gone
+LARGEST = 1e30  # the largest reward: beyond it a group's standard deviation overflows
+LONGEST = 500  # the most characters of an error or a reason
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def load(file: Path, name: str) -> Callable[..., Any]:
-    """The function of a file that is imported as if it were run: what lies beside it can be imported, too."""
+    """Import a user's file, with its folder on the path as if it were run, and return a function of it."""
     sys.path.insert(0, str(file.parent))
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
@@ -58,7 +59,7 @@ def load(file: Path, name: str) -> Callable[..., Any]:
 
 
 def call(function: Callable[..., Any], samples: list[Response], batch: bool) -> list[dict[str, Any]]:
-    """What the function says of each sample."""
+    """The function's outcome for each sample."""
     if not batch:
         return [outcome(function(samples[0]))]
     given = function(samples)
@@ -69,7 +70,7 @@ def call(function: Callable[..., Any], samples: list[Response], batch: bool) -> 
 
 
 def outcome(value: Any) -> dict[str, Any]:
-    """A reward, or a reward and a reason, checked."""
+    """Check what the function returned: a reward, or a reward and a reason."""
     reward, reason = value if isinstance(value, tuple) and len(value) == 2 else (value, "")
     if not isinstance(reward, Real) or not isinstance(reason, str):
         return {"error": f"TypeError: a number, or a number and a text, is expected, not {short(value)}"}
@@ -79,7 +80,7 @@ def outcome(value: Any) -> dict[str, Any]:
 
 
 def describe(error: BaseException, file: str) -> str:
-    """An error in one line, with the place in the user's file."""
+    """An error in one line, with its line number in the user's file."""
     said = f"{type(error).__name__}: {error}".rstrip(": ")
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return " ".join(said[:LONGEST].split()) + (f" ({Path(file).name}, line {lines[-1]})" if lines else "")

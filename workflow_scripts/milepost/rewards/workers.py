@@ -1,4 +1,4 @@
-"""Processes that compare expressions with sympy, and may be killed at any time."""
+"""Worker processes that compare expressions with sympy, and may be killed at any time."""
 
 import json
 import logging
@@ -16,25 +16,25 @@ from milepost.rewards.processes import PACKAGES, LineProcess, Pool
 log = logging.getLogger(__name__)
 
 COMMAND = [sys.executable, "-s", "-P", "-B", "-m", sympy_worker.__name__]  # -B: writes no files
-STARTUP_SECONDS = 120  # importing sympy takes 1 to 3 s, more where the machine is busy
+STARTUP_SECONDS = 120  # importing sympy takes 1 to 3 s, more on a busy machine
 MAX_WORKERS = 4
 
 
 @dataclass(frozen=True)
 class Question:
-    """Does the answer state what the label states, as far as sympy can prove it."""
+    """Whether sympy can prove that the answer equals the label."""
 
     label: Statement
     answer: Statement
 
     def as_json(self, max_seconds: float) -> bytes:
-        """The question as a worker reads it, a line."""
+        """The question as a line for a worker."""
         row = {"label": self.label, "answer": self.answer, "max_seconds": max_seconds}
         return json.dumps(row).encode() + b"\n"
 
 
 class SympyWorkers:
-    """Up to `MAX_WORKERS` worker processes, started when first needed and again after one was killed."""
+    """Up to `MAX_WORKERS` worker processes, started when first needed and restarted after one was killed."""
 
     def __init__(self, max_seconds: float) -> None:
         self.max_seconds = max_seconds
@@ -55,13 +55,13 @@ def _warn_once() -> None:
 
 
 class _Worker(LineProcess):
-    """One process of ``sympy_worker.py``; a script of its own, so it never imports torch."""
+    """One process of ``sympy_worker.py``, a separate program that never imports torch."""
 
     def compare(self, question: Question, max_seconds: float) -> str:
         self.start()
         word = self.ask(question.as_json(max_seconds), max_seconds)
         if word not in ("equal", "different"):
-            self.stop()  # after an error as well: what a library keeps of it, memory above all, goes along
+            self.stop()  # after an error as well, to free whatever a library keeps, above all memory
         return {None: "timeout", "": "error"}.get(word, word)
 
     def start(self) -> None:
@@ -69,7 +69,7 @@ class _Worker(LineProcess):
             return
         self.stop()
         keep = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-        environment = {**keep, "PYTHONPATH": str(PACKAGES), "OMP_NUM_THREADS": "1"}  # no tokens, no keys
+        environment = {**keep, "PYTHONPATH": str(PACKAGES), "OMP_NUM_THREADS": "1"}  # no tokens or API keys
         self.spawn(COMMAND, environment, stderr=subprocess.DEVNULL)
         word = self.read(STARTUP_SECONDS)
         if word not in ("ready", "unfiltered"):

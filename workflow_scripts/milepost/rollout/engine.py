@@ -90,10 +90,10 @@ class RolloutEngine(Protocol):
     """A model that is ready to sample.
 
     Attributes:
-        is_reproducible: whether a `Request` decides its response, so that it can be asked for again.
-        repeated: how many requests were asked for again, since the part of it that was answering them failed.
-        weights_wanted: set by whoever sends weights. `generate` calls it, in its own thread, when a part of the engine
-            was started anew and needs the weights that the rest has; it must lead to `load_weights`.
+        is_reproducible: whether a repeated `Request` gives the same response.
+        repeated: how many requests were sent again because the worker that was answering them failed.
+        weights_wanted: set by the code that sends weights. `generate` calls it, in its own thread, when a restarted
+            worker needs the current weights; it must lead to `load_weights`.
     """
 
     is_reproducible: bool

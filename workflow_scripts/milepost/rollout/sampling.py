@@ -61,7 +61,10 @@ def sample(
         logits.div_(params.temperature)
     log_probs = logits.log_softmax(-1)
     if log_probs[:, 0].isnan().any():  # one NaN or infinity spreads over its whole row
-        raise UserError("the model's logits are not finite: its weights are damaged, or its training went wrong")
+        raise UserError(
+            "the model's logits are not finite: its weights are damaged, or its training diverged: take an earlier"
+            " checkpoint, or download the model again"
+        )
     if params.temperature == 0:
         tokens = log_probs.argmax(-1)
     elif params.top_k == -1 and params.top_p == 1:

@@ -174,7 +174,8 @@ class Dispatch:
         self._restarts[server.index] += 1
         if self._restarts[server.index] > MAX_RESTARTS:
             raise UserError(
-                f"{server.name} failed again after {MAX_RESTARTS} restarts: {down.why}; its log: {server.log}"
+                f"{server.name} failed again after {MAX_RESTARTS} restarts: {down.why}: look for the cause in its log"
+                f" {server.log}, and run again"
             )
         print(f"warning: {down.why}: restarting it", file=sys.stderr)
         self._restarting.add(server.index)

@@ -201,7 +201,7 @@ class SglangEngine:
         if server.holds_weights:
             return
         if self.weights_wanted is None:
-            raise UserError(f"{server.name} was restarted, but nothing can send it the current weights")
+            raise UserError(f"{server.name} was restarted, but nothing can send it the current weights: run again")
         self._in_need = server
         try:
             self.weights_wanted()

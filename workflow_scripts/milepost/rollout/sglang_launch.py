@@ -26,7 +26,7 @@ def main() -> None:
     if newest not in known and newest in arguments:
         arguments[next(name for name in older if name in known)] = arguments.pop(newest)
     if unknown := sorted(set(arguments) - known):
-        sys.exit(f"error: engine.server_arguments: this version of SGLang has no {', '.join(unknown)}")
+        sys.exit(f"error: engine.server_arguments: this version of SGLang has no {', '.join(unknown)}: remove them")
     launch_server(ServerArgs(**arguments))
 
 

@@ -98,7 +98,7 @@ class Server:
             if not self.alive or time.monotonic() > deadline:
                 why = _reason(self.log) if not self.alive else f"no answer within {START_SECONDS} s"
                 self.kill()
-                raise UserError(f"{self.name} did not start: {why}; its log is {self.log}")
+                raise UserError(f"{self.name} did not start: {why}: fix that and run again; its log is {self.log}")
             time.sleep(0.5)
 
     def kill(self) -> None:
