@@ -36,12 +36,13 @@ from milepost.evaluation.scores import evaluate
 from milepost.grpo import metrics, run_state
 from milepost.grpo.callbacks import Checkpoints, Logs, Validation
 from milepost.grpo.data import PromptCursor, load_prompts
+from milepost.grpo.groups import read_groups
 from milepost.grpo.learner import Learner
 from milepost.grpo.loop import Lead, Loop, control_group, from_rank_0
 from milepost.grpo.optimizer import Optimizer, build_optimizer
 from milepost.grpo.policy import Policy
 from milepost.grpo.run_state import Progress
-from milepost.grpo.samples import Sampler
+from milepost.grpo.sampler import Sampler
 from milepost.grpo.settings import Settings
 from milepost.grpo.weight_sync import push_weights
 from milepost.qwen3_5.architecture import Architecture
@@ -157,7 +158,7 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
     if plan.stay:
         engine = rescaled_engine(settings.engine, taken_gib(), plan.gpu_gib)
         settings = settings.model_copy(update={"engine": engine})
-    lead = start_lead(arguments, settings, source, progress, interrupts, stack) if first else None
+    lead = start_lead(arguments, settings, source, progress, saved, interrupts, stack) if first else None
     from_rank_0(None, control)  # no rank wakes before the engine has measured the free memory
     engine, hub = lead.sampler.engine if lead else None, HubCheckpoint(source.hub.root)
     return Loop(
@@ -250,6 +251,7 @@ def start_lead(
     settings: Settings,
     source: Source,
     progress: Progress,
+    saved: Path | None,
     interrupts: Interrupts,
     stack: ExitStack,
 ) -> Lead:
@@ -266,6 +268,8 @@ def start_lead(
     cursor = PromptCursor(prompts, training.seed, training.weights)
     if progress.cursor:
         cursor.restore(progress.cursor)
+    carried = saved / run_state.GROUPS if saved else None
+    waiting = read_groups(carried, prompts) if carried and carried.exists() else ()
     problems = load_problems(validation_set, settings.validated_by.labels) if validation_set else []
     for path in arguments.data if validation_set else ():
         if shared := overlap(read_manifest(path), validation_set):
@@ -296,16 +300,15 @@ def start_lead(
     def validate(rollout: int) -> dict[str, float]:
         samples = arguments.work / "validation" / f"{rollout:06d}.jsonl"
         samples.parent.mkdir(exist_ok=True)
-        samples.unlink(
-            missing_ok=True
-        )  # by weights that were lost before they were saved, perhaps slightly different ones
+        # What is there was sampled by weights that were lost before they were saved, perhaps slightly different ones.
+        samples.unlink(missing_ok=True)
         wanted, sampler = validation_settings(settings), {"rollout": rollout}
         scores = evaluate(engine, tokenizer, stops, problems, wanted, validation_grader, samples, sampler)
         names = ("average", "standard_error", "truncated_share", "mean_tokens")
         return {f"validation_{name}": scores[name] for name in names if scores[name] is not None}
 
     return Lead(
-        sampler=Sampler(settings, engine, tokenizer, stops, graders, cursor, interrupts),
+        sampler=Sampler(settings, engine, tokenizer, stops, graders, cursor, interrupts, waiting),
         validation=Validation(validation.interval, validate, log, interrupts),
         logs=Logs(settings, log, bar, tokenizer),
     )

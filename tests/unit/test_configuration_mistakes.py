@@ -50,6 +50,44 @@ from settings import configured
         ({"engine": {"kind": "vllm"}}, "engine.kind: Input should be 'sglang' or 'cpu', not 'vllm'"),
         ({"rollouts": 3}, "rollouts: unknown key, did you mean training.rollouts?"),
         ({"sampling": {"temperature": 0}}, "sampling.temperature: 0 gives every sample of a prompt the same answer"),
+        (
+            {"algorithm": {"loss": "gspo", "loss_aggregation": "token_mean"}},
+            "algorithm.loss: algorithm.loss_aggregation: token_mean does not fit loss: gspo, whose ratio is a mean",
+        ),
+        (
+            {"algorithm": {"loss": "cispo", "dual_clip": 3.0}},
+            "algorithm.loss: algorithm.dual_clip: bounds the ratio of loss: ppo; cispo has a bound of its own",
+        ),
+        ({"algorithm": {"dual_clip": 0.9}}, "algorithm.dual_clip: Input should be greater than 1, not 0.9"),
+        (
+            {"algorithm": {"constant_length": 8192}},
+            "algorithm.constant_length: is for loss_aggregation: constant_length; mean_of_response_means ignores it",
+        ),
+        (
+            {"algorithm": {"correction": "sequence"}},
+            "algorithm.correction: Input should be 'none', 'token_truncate', 'token_mask', 'sequence_truncate' or",
+        ),
+        (
+            {"algorithm": {"correction": "token_truncate", "old_log_probs": "engine"}},
+            "algorithm.correction: token_truncate counts the ratio between trainer and engine twice",
+        ),
+        (
+            {"algorithm": {"correction": "token_mask"}, "sampling": {"top_p": 0.9}},
+            "algorithm.correction: token_mask compares the engine's probabilities with the trainer's, to which"
+            " sampling.top_p 0.9 and top_k -1 do not apply: use top_p 1 and top_k -1",
+        ),
+        (
+            {"algorithm": {"old_log_probs": "engine"}, "sampling": {"top_k": 20}},
+            "algorithm.old_log_probs: engine compares the engine's probabilities with the trainer's, to which",
+        ),
+        (
+            {"algorithm": {"correction_bounds": [0.5, 2.0]}},
+            "algorithm.correction_bounds: bound the weights of a correction, and there is none: set algorithm.correct",
+        ),
+        (
+            {"algorithm": {"correction": "token_mask", "correction_bounds": [2.0, 0.5]}},
+            "algorithm.correction_bounds: the least weight has to be below the largest",
+        ),
         ({"training": {"rollouts": None}}, "training.rollouts: Input should be a valid integer, not None"),
         ({"training": 3}, "training: a section of settings is expected, not 3"),
         ({"models": "9B"}, "models: a list is expected, not '9B'"),

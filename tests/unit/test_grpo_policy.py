@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 
+from milepost.grpo.aggregations import StepTotals
 from milepost.grpo.cpu_optimizer import CpuAdam
 from milepost.grpo.learner import Learner
-from milepost.grpo.policy import Policy, StepTotals
+from milepost.grpo.policy import Policy
 from milepost.grpo.run_state import Progress
 from milepost.grpo.samples import TrainingSequence
 from milepost.qwen3_5.build import build_model
@@ -80,7 +81,7 @@ def policy(
 
 def row_counts(of, batch):
     """The number of rows of each pack; equal prompts in one pack share their rows."""
-    return [len(b.input_ids[0]) for b in of.micro_batches(batch, StepTotals(len(batch), 1))]
+    return [len(b.input_ids[0]) for b in of.micro_batches(batch, StepTotals(len(batch), 1, 1))]
 
 
 def learner(of):
@@ -91,7 +92,7 @@ def test_gradients_do_not_depend_on_the_order_of_threads():
     """A shared prompt's last row predicts the first token of all its samples, so their gradients are summed there."""
     of = policy(models("dense")[1])
     batch = sequences([(12, 2 + number % 3) for number in range(400)])
-    totals = StepTotals(len(batch), sum(sequence.response_length for sequence in batch))
+    totals = StepTotals(len(batch), sum(sequence.response_length for sequence in batch), 1)
     batches, threads = of.micro_batches(batch, totals), torch.get_num_threads()
 
     def gradients():
@@ -109,7 +110,7 @@ def test_gradients_do_not_depend_on_the_order_of_threads():
 
 
 def plain_gradients(architecture, model, batch, algorithm):
-    """The loss as in the papers, sequence by sequence with full logits, at the old policy.
+    """The loss as in the papers, sequence by sequence with full logits, at the old policy or against the engine's.
 
     Returns each token's part of the loss, and the gradients.
     """
@@ -119,8 +120,14 @@ def plain_gradients(architecture, model, batch, algorithm):
         full = torch.log_softmax(logits, -1)
         log_probs = full.gather(1, sequence.ids[sequence.prompt_length :, None])[:, 0]
         entropy = -(full.exp() * full).sum(-1)
-        ratio = torch.exp(log_probs - log_probs.detach())
-        token_loss = -ratio * sequence.advantage - algorithm.entropy_coefficient * entropy
+        old = sequence.log_probs if algorithm.old_log_probs == "engine" else log_probs.detach()
+        log_ratio = log_probs - old
+        ratio = torch.exp(log_ratio.mean() if algorithm.loss == "gspo" else log_ratio)
+        clipped = ratio.clamp(1 - algorithm.clip, 1 + algorithm.clip_high)
+        weight = torch.exp(log_probs.detach() - sequence.log_probs).prod().clamp(*algorithm.correction_range)
+        surrogate = torch.minimum(ratio * sequence.advantage, clipped * sequence.advantage)
+        token_loss = -surrogate * (weight if algorithm.correction == "sequence_truncate" else 1.0)
+        token_loss = token_loss.expand(len(log_probs)) - algorithm.entropy_coefficient * entropy
         if algorithm.loss_aggregation == "mean_of_response_means":
             parts.append(token_loss / len(token_loss) / len(batch))
         else:
@@ -140,18 +147,20 @@ def learned(model, batch, **of_policy):
 
 
 @pytest.mark.parametrize(
-    ("kind", "budget", "aggregation"),
+    ("kind", "budget", "changes"),
     [
-        ("dense", 10_000, "mean_of_response_means"),
-        ("dense", 90, "mean_of_response_means"),
-        ("dense", 90, "token_mean"),
-        ("dense", 1, "token_mean"),
-        ("moe", 90, "mean_of_response_means"),
+        ("dense", 10_000, {}),
+        ("dense", 90, {}),
+        ("dense", 90, {"loss_aggregation": "token_mean"}),
+        ("dense", 1, {"loss_aggregation": "token_mean"}),
+        ("moe", 90, {}),
+        ("dense", 90, {"loss": "gspo", "old_log_probs": "engine"}),
+        ("dense", 90, {"correction": "sequence_truncate", "correction_bounds": [0.3, 3.0]}),
     ],
 )
-def test_gradients_equal_those_of_transformers_sequence_by_sequence(kind, budget, aggregation):
+def test_gradients_equal_those_of_transformers_sequence_by_sequence(kind, budget, changes):
     batch = sequences(SHAPES)
-    algorithm = {"entropy_coefficient": 0.1, "loss_aggregation": aggregation}
+    algorithm = {"entropy_coefficient": 0.1, **changes}
     architecture, ours, theirs = models(kind)
     rows = row_counts(policy(ours, budget, **algorithm), batch)
     assert (rows == [sum(map(sum, SHAPES)) - 12 - 12 - 30]) == (budget == 10_000)
@@ -204,6 +213,16 @@ def test_old_log_probs_are_those_before_the_first_of_several_steps():
         report = learning.learn(sequences(SHAPES), progress)
         assert progress.optimizer_step == 6 // batch_size
         assert (report["ratio"] != 1) == distinct
+
+
+def test_several_steps_against_the_engine_need_no_old_log_probs(monkeypatch):
+    """Each step's ratio is that of the policy as it is to what the engine sampled with."""
+    _, ours, _ = models("dense")
+    monkeypatch.setattr(Policy, "_log_probs_of", lambda *_: pytest.fail("the engine's log-probs are known"))
+    learning = learner(policy(ours, batch=2, old_log_probs="engine", rate=1e-2))
+    progress = Progress()
+    assert learning.learn(sequences(SHAPES), progress)["ratio"] != 1
+    assert progress.optimizer_step == 3
 
 
 def test_the_reference_stays_where_the_policy_began():

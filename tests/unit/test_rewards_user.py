@@ -70,7 +70,9 @@ def folder(tmp_path, monkeypatch):
 
 def grade(name, answers, **settings):
     with Grader(Reward(function=f"my_rewards.py:{name}", think_block="optional", **settings)) as grader:
-        return grader.grade([response(text, think_block="optional") for text in answers])
+        verdicts = grader.grade([response(text, think_block="optional") for text in answers])
+        grader.settle()
+        return verdicts
 
 
 def test_a_function_returns_a_reward_and_its_reason_and_may_print(folder):

@@ -1,12 +1,14 @@
 """The CPU engine against transformers: the same distribution and sampling, independent of the batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
 from milepost.common.errors import UserError
-from milepost.rollout.engine import Completion, Request, SamplingParams, start_engine
+from milepost.rollout.engine import PAUSE, Completion, Request, SamplingParams, start_engine
 from precision import assert_as_precise, computing_in, in_float64
 from settings import section
 from tiny_hub import DENSE, MOE, make_tiny_hub, write_weights
@@ -135,6 +137,46 @@ def test_answers_do_not_depend_on_what_else_is_in_the_batch(folders, name, runni
     for found in (few.generate(requests, params), few.generate(requests[::-1], params)[::-1]):
         assert [(c.token_ids, c.finish) for c in found] == [(c.token_ids, c.finish) for c in together]
         assert_log_probs(found, logits)
+
+
+@pytest.mark.parametrize("name", ["dense", "packed experts"])
+def test_a_response_that_is_continued_ends_as_in_one_go(folders, name):
+    """Cut after each request's own number of tokens, also after none; its draws go on where they ended."""
+    engine = cpu_engine(folders / name, max_running_requests=7)
+    requests, params = a_mixed_batch()
+    whole = engine.generate(requests, params)
+    cuts = [min(number % 9, len(c.token_ids) - 1) for number, c in enumerate(whole)]
+    begun = [replace(r, prefix_ids=c.token_ids[:cut]) for r, c, cut in zip(requests, whole, cuts, strict=True)]
+    rest = engine.generate(begun, params)
+    assert [c.token_ids for c in rest] == [c.token_ids[cut:] for c, cut in zip(whole, cuts, strict=True)]
+    assert [c.finish for c in rest] == [c.finish for c in whole]
+    joined = [
+        Completion(c.token_ids, c.log_probs[:cut] + more.log_probs, c.finish)
+        for c, cut, more in zip(whole, cuts, rest, strict=True)
+    ]
+    assert_log_probs(joined, teacher_forced(transformers_models(folders / name), requests, joined))
+
+
+def test_a_pause_keeps_what_was_sampled_and_requests_can_be_added(engine):
+    requests, params = a_mixed_batch()
+    whole, seen = engine.generate(requests, params), []
+
+    def on_done(index, completion):
+        seen.append(index)
+        return {3: requests[10:], 6: PAUSE}.get(len(seen))
+
+    found = engine.generate(requests[:10], params, on_done)
+    assert len(found) == len(requests)
+    for index, (part, one) in enumerate(zip(found, whole, strict=True)):
+        assert part.token_ids == one.token_ids[: len(part.token_ids)]
+        assert part.finish == (one.finish if index in seen else "paused")
+    assert any(part.finish == "paused" and part.token_ids for part in found)
+    rest = engine.generate([replace(r, prefix_ids=p.token_ids) for r, p in zip(requests, found, strict=True)
+                            if p.finish == "paused"], params)  # fmt: skip
+    unfinished = [(p, one) for p, one in zip(found, whole, strict=True) if p.finish == "paused"]
+    assert [p.token_ids + more.token_ids for (p, _), more in zip(unfinished, rest, strict=True)] == [
+        one.token_ids for _, one in unfinished
+    ]
 
 
 def test_the_same_call_gives_the_same_bits(engine):

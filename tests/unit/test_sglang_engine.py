@@ -18,7 +18,7 @@ import torch
 from milepost.common.errors import UserError
 from milepost.qwen3_5.architecture import Architecture
 from milepost.rollout import sglang_dispatch, sglang_engine
-from milepost.rollout.engine import Drafting, Request, SamplingParams
+from milepost.rollout.engine import PAUSE, Drafting, Request, SamplingParams
 from milepost.rollout.sglang_engine import SglangEngine
 from milepost.rollout.sglang_server import Server, server_arguments
 from settings import DRAFTING, section
@@ -89,6 +89,56 @@ def test_drafting_and_routing_are_handed_on(start):
     assert completion.routing.tolist() == torch.arange(15).view(5, 3).tolist()
     (completion,) = engine.generate(requests(1), PARAMS)
     assert completion.routing is None
+
+
+def test_a_continued_response_is_asked_for_behind_its_beginning_within_its_limit(start):
+    (completion,) = start(1).generate([Request([7, 8], 1000, [9])], SamplingParams(max_new_tokens=4))
+    assert completion.token_ids == [1000, 7, 8]
+
+
+def test_requests_that_are_added_are_answered_in_the_same_batch(start):
+    engine, more = start(2), [Request([number], 1000 + number) for number in (20, 21, 22)]
+    completions = engine.generate(requests(20), PARAMS, lambda index, _: more[index : index + 1] if index < 3 else None)
+    assert sorted(completion.token_ids for completion in completions) == [[1000 + n, n] for n in range(23)]
+    assert [completion.token_ids for completion in completions[:20]] == [[1000 + n, n] for n in range(20)]
+
+
+def test_a_pause_keeps_what_was_sampled_and_the_engine_goes_on_with_it(start):
+    engine = start(2)
+    asked = [Request([5] * length, 1000) for length in (7, 7, 200, 200, *[300] * 20)]
+    seen = []
+
+    def on_done(index, completion):
+        seen.append(index)
+        return PAUSE if len(seen) == 2 else None
+
+    completions = engine.generate(asked, SamplingParams(max_new_tokens=8), on_done)
+    assert sorted(seen) == [0, 1]
+    assert [completion.finish for completion in completions] == ["length"] * 2 + ["paused"] * 22
+    kept = {len(completion.token_ids) for completion in completions[2:]}
+    assert kept == {0, 4}, "some were under way, others in line"
+    assert all(len(completion.log_probs) == len(completion.token_ids) for completion in completions)
+    rest = [Request([5] * 7, 1000, completion.token_ids) for completion in completions[2:6]]
+    assert len(engine.generate(rest, SamplingParams(max_new_tokens=8))) == 4
+    assert engine.repeated == 0
+
+
+@pytest.mark.timeout(60)
+def test_a_server_that_does_not_obey_a_pause_is_replaced(start, monkeypatch):
+    monkeypatch.setattr(sglang_dispatch, "ABORT_SECONDS", 1.0)
+    engine = start(2)
+    deaf = pid(engine.servers[1])
+
+    def on_done(index, completion):
+        os.kill(deaf, signal.SIGSTOP)
+        return PAUSE
+
+    asked = [Request([5] * 7, 1000), *[Request([5] * 50, 1000)] * 7]
+    completions = engine.generate(asked, SamplingParams(max_new_tokens=8), on_done)
+    assert [completion.finish for completion in completions] == ["length"] + ["paused"] * 7
+    engine.weights_wanted = lambda: engine.load_weights([])
+    assert [c.token_ids for c in engine.generate(requests(8), PARAMS)] == [[1000 + n, n] for n in range(8)]
+    assert pid(engine.servers[1]) != deaf
 
 
 def test_a_server_that_dies_is_restarted_and_its_requests_are_asked_again(start, capsys):

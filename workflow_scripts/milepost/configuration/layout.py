@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from milepost.configuration.schema import Experts, Hardware, Model, Parallel
+from milepost.configuration.schema import Algorithm, Experts, Hardware, Model, Parallel, Sampling
 from milepost.configuration.shape import architecture_of
 from milepost.qwen3_5.architecture import Architecture
 
@@ -42,6 +42,7 @@ def _rules(model: Model) -> Iterator[Rule]:
         "0 gives every sample of a prompt the same answer: use one above 0",
         model.sampling.temperature == 0,
     )
+    yield from _algorithm_rules(model)
     parallel, hardware, engine, training = model.parallel, model.hardware, model.engine, model.training
     world, dense = processes(hardware), parallel.tensor * parallel.pipeline * parallel.context
     routed = parallel.expert * parallel.expert_tensor * parallel.pipeline
@@ -83,6 +84,24 @@ def _rules(model: Model) -> Iterator[Rule]:
         "needs kind: sglang, whose choice of experts is replayed",
         engine.replay_routing and engine.kind != "sglang",
     )
+    yield (
+        "sampling.over_sampling",
+        f"{model.sampling.over_sampling:g} groups for each that a rollout takes would wait longer than sampling.max_age"
+        f" {model.sampling.max_age} allows: at most {model.sampling.max_age + 1}",
+        model.sampling.over_sampling > model.sampling.max_age + 1,
+    )
+    yield (
+        "sampling.over_sampling",
+        "more than 1 compares new log-probs with the engine's, which are those of the full distribution: use top_p: 1"
+        " and top_k: -1",
+        model.sampling.over_sampling > 1 and (model.sampling.top_p != 1 or model.sampling.top_k != -1),
+    )
+    yield (
+        "sampling.over_sampling",
+        "more than 1 can't replay the experts of a response that several weights sampled: use engine.replay_routing:"
+        " false",
+        model.sampling.over_sampling > 1 and engine.replay_routing,
+    )
     for stage in ("sampling", "evaluation"):
         yield (
             f"{stage}.enable_thinking",
@@ -108,6 +127,54 @@ def _rules(model: Model) -> Iterator[Rule]:
     )
     if architecture and (found := shape_fault(architecture, parallel, model.experts, on_gpu=hardware.gpus > 0)):
         yield *found, True
+
+
+def against_engine(algorithm: Algorithm, sampling: Sampling) -> bool:
+    """Whether the loss takes its ratio against the log-probs that the engine sampled with.
+
+    Under over-sampling it does by default: tokens of several weights have no other log-probs of their own weights.
+    """
+    chosen = algorithm.old_log_probs
+    return chosen == "engine" or (chosen == "auto" and sampling.over_sampling > 1)
+
+
+def _algorithm_rules(model: Model) -> Iterator[Rule]:
+    """Combinations of algorithms that compute something else than their names say."""
+    algorithm, sampling = model.algorithm, model.sampling
+    yield (
+        "algorithm.loss_aggregation",
+        f"{algorithm.loss_aggregation} does not fit loss: gspo, whose ratio is a mean over each answer's tokens: use"
+        " mean_of_response_means",
+        algorithm.loss == "gspo" and algorithm.loss_aggregation != "mean_of_response_means",
+    )
+    yield (
+        "algorithm.dual_clip",
+        f"bounds the ratio of loss: ppo; {algorithm.loss} has a bound of its own: leave it out",
+        algorithm.dual_clip is not None and algorithm.loss != "ppo",
+    )
+    yield (
+        "algorithm.constant_length",
+        f"is for loss_aggregation: constant_length; {algorithm.loss_aggregation} ignores it: leave it out",
+        algorithm.constant_length is not None and algorithm.loss_aggregation != "constant_length",
+    )
+    corrected, of_engine = algorithm.correction != "none", against_engine(algorithm, sampling)
+    yield (
+        "algorithm.correction",
+        f"{algorithm.correction} counts the ratio between trainer and engine twice: with old_log_probs: engine the"
+        " loss's own ratio is taken against the engine: use none",
+        corrected and of_engine,
+    )
+    yield (
+        "algorithm.correction_bounds",
+        "bound the weights of a correction, and there is none: set algorithm.correction",
+        algorithm.correction_bounds is not None and not corrected,
+    )
+    yield (
+        "algorithm.correction" if corrected else "algorithm.old_log_probs",
+        f"{algorithm.correction if corrected else 'engine'} compares the engine's probabilities with the trainer's, to"
+        f" which sampling.top_p {sampling.top_p:g} and top_k {sampling.top_k} do not apply: use top_p 1 and top_k -1",
+        (corrected or of_engine) and (sampling.top_p < 1 or sampling.top_k != -1),
+    )
 
 
 def conversion_fault(architecture: Architecture, processes: int) -> str | None:

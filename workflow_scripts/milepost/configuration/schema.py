@@ -29,6 +29,7 @@ from milepost.configuration.training import (
     Advantage,
     Aggregation,
     Algorithm,
+    Correction,
     Experts,
     KlType,
     Mtp,
@@ -43,10 +44,10 @@ from milepost.configuration.training import (
 from milepost.configuration.weights import ModelWeights, RunName, RunWeights
 
 __all__ = [
-    "NAME", "OWN_SERVER_ARGUMENTS", "Advantage", "Aggregation", "Algorithm", "Architecture", "Conversion", "Dataset",
-    "Engine", "Evaluation", "Experts", "Export", "Hardware", "KlType", "Model", "ModelSource", "Mtp", "Optimizer",
-    "Parallel", "Plots", "PolicyLoss", "Problems", "Recompute", "Reward", "Root", "Sampling", "Section", "Source",
-    "Speculation", "TinyModel", "Training", "Validation", "WarmUp",
+    "NAME", "OWN_SERVER_ARGUMENTS", "Advantage", "Aggregation", "Algorithm", "Architecture", "Conversion", "Correction",
+    "Dataset", "Engine", "Evaluation", "Experts", "Export", "Hardware", "KlType", "Model", "ModelSource", "Mtp",
+    "Optimizer", "Parallel", "Plots", "PolicyLoss", "Problems", "Recompute", "Reward", "Root", "Sampling", "Section",
+    "Source", "Speculation", "TinyModel", "Training", "Validation", "WarmUp",
 ]  # fmt: skip
 
 

@@ -8,11 +8,12 @@ from milepost.configuration.section import Name, Names, NonNegative, Positive, S
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Recompute = Literal["full", "selective", "none"]
-# The names of the functions in grpo/advantages.py, losses.py and aggregations.py.
-Advantage = Literal["grpo"]
-PolicyLoss = Literal["ppo"]
+# The names of the functions in grpo/advantages.py, losses.py, aggregations.py and corrections.py.
+Advantage = Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
+PolicyLoss = Literal["ppo", "gspo", "cispo"]
 KlType = Literal["low_var_kl"]
-Aggregation = Literal["mean_of_response_means", "token_mean"]
+Aggregation = Literal["mean_of_response_means", "token_mean", "constant_length"]
+Correction = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 class Parallel(Section):
@@ -27,21 +28,50 @@ class Parallel(Section):
 
 
 class Algorithm(Section):
-    """Advantages and losses: GRPO as the recipes run it."""
+    """Advantages and losses: GRPO as the recipes run it. docs/algorithms.md explains all keys."""
 
     advantage: Advantage = Field(description="how rewards become advantages; a function in grpo/advantages.py")
     loss: PolicyLoss = Field(description="the policy loss; a function in grpo/losses.py")
     std_epsilon: NonNegative = Field(description="added to the standard deviation of a group's rewards")
     clip: NonNegative = Field(description="the ratio is clipped below at 1 - clip")
     clip_high: NonNegative = Field(description="the ratio is clipped above at 1 + clip_high")
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
+        None, description="with a negative advantage, the ratio counts up to this (3.0 in the paper); none: unbounded"
+    )
     use_kl_loss: bool = Field(description="add the KL divergence from the starting weights to the loss")
     kl_coefficient: NonNegative = Field(description="weight of the KL loss")
     kl_type: KlType = Field(description="estimator of the KL divergence; a function in grpo/losses.py")
     entropy_coefficient: float = Field(description="weight of the entropy, which is subtracted from the loss")
     loss_aggregation: Aggregation = Field(description="how tokens are averaged; a function in grpo/aggregations.py")
+    constant_length: PositiveInt | None = Field(
+        None, description="tokens that constant_length divides by; none: sampling.max_response_tokens"
+    )
+    old_log_probs: Literal["auto", "trainer", "engine"] = Field(
+        "auto",
+        description="what the ratio is taken against: log-probs that the trainer computes before its first step, or"
+        " those that the engine sampled with; auto: the engine's if sampling.over_sampling is above 1",
+    )
+    correction: Correction = Field(
+        "none", description="importance weights between engine and trainer; a function in grpo/corrections.py"
+    )
+    correction_bounds: tuple[NonNegative, Positive] | None = Field(
+        None, description="least and largest importance weight; none: 0 and 2 to truncate, 0.5 and 5 to mask"
+    )
     reference_forward: bool = Field(description="compute the KL metric even if its coefficient is 0")
     old_log_prob_forward: bool = Field(description="recompute old log-probs even with one step per rollout")
     entropy_metric: bool = Field(description="compute the entropy even if its coefficient is 0")
+
+    @property
+    def correction_range(self) -> tuple[float, float]:
+        """The least and the largest importance weight."""
+        return self.correction_bounds or ((0.5, 5.0) if self.correction.endswith("mask") else (0.0, 2.0))
+
+    @field_validator("correction_bounds")
+    @classmethod
+    def _least_first(cls, bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+        if bounds and bounds[0] >= bounds[1]:
+            raise ValueError("the least weight has to be below the largest")
+        return bounds
 
 
 class Experts(Section):
@@ -90,6 +120,14 @@ class Training(Section):
     )
     prompts_per_rollout: PositiveInt = Field(description="prompts that each rollout samples answers to")
     samples_per_prompt: Annotated[int, Field(ge=2)] = Field(description="answers to each prompt: one group")
+    dynamic_sampling: bool = Field(
+        False, description="replace groups whose answers all earn the same, which teach nothing, by new ones"
+    )
+    max_prompts_factor: Annotated[float, Field(ge=1)] = Field(
+        3.0,
+        description="dynamic_sampling: replace at most this factor - 1 times prompts_per_rollout groups in a rollout;"
+        " then it learns from what there is",
+    )
     global_batch: PositiveInt = Field(
         description="answers per optimizer step; as many as a rollout has makes one step per rollout"
     )
@@ -144,6 +182,15 @@ class Training(Section):
 
 class Sampling(Section):
     """How a rollout samples answers."""
+
+    over_sampling: Annotated[float, Field(ge=1)] = Field(
+        1.0,
+        description="groups under way over those that a rollout takes; unfinished answers go on in the next rollout, so"
+        " that none waits for the longest",
+    )
+    max_age: PositiveInt = Field(
+        2, description="over_sampling: rollouts after its own in which a group may be learned from; one waits for it"
+    )
 
     max_response_tokens: PositiveInt = Field(description="tokens after which an answer is cut off")
     max_prompt_tokens: PositiveInt = Field(description="longer prompts are left out of the training")

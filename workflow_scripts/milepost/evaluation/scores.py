@@ -57,6 +57,7 @@ def scores(
             for sample in samples
         ]
     )
+    grader.settle()
     rows: list[list[tuple[Sample, Verdict]]] = [[] for _ in problems]
     for sample, verdict in zip(samples, verdicts, strict=True):
         rows[sample.problem].append((sample, verdict))

@@ -1,7 +1,7 @@
 """Callbacks of the training loop: validation and logs on rank 0, and checkpoints, which every rank writes."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from milepost.common.interrupts import Interrupted, Interrupts
 from milepost.grpo import run_state
+from milepost.grpo.groups import Group
 from milepost.grpo.metrics import RunLog, equal_rewards, warn
 from milepost.grpo.optimizer import Optimizer
 from milepost.grpo.run_state import Progress
@@ -65,7 +66,7 @@ class Logs:
         total = sum(phases.values())
         rates = {"tokens_per_second": rollout.tokens / total, "seconds_step": total}
         rates |= {f"seconds_{name}": value for name, value in phases.items()}
-        of_rollout = statistics(rollout.samples, self.training.samples_per_prompt)
+        of_rollout = statistics(rollout.generated, self.training.samples_per_prompt) | rollout.flow
         self.log.metrics(progress.rollout, of_rollout | metrics | rates)
         shown = {name: f"{of_rollout[name]:.3f}" for name in ("reward_mean", "pass_rate")}
         self.bar.set_postfix(shown, refresh=False)
@@ -101,12 +102,22 @@ class Checkpoints:
         in_turn = rollout > 0 and (rollout % self.training.save_interval == 0 or rollout >= self.training.rollouts)
         return _state_of(progress) != self._saved and (ends or in_turn)
 
-    def save(self, progress: Progress, model: nn.Module, optimizer: Optimizer, log: RunLog | None) -> None:
-        """Save the run state and delete old checkpoints; every rank calls this, rank 0 with its ``log``."""
+    def save(
+        self,
+        progress: Progress,
+        model: nn.Module,
+        optimizer: Optimizer,
+        log: RunLog | None = None,
+        waiting: Sequence[Group] = (),
+    ) -> None:
+        """Save the run state and delete old checkpoints.
+
+        Every rank calls this, rank 0 with its ``log`` and the groups that go on in the next rollout.
+        """
         if log:
             progress.log_bytes = log.sync()
         optimizer.wake(weights_only=True)
-        self.last = run_state.save(self.work, progress, model, optimizer, self.provenance)
+        self.last = run_state.save(self.work, progress, model, optimizer, self.provenance, waiting)
         optimizer.sleep()
         if log:
             run_state.prune(self.work, self.training.keep_checkpoints)

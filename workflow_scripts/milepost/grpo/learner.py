@@ -5,9 +5,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from milepost.grpo.aggregations import StepTotals
 from milepost.grpo.metrics import warn
 from milepost.grpo.optimizer import Optimizer, learning_rate_at
-from milepost.grpo.policy import MicroBatch, Policy, StepTotals
+from milepost.grpo.policy import MicroBatch, Policy
 from milepost.grpo.run_state import Progress
 from milepost.grpo.samples import TrainingSequence
 from milepost.grpo.settings import Settings
@@ -16,7 +17,11 @@ PER_STEP = (
     *("loss", "mtp_loss", "grad_norm", "idle_share", "seconds_optimizer"),
     *("expert_load_max", "expert_load_min", "expert_imbalance", "routing_agreement"),
 )
-MEANS = ("clip_fraction", "ratio", "kl", "entropy", "log_prob_diff")
+MEANS = (
+    *("clip_fraction", "ratio", "kl", "entropy", "log_prob_diff", "log_prob_diff_older", "engine_kl"),
+    "fresh_share",
+    *("importance_mean", "importance_square", "importance_clipped_share"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,12 @@ class Learner:
         """Take the rollout's optimizer steps, count them in ``progress``, and return the training metrics.
 
         With a single step the trained policy is the one that sampled, so its own log-probs are the old ones. With
-        several steps the old log-probs are computed before the first.
+        several steps the old log-probs are computed before the first, unless the engine's are used.
         """
         size = self.settings.training.global_batch
         steps = [self._prepare(sequences[start : start + size]) for start in range(0, len(sequences), size)]
-        old = len(steps) > 1 or self.settings.algorithm.old_log_prob_forward
+        several = len(steps) > 1 and not self.settings.ratio_against_engine
+        old = several or self.settings.algorithm.old_log_prob_forward
         steps = [replace(step, batches=self.policy.with_past_log_probs(step.batches, old)) for step in steps]
         reports = [self._step(step, progress) for step in steps if step.batches]
         if not any(step.learns for step in steps):
@@ -59,7 +65,11 @@ class Learner:
         all the same.
         """
         policy = self.policy
-        totals = StepTotals(len(sequences), sum(sequence.response_length for sequence in sequences))
+        totals = StepTotals(
+            responses=len(sequences),
+            tokens=sum(sequence.response_length for sequence in sequences),
+            constant_length=self.settings.algorithm.constant_length or self.settings.sampling.max_response_tokens,
+        )
         learns = policy.learns_without_advantage or any(sequence.advantage for sequence in sequences)
         if not (policy.learns_without_advantage or policy.measures_every_response):
             sequences = [sequence for sequence in sequences if sequence.advantage]
@@ -95,6 +105,13 @@ def _summary(reports: list[dict[str, float]]) -> dict[str, float]:
         return {"loss": 0.0, "grad_norm": 0.0, "clip_fraction": 0.0, "learning_rate": 0.0}
     weight = sum(report["weight"] for report in reports)
     means = {name: sum(r[name] for r in reports) / weight for name in MEANS if name in reports[0]}
+    if fresh := means.get("fresh_share"):  # of fresh tokens alone, and of the others
+        means["log_prob_diff"] /= fresh
+        means["log_prob_diff_older"] /= 1.0 - fresh if fresh < 1.0 else 1.0
     per_step = [name for name in PER_STEP if name in reports[0]]
+    if "importance_mean" in means:
+        # The effective sample size (Kish 1965), as a share of the tokens, or responses.
+        means["importance_ess"] = means["importance_mean"] ** 2 / means.pop("importance_square")
+        means["importance_max"] = max(report["importance_max"] for report in reports)
     averages = {name: sum(report[name] for report in reports) / len(reports) for name in per_step}
     return averages | means | {"learning_rate": reports[-1]["learning_rate"]}

@@ -1,8 +1,8 @@
 """GRPO's training loop. A rollout on its way from prompts to new weights, and the file of each step:
 
     prompts        data.py           the next ones, in an order that the seed decides            rank 0
-    -> rollout     samples.py        a group of responses to each, sampled by the engine            |
-    -> grade       samples.py        a reward for each response                                     |
+    -> rollout     sampler.py        a group of responses to each, sampled by the engine            |
+    -> grade       sampler.py        a reward for each response                                     |
     -> advantages  advantages.py     each reward relative to its group                              |
     -> packs       policy.py         sequences packed, and distributed over the ranks          every rank
     -> loss        losses.py         from the log-probs of the response tokens                      |
@@ -31,7 +31,8 @@ from milepost.grpo.callbacks import Checkpoints, Logs, Validation
 from milepost.grpo.learner import Learner
 from milepost.grpo.metrics import peak_memory, warn
 from milepost.grpo.run_state import Progress, folder_name
-from milepost.grpo.samples import Rollout, Sampler, TrainingSequence
+from milepost.grpo.sampler import Sampler
+from milepost.grpo.samples import Rollout, TrainingSequence
 from milepost.grpo.settings import Settings
 
 PATIENCE = timedelta(days=7)  # how long the other ranks wait while rank 0 samples
@@ -130,8 +131,8 @@ class Loop:
         status = 1 if self.failure else self.interrupts.exit_status if self.interrupts.requested else 0
         status, save = self._from_rank_0((status, self.checkpoints.due(self.progress, ends=bool(status))))
         if save:
-            log = self.lead.logs.log if self.lead else None
-            self.checkpoints.save(self.progress, self.learner.policy.model, self.learner.optimizer, log)
+            of_lead = (self.lead.logs.log, self.lead.sampler.waiting) if self.lead else ()
+            self.checkpoints.save(self.progress, self.learner.policy.model, self.learner.optimizer, *of_lead)
         if status:
             if self.lead:
                 done = self.progress.rollout

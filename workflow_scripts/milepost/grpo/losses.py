@@ -1,7 +1,7 @@
 """Losses by name: what each response token adds to the loss of an optimizer step.
 
 To add a policy loss, write a function like `ppo` here and add its name to `POLICY_LOSSES` and to
-`configuration.training.PolicyLoss`; an estimate of the KL divergence likewise.
+`configuration.training.PolicyLoss`; an estimate of the KL divergence likewise. docs/algorithms.md compares them.
 
 Every token carries its weight in the step's mean (`aggregations`), computed from global counts before packing. So the
 loss of a pack is a weighted sum, and the sum over packs and data-parallel ranks does not depend on the packing.
@@ -9,25 +9,49 @@ loss of a pack is a weighted sum, and the sum over packs and data-parallel ranks
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from milepost.configuration.schema import Algorithm
+from milepost.grpo.corrections import CORRECTIONS, MAX_LOG_RATIO, bounded_exp
+from milepost.grpo.responses import Responses
 
-MAX_LOG_RATIO = 20.0  # bound on a token's log ratio, in nats: exp(20) is 4.9e8
 MAX_KL = 10.0  # bound on a token's k3 estimate, in nats
+MAXIMA = ("importance_max",)  # metrics that are a maximum over tokens, not a mean
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """The loss's inputs for N response tokens, besides their log-probs; every tensor is (N,)."""
+    """The loss's inputs for N response tokens, besides their log-probs; every tensor is (N,).
+
+    Attributes:
+        rollout_log_probs: the engine's, from sampling.
+        old_log_probs: the trainer's before the first of several steps; None for a single step.
+        fresh: whether the weights that are trained sampled the token; None if all tokens are fresh.
+    """
 
     weights: Tensor
     advantages: Tensor
     rollout_log_probs: Tensor
+    responses: Responses
     old_log_probs: Tensor | None = None
     reference_log_probs: Tensor | None = None
+    fresh: Tensor | None = None
+
+
+class Surrogate(NamedTuple):
+    """A policy loss of N tokens, to be minimised; every tensor is (N,).
+
+    Attributes:
+        ratio: new over old probability, of the token or of its whole response.
+        clipped: whether the loss of the token was clipped.
+    """
+
+    loss: Tensor
+    ratio: Tensor
+    clipped: Tensor
 
 
 def has_kl_loss(algorithm: Algorithm) -> bool:
@@ -35,32 +59,55 @@ def has_kl_loss(algorithm: Algorithm) -> bool:
     return algorithm.use_kl_loss and algorithm.kl_coefficient > 0
 
 
-def probability_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
-    """New over old probability of each token (N,), from their logarithms.
-
-    The log ratio is clamped to ``MAX_LOG_RATIO``: beyond 88 exp is infinite in fp32, and NaN times an advantage of 0.
-    Where the clamp is active the gradient is 0, as in verl (``compute_policy_loss`` in trainer/ppo/core_algos.py).
-    """
-    return torch.exp((log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
-
-
-def ppo(ratio: Tensor, advantages: Tensor, algorithm: Algorithm) -> tuple[Tensor, Tensor]:
+def ppo(log_probs: Tensor, old_log_probs: Tensor, batch: TokenBatch, algorithm: Algorithm) -> Surrogate:
     """PPO's clipped surrogate loss (arXiv 1707.06347, eq. 7), negated, with separate lower and upper bounds.
 
-    Args:
-        ratio: (N,) new over old probability.
-        advantages: (N,)
-        algorithm: the ratio is clipped to between ``1 - clip`` and ``1 + clip_high``.
-
-    Returns:
-        the loss of each token (N,), and whether it was clipped (N,).
+    The ratio is clipped to between ``1 - clip`` and ``1 + clip_high``. With ``dual_clip``, a token with a negative
+    advantage has a loss of at most ``dual_clip`` times the advantage's size (arXiv 1912.09729).
     """
+    ratio = bounded_exp(log_probs - old_log_probs)
+    loss, clipped = _pessimistic(ratio, batch.advantages, algorithm)
+    if algorithm.dual_clip is not None:
+        ceiling = -algorithm.dual_clip * batch.advantages
+        beyond = (batch.advantages < 0) & (loss > ceiling)
+        loss, clipped = torch.where(beyond, ceiling, loss), clipped | beyond
+    return Surrogate(loss, ratio, clipped)
+
+
+def gspo(log_probs: Tensor, old_log_probs: Tensor, batch: TokenBatch, algorithm: Algorithm) -> Surrogate:
+    """PPO's loss with one ratio per response: the geometric mean of its tokens' ratios (GSPO, arXiv 2507.18071).
+
+    This is the paper's GSPO-token: each token's ratio has the response's value, and the gradient of its own log-prob.
+    If all tokens of a response have the same weight, the gradient is that of GSPO.
+    """
+    log_ratio = batch.responses.means(log_probs.detach() - old_log_probs)
+    ratio = bounded_exp(log_ratio + (log_probs - log_probs.detach()))
+    loss, clipped = _pessimistic(ratio, batch.advantages, algorithm)
+    return Surrogate(loss, ratio, clipped)
+
+
+def cispo(log_probs: Tensor, old_log_probs: Tensor, batch: TokenBatch, algorithm: Algorithm) -> Surrogate:
+    """REINFORCE with a clipped importance weight, so that no token loses its gradient (MiniMax-M1, arXiv 2506.13585).
+
+    The weight is clipped above only, as in the paper's runs.
+    """
+    ratio = bounded_exp(log_probs.detach() - old_log_probs)
+    bound = 1.0 + algorithm.clip_high
+    return Surrogate(-ratio.clamp(max=bound) * batch.advantages * log_probs, ratio, ratio > bound)
+
+
+POLICY_LOSSES: dict[str, Callable[[Tensor, Tensor, TokenBatch, Algorithm], Surrogate]] = {
+    "ppo": ppo,
+    "gspo": gspo,
+    "cispo": cispo,
+}
+
+
+def _pessimistic(ratio: Tensor, advantages: Tensor, algorithm: Algorithm) -> tuple[Tensor, Tensor]:
+    """The larger of the losses with the ratio (N,) and with the clipped ratio, and whether that was the latter."""
     free = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - algorithm.clip, 1.0 + algorithm.clip_high)
     return torch.maximum(free, clipped), clipped > free
-
-
-POLICY_LOSSES: dict[str, Callable[[Tensor, Tensor, Algorithm], tuple[Tensor, Tensor]]] = {"ppo": ppo}
 
 
 def low_variance_kl(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
@@ -78,7 +125,12 @@ KL_ESTIMATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"low_var_kl": low
 
 
 def grpo_loss(
-    log_probs: Tensor, entropy: Tensor | None, batch: TokenBatch, algorithm: Algorithm
+    log_probs: Tensor,
+    entropy: Tensor | None,
+    batch: TokenBatch,
+    algorithm: Algorithm,
+    *,
+    against_engine: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The contribution of N response tokens to the loss of an optimizer step.
 
@@ -88,20 +140,37 @@ def grpo_loss(
     Args:
         log_probs: (N,) of the policy, with gradient.
         entropy: (N,) of the policy; None if it is not needed.
+        against_engine: use the engine's log-probs as the old ones.
 
     Returns:
         the loss, a scalar to sum over packs and data-parallel ranks; and weighted sums of the metrics. Summed in the
-        same way and divided by the sum of ``weight``, those are means.
+        same way and divided by the sum of ``weight``, those are means, except `MAXIMA`.
     """
     weights = batch.weights
-    old_log_probs = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
-    ratio = probability_ratio(log_probs, old_log_probs)
-    token_loss, clipped = POLICY_LOSSES[algorithm.loss](ratio, batch.advantages, algorithm)
+    trainer = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
+    old_log_probs = batch.rollout_log_probs if against_engine else trainer
+    token_loss, ratio, clipped = POLICY_LOSSES[algorithm.loss](log_probs, old_log_probs, batch, algorithm)
+    gap = trainer - batch.rollout_log_probs
     metrics = {
         "weight": weights,
         "clip_fraction": weights * clipped,
         "ratio": weights * ratio,
-        "log_prob_diff": weights * (old_log_probs - batch.rollout_log_probs).abs(),
+        "log_prob_diff": weights * gap.abs(),
+    }
+    if batch.fresh is not None:  # older tokens differ, although engine and trainer compute alike
+        metrics["fresh_share"] = weights * batch.fresh
+        metrics["log_prob_diff"] = weights * batch.fresh * gap.abs()
+        metrics["log_prob_diff_older"] = weights * ~batch.fresh * gap.abs()
+    if algorithm.correction == "none":
+        importance = bounded_exp(gap)
+    else:
+        importance, correction = CORRECTIONS[algorithm.correction](gap, batch.responses, algorithm.correction_range)
+        token_loss = correction * token_loss
+        metrics["importance_clipped_share"] = weights * (correction != importance)
+    metrics |= {
+        "importance_mean": weights * importance,
+        "importance_square": weights * importance.square(),
+        "engine_kl": weights * low_variance_kl(batch.rollout_log_probs, trainer),
     }
     if batch.reference_log_probs is not None:
         kl = KL_ESTIMATES[algorithm.kl_type](log_probs, batch.reference_log_probs)
@@ -113,4 +182,5 @@ def grpo_loss(
         if algorithm.entropy_coefficient:
             token_loss = token_loss - algorithm.entropy_coefficient * entropy
     loss = (weights * token_loss).sum()
-    return loss, {name: values.detach().sum() for name, values in metrics.items()}
+    sums = {name: values.detach().sum() for name, values in metrics.items()}
+    return loss, sums | {"importance_max": torch.cat([importance, importance.new_zeros(1)]).max()}  # N may be 0

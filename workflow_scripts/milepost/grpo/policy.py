@@ -11,11 +11,12 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor, nn
 
-from milepost.grpo.aggregations import AGGREGATIONS
+from milepost.grpo.aggregations import AGGREGATIONS, StepTotals
 from milepost.grpo.log_probs import token_log_probs
-from milepost.grpo.losses import TokenBatch, grpo_loss, has_kl_loss
+from milepost.grpo.losses import MAXIMA, TokenBatch, grpo_loss, has_kl_loss
 from milepost.grpo.metrics import expert_metrics
 from milepost.grpo.packing import pack_sequences
+from milepost.grpo.responses import Responses
 from milepost.grpo.samples import TrainingSequence
 from milepost.grpo.settings import Settings
 from milepost.qwen3_5.experts import take_expert_load
@@ -23,14 +24,6 @@ from milepost.qwen3_5.model import hidden_states, output_weight
 from milepost.qwen3_5.mtp import mtp_loss
 from milepost.qwen3_5.packed import Packed, context_shard, pack
 from milepost.qwen3_5.routing import replay_routing, take_routing_agreement
-
-
-@dataclass(frozen=True)
-class StepTotals:
-    """An optimizer step's counts over all ranks. Every mean divides by these, so packing does not change it."""
-
-    responses: int
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -105,7 +98,7 @@ class Policy:
         mask = torch.zeros(input_ids.shape[1], dtype=torch.bool, device=self.device)
         mask[row_of_token[response_tokens]] = True
         weight = AGGREGATIONS[self.settings.algorithm.loss_aggregation]
-        weights = [weight(s.response_length, totals.responses, totals.tokens) for s in sequences]
+        weights = [weight(sequence.response_length, totals) for sequence in sequences]
         columns = torch.stack(
             [
                 _per_token(weights, sequences),
@@ -113,11 +106,16 @@ class Policy:
                 torch.cat([sequence.log_probs for sequence in sequences] or [torch.empty(0)]),
             ]
         )
+        fresh = None
+        if self.settings.sampling.over_sampling > 1:
+            fresh = torch.cat([sequence.fresh for sequence in sequences] or [torch.empty(0, dtype=torch.bool)])
         shard = input_ids.shape[1] // _context_size()
         start = shard * parallel_state.get_context_parallel_rank()
         predicting = row_of_token[response_tokens - 1] - start
         mine = (predicting >= 0) & (predicting < shard)
         columns = columns.to(self.device)[:, mine]
+        response_lengths = _response_lengths(sequences).to(self.device)  # (S,)
+        response_of_token = torch.arange(len(sequences), device=self.device).repeat_interleave(response_lengths)
         return MicroBatch(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -125,7 +123,17 @@ class Policy:
             response_mask=mask[None],
             predicting=predicting[mine],
             targets=input_ids[0, row_of_token[response_tokens[mine]]],
-            tokens=TokenBatch(weights=columns[0], advantages=columns[1], rollout_log_probs=columns[2]),
+            tokens=TokenBatch(
+                weights=columns[0],
+                advantages=columns[1],
+                rollout_log_probs=columns[2],
+                responses=Responses(
+                    counts=response_of_token[mine].bincount(minlength=len(sequences)),
+                    lengths=response_lengths,
+                    group=parallel_state.get_context_parallel_group(),
+                ),
+                fresh=None if fresh is None else fresh.to(self.device)[mine],
+            ),
             routing=self._routing(sequences, packed) if self.settings.engine.replay_routing else None,
         )
 
@@ -164,11 +172,13 @@ class Policy:
         # Makes the auxiliary loss a mean over packs. Context-parallel ranks already split a pack's gradient.
         packs = len(batches) * parallel_state.get_data_parallel_world_size()
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / packs, device=self.device))
-        sums: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
         began = time.perf_counter()
         for batch in batches:
             log_probs, entropy, hidden = self._forward(batch, wants_entropy)
-            loss, metrics = grpo_loss(log_probs, entropy, batch.tokens, algorithm)
+            loss, metrics = grpo_loss(
+                log_probs, entropy, batch.tokens, algorithm, against_engine=self.settings.ratio_against_engine
+            )
             metrics["loss"] = loss.detach()
             if mtp.train:
                 of_mtp = mtp_loss(
@@ -184,14 +194,11 @@ class Policy:
                 loss = loss + mtp.loss_scale * of_mtp
             loss.backward()
             for name, value in metrics.items():
-                sums[name] = sums[name] + value if name in sums else value
-        together = torch.stack([value.double() for value in sums.values()])
+                join = torch.maximum if name in MAXIMA else torch.add
+                found[name] = join(found[name], value) if name in found else value
         idle = _idle_share(began, self.device)
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        if group.size() > 1:
-            dist.all_reduce(together, group=group)
         of_experts = expert_metrics(take_expert_load(self.model), take_routing_agreement(self.model))
-        return dict(zip(sums, together.tolist(), strict=True)) | idle | of_experts
+        return _over_all_ranks(found) | idle | of_experts
 
     def _forward(self, batch: MicroBatch, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Log-probs (N,) and entropies (N,) of the response tokens, and all hidden states (R / cp, H)."""
@@ -210,6 +217,19 @@ class Policy:
             tensor_group=parallel_state.get_tensor_model_parallel_group(),
         )
         return log_probs, entropy, hidden
+
+
+def _over_all_ranks(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """Reduce this rank's metrics over all data-parallel ranks: sums, except `MAXIMA`."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    together: dict[str, float] = {}
+    for operation, maxima in ((dist.ReduceOp.SUM, False), (dist.ReduceOp.MAX, True)):
+        names = [name for name in metrics if (name in MAXIMA) == maxima]
+        values = torch.stack([metrics[name].double() for name in names])
+        if group.size() > 1:
+            dist.all_reduce(values, operation, group)
+        together |= dict(zip(names, values.tolist(), strict=True))
+    return together
 
 
 def _idle_share(began: float, device: torch.device) -> dict[str, float]:
@@ -241,9 +261,12 @@ def _response_tokens(sequences: Sequence[TrainingSequence]) -> Tensor:
 
 def _per_token(values: list[float], sequences: Sequence[TrainingSequence]) -> Tensor:
     """Repeat each sequence's value for every token of its response: (N,)."""
-    return torch.tensor(values).repeat_interleave(
-        torch.tensor([s.response_length for s in sequences], dtype=torch.long)
-    )
+    return torch.tensor(values).repeat_interleave(_response_lengths(sequences))
+
+
+def _response_lengths(sequences: Sequence[TrainingSequence]) -> Tensor:
+    """Tokens of each response (S,)."""
+    return torch.tensor([sequence.response_length for sequence in sequences], dtype=torch.long)
 
 
 def _with(batch: MicroBatch, **log_probs: Tensor) -> MicroBatch:

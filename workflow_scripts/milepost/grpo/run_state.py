@@ -4,6 +4,7 @@
         weights/                   Megatron's distributed checkpoint
         optimizer/rank-00000.safetensors ...   each rank's optimizer state and random states
         progress.json              counters, the prompt cursor, the lengths of the logs
+        groups.safetensors         responses that go on in the next rollout, if there are any
         manifest.json              written last: every file's size and sha256
 
 A checkpoint is written under a temporary name, synced, and renamed. The newest one is found by listing the folders: no
@@ -13,7 +14,7 @@ pointer file could disagree with them. A damaged checkpoint is renamed, and so i
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,11 @@ from milepost.checkpoints.folders import finish_folder, partial_folder, start_fo
 from milepost.checkpoints.manifest import read_manifest, write_manifest
 from milepost.common.errors import UserError
 from milepost.common.files import read_json, require_room, write_json
+from milepost.grpo.groups import Group, save_groups
 from milepost.grpo.optimizer import Optimizer
 
 NAME = re.compile(r"checkpoint-(\d{6,})")
+GROUPS = "groups.safetensors"
 RANDOM_STATE = "random_state.torch"
 
 
@@ -71,8 +74,18 @@ def folder_name(rollout: int) -> str:
     return f"checkpoint-{rollout:06d}"
 
 
-def save(work: Path, progress: Progress, model: nn.Module, optimizer: Optimizer, provenance: dict[str, Any]) -> Path:
+def save(
+    work: Path,
+    progress: Progress,
+    model: nn.Module,
+    optimizer: Optimizer,
+    provenance: dict[str, Any],
+    waiting: Sequence[Group] = (),
+) -> Path:
     """Save the run state and return the checkpoint's folder; every rank calls this.
+
+    Args:
+        waiting: the groups that go on in the next rollout; rank 0's count.
 
     Raises:
         UserError: too little free disk space; raised on every rank, before anything is written.
@@ -90,6 +103,8 @@ def save(work: Path, progress: Progress, model: nn.Module, optimizer: Optimizer,
     dist.barrier()
     if dist.get_rank() == 0:
         write_json(partial / "progress.json", asdict(progress))
+        if waiting:
+            save_groups(partial / GROUPS, waiting)
         files = [str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file()]
         write_manifest(partial / "manifest.json", "checkpoint", partial, files, provenance)
         finish_folder(partial, folder)

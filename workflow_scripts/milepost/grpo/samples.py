@@ -1,36 +1,32 @@
-"""One rollout: prompts in, graded samples with advantages out. Rank 0 draws it, and every rank trains on it.
+"""A rollout's graded samples, the advantages that training takes from them, and their metrics."""
 
-Responses stay token ids from the engine to the trainer; text is decoded for the reward and never tokenized again.
-"""
-
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from milepost.common.interrupts import Interrupted, Interrupts
 from milepost.grpo.advantages import ADVANTAGES, has_spread
-from milepost.grpo.data import Prompt, PromptCursor
+from milepost.grpo.data import Prompt
 from milepost.grpo.settings import Settings
-from milepost.rewards.base import Response, Verdict
-from milepost.rewards.grader import Grader
-from milepost.rollout.engine import Completion, Request, RolloutEngine, SamplingParams, request_seed
-from milepost.rollout.prompts import decode
+from milepost.rewards.base import Verdict
+from milepost.rollout.engine import Completion
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One response and its reward."""
+    """One response and its reward.
+
+    Attributes:
+        ages: for each token, how many rollouts older the weights are that sampled it than those that train on it.
+    """
 
     prompt: Prompt
     completion: Completion
     text: str
     verdict: Verdict
+    ages: Sequence[int] = ()
 
     @property
     def reward(self) -> float:
@@ -63,12 +59,14 @@ class TrainingSequence:
         log_probs: (R,) of the response tokens in the engine that sampled them, fp32.
         advantage: of the whole response.
         routing: (P + R, layers x k) experts to visit, layer by layer; None if the routers choose.
+        fresh: (R,) whether the weights that are trained sampled the token; None if all tokens are fresh.
     """
 
     ids: Tensor
     log_probs: Tensor
     advantage: float
     routing: Tensor | None = None
+    fresh: Tensor | None = None
 
     @property
     def prompt_length(self) -> int:
@@ -85,12 +83,17 @@ class Rollout:
 
     Attributes:
         samples: group by group; a group shares a prompt.
-        sequences: the same samples for training, in the same order.
+        generated: ``samples``, and those of replaced groups. The metrics are of both, or they would be of groups with
+            spread alone.
+        sequences: ``samples`` for training, in the same order.
+        flow: metrics of groups that were replaced or carried over.
         seconds: duration of each phase.
     """
 
     samples: list[Sample]
+    generated: list[Sample]
     sequences: list[TrainingSequence]
+    flow: dict[str, float]
     seconds: dict[str, float]
 
     @property
@@ -99,84 +102,18 @@ class Rollout:
         return sum(len(sequence.ids) for sequence in self.sequences)
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """Draws rollouts: takes prompts, samples a group of responses to each, grades them and computes advantages."""
-
-    settings: Settings
-    engine: RolloutEngine
-    tokenizer: PreTrainedTokenizerBase
-    stop_token_ids: tuple[int, ...]
-    graders: Mapping[str, Grader]  # by training set
-    cursor: PromptCursor
-    interrupts: Interrupts
-
-    def draw(self, number: int) -> Rollout | None:
-        """Draw rollout ``number``, counted from 1; None if the process was asked to end in the meantime."""
-        began, training = time.perf_counter(), self.settings.training
-        prompts = self.cursor.take(training.prompts_per_rollout)
-        asked = [prompt for prompt in prompts for _ in range(training.samples_per_prompt)]
-        requests = [
-            # ``place`` in the rollout, not the prompt's line: a small data set may repeat a prompt within a rollout.
-            Request(prompt.ids, request_seed(training.seed, number, place, sample))
-            for place, prompt in enumerate(prompts)
-            for sample in range(training.samples_per_prompt)
-        ]
-        progress = tqdm(total=len(requests), desc=f"rollout {number}", unit="sample", leave=False, mininterval=1)
-        try:
-            with progress, self.interrupts.abandonable():
-                completions = self.engine.generate(requests, self._params(), lambda *_: progress.update())
-                samples = self._graded(asked, completions)
-        except Interrupted:
-            return None
-        sampled = time.perf_counter()
-        self.engine.sleep()
-        slept = time.perf_counter()
-        sequences = to_training(samples, self.settings)
-        return Rollout(samples, sequences, {"rollout": sampled - began, "sleep_wake": slept - sampled})
-
-    def _params(self) -> SamplingParams:
-        sampling = self.settings.sampling
-        return SamplingParams(
-            max_new_tokens=sampling.max_response_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            stop_token_ids=self.stop_token_ids,
-            with_routing=self.settings.engine.replay_routing,
-        )
-
-    def _graded(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Sample]:
-        texts = [decode(self.tokenizer, completion.token_ids, self.stop_token_ids) for completion in completions]
-        verdicts: list[Verdict | None] = [None] * len(texts)
-        for grader in dict.fromkeys(self.graders.values()):
-            its = [place for place, prompt in enumerate(prompts) if self.graders[prompt.dataset] is grader]
-            responses = [
-                Response.of(
-                    prompts[place],
-                    texts[place],
-                    completions[place].finish,
-                    len(completions[place].token_ids),
-                    grader.settings.think_block,
-                )
-                for place in its
-            ]
-            for place, verdict in zip(its, grader.grade(responses), strict=True):
-                verdicts[place] = verdict
-        return [Sample(*parts) for parts in zip(prompts, completions, texts, verdicts, strict=True)]
-
-
 def to_training(samples: Sequence[Sample], settings: Settings) -> list[TrainingSequence]:
     """Training sequences with advantages; every ``samples_per_prompt`` consecutive samples form a group."""
-    advantages = ADVANTAGES[settings.algorithm.advantage](
-        _rewards(samples, settings.training.samples_per_prompt), settings.algorithm
-    )
+    rewards = _rewards(samples, settings.training.samples_per_prompt)
+    lengths = torch.tensor([len(sample.completion.token_ids) for sample in samples]).view_as(rewards)
+    advantages = ADVANTAGES[settings.algorithm.advantage](rewards, lengths, settings.algorithm)
     return [
         TrainingSequence(
             ids=torch.tensor(sample.prompt.ids + sample.completion.token_ids),
             log_probs=torch.tensor(sample.completion.log_probs, dtype=torch.float32),
             advantage=advantage,
             routing=_whole_routing(sample.completion.routing),
+            fresh=torch.tensor(sample.ages) == 0 if settings.sampling.over_sampling > 1 else None,
         )
         for sample, advantage in zip(samples, advantages.flatten().tolist(), strict=True)
     ]

@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from milepost.configuration import schema
+from milepost.configuration.layout import against_engine
 
 
 class Settings(schema.Section):
@@ -23,6 +24,11 @@ class Settings(schema.Section):
     validation_reward: schema.Reward | None = None  # if it differs from ``reward``
     validation_reward_code: dict[str, str] | None = None
     hardware: schema.Hardware
+
+    @property
+    def ratio_against_engine(self) -> bool:
+        """Whether the loss takes its ratio against the log-probs that the engine sampled with."""
+        return against_engine(self.algorithm, self.sampling)
 
     def graded_by(self, dataset: str) -> schema.Reward:
         """The reward of a training set's responses."""

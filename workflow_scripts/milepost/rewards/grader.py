@@ -28,14 +28,21 @@ class Grader:
             reward.close()
 
     def grade(self, responses: Sequence[Response]) -> list[Verdict]:
-        """Return one verdict per response.
+        """Return one verdict per response; call `settle` after all those of a rollout or an evaluation.
 
         Raises:
-            UserError: a user's function can't be loaded, or fails more often than ``max_error_share`` allows.
+            UserError: a user's function can't be loaded.
         """
         graded = [reward.grade(responses) for _, reward in self.parts]
         verdicts = map(self._sum, zip(*graded, strict=True)) if self.settings.sum else graded[0]
         return [replace(verdict, correct_from=self.settings.correct_from) for verdict in verdicts]
+
+    def settle(self) -> None:
+        """End a rollout or an evaluation; `UserError` if a user's function failed more often than ``max_error_share``
+        allows."""
+        for _, reward in self.parts:
+            if isinstance(reward, UserReward):
+                reward.settle()
 
     def _sum(self, verdicts: Sequence[Verdict]) -> Verdict:
         """The weighted sum of the parts' verdicts; answer and reason come from the first part of a built-in kind.

@@ -37,13 +37,10 @@ class UserReward:
         self.function, self.batch, self.settings = function, batch, settings
         self.pool = Pool([_Worker(function, batch, settings) for _ in range(settings.processes)])
         self.shown: set[str] = set()
+        self.graded, self.errors = 0, []  # since the last `settle`: responses, and what went wrong with some
 
     def grade(self, responses: Sequence[Response]) -> list[Verdict]:
-        """Return one verdict per response, with the function's own reason.
-
-        Raises:
-            UserError: the file can't be loaded, or more than ``max_error_share`` of the responses failed.
-        """
+        """Return one verdict per response, with the function's own reason; `UserError` if the file can't be loaded."""
         if not responses:
             return []
         calls = list(batched(responses, BATCH if self.batch else 1))
@@ -51,13 +48,19 @@ class UserReward:
         failed = [number for number, outcome in enumerate(outcomes) if "error" in outcome]
         for number in failed:
             self._show(outcomes[number]["error"], responses[number])
-        if len(failed) > self.settings.max_error_share * len(responses):
-            raise UserError(
-                f"{self.function} failed on {len(failed)} of {len(responses)} samples, more than reward.max_error_share"
-                f" {self.settings.max_error_share:g} allows: {outcomes[failed[0]]['error']}; correct the function, or"
-                " raise that share"
-            )
+        self.graded += len(responses)
+        self.errors += [outcomes[number]["error"] for number in failed]
         return [self._verdict(outcome) for outcome in outcomes]
+
+    def settle(self) -> None:
+        """Begin to count anew; `UserError` if more than ``max_error_share`` of the responses so far failed."""
+        graded, errors = self.graded, self.errors
+        self.graded, self.errors = 0, []
+        if len(errors) > self.settings.max_error_share * graded:
+            raise UserError(
+                f"{self.function} failed on {len(errors)} of {graded} samples, more than reward.max_error_share"
+                f" {self.settings.max_error_share:g} allows: {errors[0]}; correct the function, or raise that share"
+            )
 
     def close(self) -> None:
         self.pool.close()

@@ -7,7 +7,7 @@ code depends on a kind, so a change of one engine leaves runs with another untou
 import hashlib
 import importlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, Protocol
@@ -45,10 +45,15 @@ class Request:
     """One response to sample. It depends on weights, prompt, seed and `SamplingParams`, not on other requests.
 
     SGLang guarantees this, and uses the seed, only under ``enable_deterministic_inference``.
+
+    Attributes:
+        prefix_ids: the response's first tokens, sampled earlier; it is continued after them. They count towards
+            ``max_new_tokens``, and a seed's draws go on where they ended.
     """
 
     prompt_ids: list[int]
     seed: int
+    prefix_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -64,16 +69,23 @@ class Drafting:
     drafted: int
     accepted: int
 
+    def __add__(self, more: "Drafting") -> "Drafting":
+        return Drafting(self.passes + more.passes, self.drafted + more.drafted, self.accepted + more.accepted)
 
-@dataclass
+
+Finish = Literal["stop", "length", "paused"]
+
+
+@dataclass(frozen=True)
 class Completion:
     """One sampled response.
 
     Attributes:
-        token_ids: the sampled tokens, including the stop token if there is one.
+        token_ids: the sampled tokens after the request's prefix, including the stop token if there is one.
         log_probs: natural log-probability of each, after temperature (1 if it is 0) and presence penalty, before
             top-p and top-k.
-        finish: ``stop`` if a stop token was sampled, ``length`` if ``max_new_tokens`` was reached.
+        finish: ``stop`` if a stop token was sampled, ``length`` if ``max_new_tokens`` was reached, ``paused`` if the
+            response is unfinished, perhaps not begun.
         drafting: None without speculative decoding.
         routing: (P + R - 1, layers x k), the experts that each token but the last visited, layer by layer, for P prompt
             and R response tokens; None unless ``with_routing``.
@@ -81,9 +93,17 @@ class Completion:
 
     token_ids: list[int]
     log_probs: list[float]
-    finish: Literal["stop", "length"]
+    finish: Finish
     drafting: Drafting | None = None
     routing: Tensor | None = None
+
+
+NOT_BEGUN = Completion([], [], "paused")
+
+PAUSE = "pause"
+# What `on_done` may answer: to go on, further requests to sample in the same call, or to pause all that is unfinished.
+Reply = Sequence[Request] | Literal["pause"] | None
+OnDone = Callable[[int, Completion], Reply]
 
 
 class RolloutEngine(Protocol):
@@ -104,11 +124,12 @@ class RolloutEngine(Protocol):
         self,
         requests: Sequence[Request],
         params: SamplingParams,
-        on_done: Callable[[int, Completion], None] | None = None,
+        on_done: OnDone | None = None,
     ) -> list[Completion]:
         """Sample one response per request, in the requests' order.
 
-        ``on_done(index, completion)`` is called as each one finishes.
+        ``on_done(index, completion)`` is called once for each one that finishes. It may return further requests, which
+        get the next indices, or `PAUSE`: then the others end as they are, with ``finish`` ``paused``.
         """
 
     def load_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:

@@ -1,9 +1,9 @@
 """Divide one batch of requests among SGLang servers, and restart servers that fail while the others go on.
 
-Every server starts with its own share of the requests and, when that is done, takes from the longest share left. A
-server whose process ends, or whose scheduler hangs, is restarted; its unanswered requests go back to its share, where
-the other servers find them. Threads report through one queue of events, which `Dispatch.run` reads in the caller's
-thread.
+Every server starts with its own share of the requests and, when that is done, takes from the longest share left.
+Requests that are added later go to the shortest share. A server whose process ends, or whose scheduler hangs, is
+restarted; its unanswered requests go back to its share, where the other servers find them. Threads report through one
+queue of events, which `Dispatch.run` reads in the caller's thread.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from milepost.common.errors import UserError
-from milepost.rollout.engine import Completion, Request, SamplingParams
+from milepost.rollout.engine import NOT_BEGUN, PAUSE, Completion, OnDone, Request, SamplingParams
 from milepost.rollout.sglang_server import Server, ServerDown
 
 # Seconds without an answer from the scheduler after which a server counts as hung. The scheduler is silent while it
@@ -45,6 +45,9 @@ class _Up:
     server: Server
 
 
+_Event = _Down | _Up | BaseException | tuple[int, Completion]
+
+
 class Dispatch:
     """One batch of requests on its way through the servers.
 
@@ -65,37 +68,36 @@ class Dispatch:
         start: Callable[[Server], None],
         unfinished_restarts: set[int],
     ):
-        self.servers, self.requests, self.params = servers, requests, params
+        self.servers, self.requests, self.params = servers, list(requests), params
         self.repeated = 0
         self._start, self._unfinished_restarts = start, unfinished_restarts
-        self._events: queue.SimpleQueue[_Down | _Up | BaseException | tuple[int, Completion]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         count, total = len(servers), len(requests)
         bounds = [total * number // count for number in range(count + 1)]
         self._shares = [deque(range(first, last)) for first, last in pairwise(bounds)]
         self._lock = threading.Lock()
         self._over = threading.Event()
+        self._paused = threading.Event()  # requests end as they are
         self._workers: list[threading.Thread] = []
         self._busy = [0] * count
+        self._capacity = [0] * count
         self._restarts = [0] * count
         self._restarting: set[int] = set()
 
-    def run(
-        self, on_done: Callable[[int, Completion], None] | None, supply_weights: Callable[[Server], None]
-    ) -> list[Completion]:
+    def run(self, on_done: OnDone | None, supply_weights: Callable[[Server], None]) -> list[Completion]:
         """Return the completions in the order of the requests.
 
         Args:
-            on_done: called with (index, completion) as each request finishes.
+            on_done: as in `rollout.engine.RolloutEngine.generate`.
             supply_weights: called with a restarted server before it answers again.
 
         Raises:
             UserError: a server failed again after `MAX_RESTARTS` restarts.
         """
-        completions: list[Completion | None] = [None] * len(self.requests)
-        left = len(self.requests)
+        completions: dict[int, Completion] = {}
         with self._threads():
             # Also wait for a restart that the previous batch cut short, or a slow server might never come back.
-            while left or self._unfinished_restarts & self._restarting:
+            while len(completions) < len(self.requests) or self._unfinished_restarts & self._restarting:
                 event = self._events.get()
                 if isinstance(event, BaseException):
                     raise event
@@ -107,10 +109,14 @@ class Dispatch:
                     self._employ(event.server)
                 else:
                     index, completions[index] = event
-                    left -= 1
-                    if on_done is not None:
-                        on_done(*event)
-        return completions
+                    if on_done is None or completions[index].finish == "paused":
+                        continue
+                    reply = on_done(*event)
+                    if reply == PAUSE:
+                        self._pause()
+                    elif reply and not self._paused.is_set():
+                        self._add(reply)
+        return [completions[index] for index in range(len(self.requests))]
 
     @contextlib.contextmanager
     def _threads(self):
@@ -136,16 +142,8 @@ class Dispatch:
             if server.index in self._restarting:
                 server.kill()  # its memory may soon be needed for training
                 self._unfinished_restarts.add(server.index)
-            elif failed and self._busy[server.index]:
-                with contextlib.suppress(ServerDown):
-                    server.abort(ABORT_SECONDS)
-        if failed:
-            deadline = time.monotonic() + ABORT_SECONDS
-            for worker in self._workers:
-                worker.join(max(0.0, deadline - time.monotonic()))
-            for server in self.servers:
-                if self._busy[server.index]:
-                    server.kill()  # it hangs, and so would the threads that wait for its answers
+            elif failed:
+                self._workers.append(self._thread(self._abort, server))
         for worker in self._workers:
             worker.join()
 
@@ -157,13 +155,54 @@ class Dispatch:
         except ServerDown as error:
             self._events.put(_Down(server, server.starts, str(error)))
             return
+        self._capacity[server.index] = capacity + capacity // 8 + 1
+        self._hire(server, limit)
+        self._thread(self._watch, server, server.starts)
+
+    def _hire(self, server: Server, limit: int | None = None) -> None:
+        """Start as many threads for a server as it has room for, and requests wait (at most ``limit``)."""
         with self._lock:
             waiting = sum(len(share) for share in self._shares) if limit is None else limit
-            count = min(waiting, capacity + capacity // 8 + 1 - self._busy[server.index])
-            self._busy[server.index] += max(count, 0)
+            count = max(0, min(waiting, self._capacity[server.index] - self._busy[server.index]))
+            self._busy[server.index] += count
         for _ in range(count):
             self._workers.append(self._thread(self._answer, server, server.starts))
-        self._thread(self._watch, server, server.starts)
+
+    def _add(self, requests: Sequence[Request]) -> None:
+        """Add requests to the batch."""
+        with self._lock:
+            for request in requests:
+                min(self._shares, key=len).append(len(self.requests))
+                self.requests.append(request)
+        for server in self.servers:
+            if server.alive and server.index not in self._restarting:
+                self._hire(server)
+
+    def _pause(self) -> None:
+        """End every unfinished request as it is."""
+        with self._lock:
+            self._paused.set()
+            unsent = [index for share in self._shares for index in share]
+            for share in self._shares:
+                share.clear()
+        for index in unsent:
+            self._events.put((index, NOT_BEGUN))
+        self._workers += [self._thread(self._abort, server) for server in self.servers]
+
+    def _abort(self, server: Server) -> None:
+        """Abort what a server is answering, until nothing is left: a request may just be on its way to it.
+
+        A server that does not obey is killed; what it was answering ends as if it had not begun.
+        """
+        deadline = time.monotonic() + ABORT_SECONDS
+        while self._busy[server.index]:
+            try:
+                server.abort(ABORT_SECONDS)
+            except ServerDown:
+                server.kill()
+            if time.monotonic() > deadline:
+                server.kill()
+            time.sleep(0.1)
 
     def _begin_restart(self, down: _Down) -> None:
         """Restart a failed server in a thread, and let the others take the requests it leaves."""
@@ -205,7 +244,7 @@ class Dispatch:
                     self._give_back(server, index)
                     self._events.put(_Down(server, starts, str(error)))
                     return
-                if completion is None:
+                if completion.finish == "paused" and not self._paused.is_set():
                     if self._over.is_set():
                         return
                     raise RuntimeError(f"{server.name} aborted request {index}; its log is {server.log}")
@@ -225,7 +264,9 @@ class Dispatch:
 
     def _give_back(self, server: Server, index: int) -> None:
         with self._lock:
-            if not self._over.is_set():
+            if self._paused.is_set():
+                self._events.put((index, NOT_BEGUN))
+            elif not self._over.is_set():
                 self._shares[server.index].appendleft(index)
                 self.repeated += 1
 

@@ -24,7 +24,7 @@ from milepost.common.files import allow_open_files
 from milepost.configuration.schema import Engine
 from milepost.qwen3_5.architecture import Architecture
 from milepost.rollout import sglang_weights
-from milepost.rollout.engine import Completion, Request, SamplingParams
+from milepost.rollout.engine import Completion, OnDone, Request, SamplingParams
 from milepost.rollout.sglang_dispatch import Dispatch
 from milepost.rollout.sglang_model import folder_to_serve
 from milepost.rollout.sglang_server import KINDS_OF_MEMORY, Server, ServerDown
@@ -100,7 +100,7 @@ class SglangEngine:
         self,
         requests: Sequence[Request],
         params: SamplingParams,
-        on_done: Callable[[int, Completion], None] | None = None,
+        on_done: OnDone | None = None,
     ) -> list[Completion]:
         """See `rollout.engine.RolloutEngine.generate`."""
         self._resume_caches()

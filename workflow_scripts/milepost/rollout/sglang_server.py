@@ -143,10 +143,11 @@ class Server:
         """The scheduler's state; a hanging scheduler does not answer."""
         return self.call("/server_info", timeout=timeout)["internal_states"][0]
 
-    def answer(self, request: Request, params: SamplingParams) -> Completion | None:
-        """Sample one response; None if it was aborted."""
+    def answer(self, request: Request, params: SamplingParams) -> Completion:
+        """Sample one response; ``paused`` if it was aborted."""
+        earlier = len(request.prefix_ids)
         sampling = {
-            "max_new_tokens": params.max_new_tokens,
+            "max_new_tokens": params.max_new_tokens - earlier,
             "temperature": params.temperature,
             "top_p": params.top_p,
             "top_k": params.top_k,
@@ -155,7 +156,8 @@ class Server:
             "ignore_eos": not params.stop_token_ids,  # true would make SGLang ignore stop_token_ids too
             "sampling_seed": request.seed % 2**31,  # used only under enable_deterministic_inference
         }
-        body = {"input_ids": request.prompt_ids, "sampling_params": sampling, "return_logprob": True}
+        ids = request.prompt_ids + request.prefix_ids
+        body = {"input_ids": ids, "sampling_params": sampling, "return_logprob": True}
         if params.with_routing:
             body["return_routed_experts"] = True
         answer = self.call("/generate", body)
@@ -163,11 +165,12 @@ class Server:
         information = answer["meta_info"]
         reason = information["finish_reason"]["type"]
         if reason == "abort":
-            return None
+            return _so_far(answer)
         tokens = answer["output_ids"]
-        if reason == "length" and len(tokens) < params.max_new_tokens:  # SGLang truncates what its memory can't hold
+        length = earlier + len(tokens)
+        if reason == "length" and length < params.max_new_tokens:  # SGLang truncates what its memory can't hold
             raise UserError(
-                f"{self.name}: its memory holds a response of {len(tokens)} tokens, not of {params.max_new_tokens}:"
+                f"{self.name}: its memory holds a response of {length} tokens, not of {params.max_new_tokens}:"
                 " raise mem_fraction_static, or lower engine.max_running_requests"
             )
         scored = information["output_token_logprobs"][: len(tokens)]  # (log-prob, token, text) per token
@@ -178,7 +181,7 @@ class Server:
             log_probs=[log_prob for log_prob, _, _ in scored],
             finish=reason,
             drafting=_drafting(information),
-            routing=_routing(information, len(request.prompt_ids) + len(tokens) - 1) if params.with_routing else None,
+            routing=_routing(information, len(ids) + len(tokens) - 1) if params.with_routing else None,
         )
 
     def abort(self, timeout: float) -> None:
@@ -262,6 +265,18 @@ def server_arguments(folder: Path, settings: Engine, index: int) -> dict[str, An
     if arguments.get("random_seed") is not None:
         arguments["random_seed"] += index  # or all servers would draw the same samples
     return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _so_far(answer: dict[str, Any]) -> Completion:
+    """The tokens of an aborted response; there are none if it was aborted before it began."""
+    information = answer["meta_info"]
+    scored = information.get("output_token_logprobs") or []
+    return Completion(
+        token_ids=[token for _, token, _ in scored],
+        log_probs=[log_prob for log_prob, _, _ in scored],
+        finish="paused",
+        drafting=_drafting(information),
+    )
 
 
 def _drafting(information: dict[str, Any]) -> Drafting | None:

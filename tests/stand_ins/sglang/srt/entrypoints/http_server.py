@@ -8,7 +8,8 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-aborted, compiled = threading.Event(), threading.Event()
+under_way = set()  # an event for each request, set to abort it
+compiled = threading.Event()
 
 
 def launch_server(arguments):
@@ -33,7 +34,8 @@ def launch_server(arguments):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             assert self.headers["Authorization"] == "Bearer " + arguments.api_key
             if self.path == "/abort_request":
-                aborted.set()
+                for event in list(under_way):
+                    event.set()
             if self.path != "/generate":
                 return self.reply(None)
             wanted, seed = body["sampling_params"], body["sampling_params"]["sampling_seed"]
@@ -41,8 +43,12 @@ def launch_server(arguments):
                 if not compiled.is_set():
                     time.sleep(4)
                     compiled.set()
-            stopped = aborted.wait(0.02 * len(body["input_ids"]))
             tokens = [seed, *body["input_ids"]][: wanted["max_new_tokens"]]
+            under_way.add(aborted := threading.Event())
+            stopped = any(aborted.wait(0.02) for _ in body["input_ids"])
+            under_way.remove(aborted)
+            if stopped:
+                tokens = tokens[: len(tokens) // 2]
             extra = {}
             if arguments.speculative_algorithm:
                 extra |= {"spec_verify_ct": 5, "spec_num_proposed_drafts": 10, "spec_num_correct_drafts": 4}
