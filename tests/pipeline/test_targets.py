@@ -7,7 +7,7 @@ import pytest
 
 from clones import clone
 
-MODELS = ("4B", "9B", "27B", "35B_A3B", "tiny", "tiny_gpu", "tiny_moe")
+MODELS = ("4B", "9B", "27B", "35B_A3B", "0.8B", "2B", "tiny", "tiny_gpu", "tiny_moe")
 STAGES = ("download", "convert", "evaluate", "train", "export", "eval")
 
 

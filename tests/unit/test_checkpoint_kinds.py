@@ -12,7 +12,10 @@ from transformers.models.qwen3_5_moe import Qwen3_5MoeForCausalLM
 
 import convert
 import download
+import evaluate_model
 import export
+import grpo_run
+import train
 from milepost.checkpoints import torch_dist
 from milepost.checkpoints.headers import INDEX
 from milepost.checkpoints.manifest import read_manifest, write_manifest
@@ -23,6 +26,7 @@ from milepost.qwen3_5.architecture import Architecture
 from milepost.qwen3_5.build import build_model, finalize, initialize
 from milepost.rollout.cpu_model import CpuModel
 from precision import assert_as_precise, computing_in
+from settings import section
 from stages import call, convert_arguments, export_arguments, job_arguments
 from tiny_hub import DENSE, MOE, make_tiny_hub, tiny_config, write_weights
 
@@ -121,6 +125,51 @@ def test_it_trains_and_is_exported_as_it_came(monkeypatch, tmp_path, kind):
     with computing_in(torch.float64):
         exact = model.double()(input_ids=torch.tensor([ids])).logits[0, -1]
     assert_as_precise(CpuModel(tmp_path / "hf").prefill([ids])[0][0], reference, exact)
+
+
+def test_a_training_and_evaluations_of_a_fine_tune_made_elsewhere(monkeypatch, tmp_path):
+    """All at once: the text model alone, in fp16, its tied head stored, no MTP layer, files without an index."""
+    grpo_run.prepare(tmp_path)
+    hub = tmp_path / "hub"
+    original = HubCheckpoint(hub)
+    tensors = {
+        name.replace("language_model.", ""): original.read(name).half()
+        for name in original
+        if name.startswith("model.language_model.")
+    }
+    tensors[HEAD] = tensors["model.embed_tokens.weight"].clone()
+    for file in (*original.headers, INDEX):
+        (hub / file).unlink()
+    write_weights(hub, tensors, shards=3)
+    (hub / INDEX).unlink()
+    (hub / "config.json").write_text(json.dumps(json.loads((hub / "config.json").read_text())["text_config"]))
+    fetched(monkeypatch, hub)
+
+    call(monkeypatch, convert.main, convert_arguments(tmp_path / "download.json", tmp_path / "torch_dist", 0))
+    monkeypatch.setattr(train, "Grader", grpo_run.FixedReward)
+    settings = {"training": {"rollouts": 1, "save_interval": 1}, "validation": {"interval": 0}}
+    call(monkeypatch, train.main, grpo_run.arguments(tmp_path, tmp_path / "run", **settings))
+    weights = tmp_path / "run.json"
+    call(monkeypatch, export.main, export_arguments(tmp_path / "download.json", weights, tmp_path / "hf"))
+
+    before, after = HubCheckpoint(hub), HubCheckpoint(tmp_path / "hf")
+    assert after.entries == before.entries
+    assert not after.read(HEAD).equal(before.read(HEAD)) and after.read(HEAD).equal(
+        after.read("model.embed_tokens.weight")
+    )
+    sections = {
+        "evaluation": {"samples_per_problem": 2, "max_response_tokens": 8, "pass_at": [1]},
+        "engine": {"kind": "cpu"},
+        "reward": {},
+    }
+    config = {name: section(name, **changes).model_dump(mode="json") for name, changes in sections.items()}
+    for model in ("download", "hf"):
+        scores = tmp_path / "eval" / f"{model}.json"
+        scores.parent.mkdir(exist_ok=True)
+        places = ["--model", str(tmp_path / f"{model}.json"), "--data", str(tmp_path / "evaluation.json")]
+        places += ["--samples", str(scores.with_suffix(".jsonl")), "--manifest", str(scores)]
+        call(monkeypatch, evaluate_model.main, [*job_arguments(config, sampler={}), *places])
+        assert read_manifest(scores).require(digests=True).facts["average"] == 0
 
 
 def change_config(folder: Path, **changes) -> None:

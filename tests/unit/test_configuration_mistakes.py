@@ -224,7 +224,7 @@ def test_a_setting_that_does_not_fit_one_of_the_listed_models_says_which():
 
 def test_an_error_in_an_unlisted_model_is_raised_only_when_the_model_is_listed():
     configuration = configured({"hardware": {"gpus": 8}, "engine": {"kind": "sglang"}, "models": ["9B"]})
-    assert {"4B", "9B", "27B", "35B_A3B", "tiny", "tiny_gpu", "tiny_moe"} <= set(configuration.models)
+    assert {"0.8B", "2B", "4B", "9B", "27B", "35B_A3B", "tiny", "tiny_gpu", "tiny_moe"} <= set(configuration.models)
     configuration = configured({"per_model": {"tiny": {"parallel": {"tensor": 5}}}})
     assert "tiny" not in configuration.models and "tensor 5" in configuration.faults["tiny"]
     with pytest.raises(UserError, match="tensor 5"):

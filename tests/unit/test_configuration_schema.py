@@ -11,7 +11,7 @@ from milepost.configuration.json_schema import derived
 from milepost.configuration.loading import SHARED
 from milepost.configuration.schema import Dataset, Model, Plots, Reward, Root, Section, Speculation, WarmUp
 
-SHIPPED = ("4B", "9B", "27B", "35B_A3B", "tiny", "tiny_gpu", "tiny_moe")
+SHIPPED = ("0.8B", "2B", "4B", "9B", "27B", "35B_A3B", "tiny", "tiny_gpu", "tiny_moe")
 
 
 def test_schemas_and_key_tables_are_up_to_date():

@@ -51,7 +51,7 @@ def test_parameters_of_9b_are_those_counted_by_hand():
     assert architecture.parameters(mtp_num_layers=1) == OF_9B + MTP_OF_9B
 
 
-@pytest.mark.parametrize("name", ["4B", "9B", "27B", "35B_A3B"])
+@pytest.mark.parametrize("name", ["0.8B", "2B", "4B", "9B", "27B", "35B_A3B"])
 def test_parameters_are_those_of_transformers_model(name):
     from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
     from transformers.models.qwen3_5_moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
@@ -189,7 +189,7 @@ def test_activations_are_kept_only_where_a_fifth_of_the_gpu_stays_free():
         assert estimated("9B", gpu_gib).recompute == chosen
 
 
-PARAMETERS = {"4B": 4.2e9, "9B": 9.0e9, "27B": 26.9e9, "35B_A3B": 34.7e9}
+PARAMETERS = {"0.8B": 0.75e9, "2B": 1.88e9, "4B": 4.2e9, "9B": 9.0e9, "27B": 26.9e9, "35B_A3B": 34.7e9}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -200,6 +200,8 @@ def test_the_declared_shapes_have_as_many_parameters_as_their_names_say(name):
 @pytest.mark.parametrize(
     ("name", "on_80_gib", "on_141_gib"),
     [
+        ("0.8B", "none", "none"),
+        ("2B", "none", "none"),
         ("4B", "none", "none"),
         ("9B", "full", "none"),
         ("27B", "full", "selective"),
