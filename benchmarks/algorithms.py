@@ -108,9 +108,8 @@ def draw(found: dict[str, list[pd.DataFrame]]) -> Figure:
     for (way, runs), color in zip(found.items(), COLORS, strict=True):
         scores = pd.concat([run["validation_average"].dropna() for run in runs], axis=1)
         axes.plot(scores.index, 100 * scores.mean(axis=1), color=color, linewidth=2, label=way)
-        axes.fill_between(
-            scores.index, *(100 * np.array([scores.min(axis=1), scores.max(axis=1)])), color=color, alpha=0.15
-        )
+        low, high = 100 * scores.min(axis=1), 100 * scores.max(axis=1)
+        axes.fill_between(scores.index, low, high, color=color, alpha=0.15)
     axes.set(xlabel="rollout", ylabel="validation, % right")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower right")

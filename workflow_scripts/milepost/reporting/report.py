@@ -183,7 +183,7 @@ def _training_facts(training: Training) -> list[tuple[str, str]]:
 
 def _gain(pair: Pair) -> dict[str, Any]:
     """A tile with the difference and a bar for each of the two scores, the shorter on top of the longer."""
-    difference, first, second = pair.difference(), pair.first.facts["average"], pair.second.facts["average"]
+    difference, first, second = pair.difference, pair.first.facts["average"], pair.second.facts["average"]
     is_share = pair.first.is_share
     whole = 1.0 if is_share else max(first, second, 1e-9)  # of the longest bar
     (shorter, shorter_color), (longer, longer_color) = sorted([(first, "--base"), (second, "--accent")])
