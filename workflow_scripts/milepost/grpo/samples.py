@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from milepost.common.interrupts import Interrupted, Interrupts
+from milepost.grpo import overlong
 from milepost.grpo.advantages import ADVANTAGES, has_spread
 from milepost.grpo.data import Prompt, PromptCursor
 from milepost.grpo.settings import Settings
@@ -63,12 +64,14 @@ class TrainingSequence:
         log_probs: (R,) of the response tokens in the engine that sampled them, fp32.
         advantage: of the whole response.
         routing: (P + R, layers x k) experts to visit, layer by layer; None if the routers choose.
+        is_filtered: whether the response is left out of the loss.
     """
 
     ids: Tensor
     log_probs: Tensor
     advantage: float
     routing: Tensor | None = None
+    is_filtered: bool = False
 
     @property
     def prompt_length(self) -> int:
@@ -170,6 +173,7 @@ def to_training(samples: Sequence[Sample], settings: Settings) -> list[TrainingS
     """Training sequences with advantages; every ``samples_per_prompt`` consecutive samples form a group."""
     rewards = _rewards(samples, settings.training.samples_per_prompt)
     lengths = torch.tensor([len(sample.completion.token_ids) for sample in samples]).view_as(rewards)
+    rewards += overlong.penalties(lengths, settings)
     advantages = ADVANTAGES[settings.algorithm.advantage](rewards, lengths, settings.algorithm)
     return [
         TrainingSequence(
@@ -177,6 +181,7 @@ def to_training(samples: Sequence[Sample], settings: Settings) -> list[TrainingS
             log_probs=torch.tensor(sample.completion.log_probs, dtype=torch.float32),
             advantage=advantage,
             routing=_whole_routing(sample.completion.routing),
+            is_filtered=overlong.is_filtered(sample.completion, settings),
         )
         for sample, advantage in zip(samples, advantages.flatten().tolist(), strict=True)
     ]
