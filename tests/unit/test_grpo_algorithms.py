@@ -1,10 +1,16 @@
-"""Whole trainings of a tiny random model under other papers' algorithms."""
+"""Other papers' algorithms: their settings in docs/algorithms.md, and whole trainings of a tiny random model."""
 
 import json
+import re
+from typing import get_args
 
 import pytest
+import yaml
 
 import grpo_run
+from milepost.configuration import schema
+from milepost.configuration.layers import merge
+from settings import configured
 
 TWO_STEPS = {"global_batch": 6, "rollouts": 2}
 PAPERS = {
@@ -39,3 +45,19 @@ def test_a_run_takes_all_its_steps_and_logs_what_its_algorithm_measures(prepared
     assert (0 < last["overlong_share"] < 1) if name == "dr_grpo" else ("overlong_share" in last) == (name == "dapo")
     if name == "gspo":
         assert last["clip_fraction"] > 0  # in the second step, after one at a learning rate of 1e-3
+
+
+def test_the_papers_settings_can_be_copied_from_the_docs(root):
+    page = (root / "docs" / "algorithms.md").read_text()
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.S)]
+    assert len(blocks) == 8
+    for settings in blocks:
+        model = configured(settings | {"models": ["9B"]}).models["9B"].model_dump(mode="json")
+        for section, given in settings.items():
+            assert merge(model[section], given) == model[section]
+
+
+@pytest.mark.parametrize("kind", ["Advantage", "PolicyLoss", "Aggregation", "Correction"])
+def test_every_choice_is_in_the_docs(root, kind):
+    page = (root / "docs" / "algorithms.md").read_text()
+    assert all(f"| `{name}` |" in page for name in get_args(getattr(schema, kind)))
