@@ -13,7 +13,7 @@ from milepost.checkpoints.safetensors_io import HubCheckpoint
 from milepost.common.errors import UserError
 from milepost.qwen3_5.architecture import Architecture
 from milepost.qwen3_5.build import build_model, finalize, initialize
-from stages import call, convert_arguments, export_arguments, flip_a_bit, vouch
+from stages import call, convert_arguments, download_manifest, export_arguments, flip_a_bit
 from tiny_hub import DENSE, make_tiny_hub
 
 NAME = "model.language_model.norm.weight"
@@ -24,7 +24,7 @@ def run(tmp_path_factory):
     """The folder of a download, and of a run of three checkpoints; the n-th has all weights times 1 + n."""
     folder = tmp_path_factory.mktemp("run")
     make_tiny_hub(folder / "hub", kind=DENSE)
-    download = vouch(folder / "hub", folder / "download.json")
+    download = download_manifest(folder / "hub", folder / "download.json")
     with pytest.MonkeyPatch.context() as patch:
         call(patch, convert.main, convert_arguments(download, folder / "torch_dist"))
     work = folder / "grpo/work"

@@ -60,7 +60,7 @@ class Headers:
         self.entries: dict[str, Entry] = {}
         self.headers: dict[str, bytes] = {}
         if not self.folder.is_dir():
-            raise UserError(f"{self.folder}: no such folder")
+            raise UserError(f"{self.folder}: no such folder: correct the path")
         index = self.folder / INDEX
         weight_map = read_index(index) if index.exists() else None
         for file in weight_files((path.name for path in self.folder.iterdir()), weight_map):

@@ -235,7 +235,7 @@ class Provenance:
         ]
 
     def _has_another_best(self, made: dict[str, Any], model: str, weights: str | None = None) -> bool:
-        """Whether a run's best checkpoint is no longer the one that was exported: validated anew, say."""
+        """Whether a run's best checkpoint is no longer the one that was exported, as after another validation."""
         weights = weights or self._configuration.trained(model)
         if checkpoint_of(weights) != BEST:
             return False

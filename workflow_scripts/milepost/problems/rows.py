@@ -90,8 +90,7 @@ def read_answer(row: Mapping[str, Any], key: str, after: str | None, reader: Lab
 def lettered_choices(row: Mapping[str, Any], question: str, keys: ChoiceKeys) -> tuple[str, str]:
     """The choices of a question, a line each, and the letter of the right one.
 
-    Their order is drawn anew for each question, from the seed and the question alone: it stays the same whatever else
-    is in the set.
+    Their order depends only on the seed and the question, so that it stays the same whatever else is in the set.
 
     Raises:
         ValueError: a choice is missing, or the right one is among the wrong ones.
