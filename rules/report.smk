@@ -5,7 +5,15 @@ ALL_SCORES = scores(*settings.evaluations)
 ALL_TRAININGS = [
     f"{RESULTS}/{model}/grpo/{run}/train.json" for model, run in settings.trainings
 ]
-ALL_SOURCES = sorted({path for model in settings.covered for path in sources(model)})
+ALL_SOURCES = sorted(
+    {
+        f"{RESULTS}/{path}.json"
+        for model, dataset, _ in settings.evaluations
+        for path in (f"{model}/download", f"data/{dataset}")
+    }.union(
+        *(sources(model) for model, run in settings.trainings if run == settings.run)
+    )
+)
 
 
 rule tables:

@@ -70,7 +70,7 @@ def check_rows(name: str, dataset: Dataset, job: dict[str, Any], root: Path, fil
     """Read a problem set, say what is noteworthy about its rows, and return how many are usable."""
     share = 0.0 if job["every_row"] else dataset.max_bad_share
     found = load_problem_set(root, files, dataset, job["labels"], max_bad_share=share, instructed=False)
-    if dataset.filter or dataset.part != (0, None):
+    if dataset.filter or dataset.row_slice != (0, None):
         print(f"{name}: uses {len(found.problems)} of the {found.read} rows that were read", file=sys.stderr)
     for kind in kinds_of(found.bad):
         print(f"warning: {source_of(root, files)}: skipped: {kind}", file=sys.stderr)

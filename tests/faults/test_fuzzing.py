@@ -1,9 +1,12 @@
 """Whatever a file contains, it is accepted or refused with a one-line error."""
 
+import gzip
 import json
 import re
 import string
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,6 +61,39 @@ def test_every_row_of_a_data_set_is_a_problem_or_has_a_reason_why_not(tmp_path_f
     there = [f"line {number}" for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
     assert sorted([f"line {p.line}" for p in found.problems] + [row.place for row in found.bad]) == sorted(there)
     assert all(row.reason and "\n" not in row.reason for row in found.bad)
+
+
+def written(suffix):
+    """Three rows as the formats write them, gzipped where the suffix says so."""
+    rows = [{"prompt": f"What is {n} + 1?", "label": str(n + 1), "more": {"x": [1.5, None]}} for n in range(3)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    plain = suffix.removesuffix(".gz")
+    if plain == "parquet":
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows), sink)
+        content = sink.getvalue().to_pybytes()
+    else:
+        table = b'prompt,label\n"What is\n1?",2\nb,3\n'
+        content = {"jsonl": lines, "json": json.dumps(rows).encode(), "csv": table}[plain]
+    return gzip.compress(content) if suffix.endswith(".gz") else content
+
+
+WRITTEN = {suffix: written(suffix) for suffix in ("jsonl", "json", "csv", "parquet", "jsonl.gz", "parquet.gz")}
+
+
+@settings(max_examples=150, deadline=None)
+@given(suffix=st.sampled_from([*WRITTEN]), place=st.floats(0, 1), junk=st.binary(max_size=12), cut=st.integers(0, 12))
+def test_a_damaged_file_of_any_format_is_read_or_refused_in_one_line(tmp_path_factory, suffix, place, junk, cut):
+    path, content = tmp_path_factory.getbasetemp() / f"rows.{suffix}", WRITTEN[suffix]
+    start = int(place * len(content))
+    path.write_bytes(content[:start] + junk + content[start + cut :])
+    try:
+        found = read_problems(path.parent, [path.name], Dataset(folder="x", file=path.name))
+    except UserError as error:
+        assert "\n" not in str(error) and str(path) in str(error)
+    else:
+        assert all(row.reason and "\n" not in row.reason for row in found.bad)
+        json.dumps([problem.row for problem in found.problems], allow_nan=False)
 
 
 @settings(max_examples=300, deadline=None)

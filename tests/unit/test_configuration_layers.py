@@ -159,3 +159,22 @@ def test_a_mistake_in_a_user_s_model_names_the_file_as_models_folder_does(
     with pytest.raises(UserError) as error:
         configured({"models_folder": folder, "models": list({"4B", name})})
     assert str(error.value).startswith(f"{folder}/{line}")
+
+
+@pytest.mark.parametrize(
+    ("over", "named"),
+    [
+        ({"split": "train"}, (None, "main", "train")),
+        ({"file": "mine.csv"}, ("mine.csv", None, None)),
+        ({"rows": "10:50"}, (None, "main", "test")),
+    ],
+)
+def test_a_data_set_s_files_are_named_by_what_was_given_last(kept, over, named):
+    dataset = kept("", user_layers([], {"datasets": {"gsm8k": over}})).datasets["gsm8k"]
+    assert (dataset.file, dataset.subset, dataset.split) == named
+    assert dataset.row_slice == ((10, 50) if "rows" in over else (0, None))
+
+
+def test_a_split_takes_the_place_of_a_file(kept):
+    dataset = kept("datasets: {aime-2025: {split: test}}").datasets["aime-2025"]
+    assert (dataset.file, dataset.split, dataset.row_count) == (None, "test", 30)

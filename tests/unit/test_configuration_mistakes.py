@@ -88,6 +88,15 @@ from settings import configured
             {"algorithm": {"correction": "token_mask", "correction_bounds": [2.0, 0.5]}},
             "algorithm.correction_bounds: the least weight has to be below the largest",
         ),
+        (
+            {"algorithm": {"overlong": {"mode": "penalty"}}},
+            "algorithm.overlong: mode: penalty needs a buffer, the tokens before the cap over which it grows",
+        ),
+        ({"algorithm": {"overlong": {"buffer": 9}}}, "algorithm.overlong: buffer is for mode: penalty, and mode is"),
+        (
+            {"algorithm": {"overlong": {"mode": "penalty", "buffer": 9000}}},
+            "algorithm.overlong.buffer: 9000 is more than sampling.max_response_tokens 8192",
+        ),
         ({"training": {"rollouts": None}}, "training.rollouts: Input should be a valid integer, not None"),
         ({"training": 3}, "training: a section of settings is expected, not 3"),
         ({"models": "9B"}, "models: a list is expected, not '9B'"),

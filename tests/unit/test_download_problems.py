@@ -211,7 +211,7 @@ def test_a_benchmark_is_ready_by_name(tmp_path, hub, name):
     files = {file: content, "main/train-00000-of-00001.parquet": b"", "LICENSE": b""}
     hosted = hub.host(entry["repo"], files | {"README.md": CARD.encode()}, {file}, "datasets")
     hosted.refs = {entry["revision"]: hosted.refs["main"]}
-    assert len(entry["revision"]) == 40 and Dataset(**entry).count in (30, 40, 198, 500, 1319)
+    assert len(entry["revision"]) == 40 and Dataset(**entry).row_count in (30, 40, 198, 500, 1319)
     labels = Reward(**entry.get("reward", {})).labels
     download = Run(tmp_path, hub)
     download.labels = labels

@@ -13,7 +13,7 @@ from milepost.checkpoints.safetensors_io import HubCheckpoint
 from milepost.common.errors import UserError
 from milepost.qwen3_5.architecture import Architecture
 from milepost.qwen3_5.build import build_model, finalize, initialize
-from stages import call, convert_arguments, download_manifest, export_arguments, flip_a_bit
+from stages import call, convert_arguments, download_manifest, export_arguments, flip_a_bit, job_arguments
 from tiny_hub import DENSE, make_tiny_hub
 
 NAME = "model.language_model.norm.weight"
@@ -67,6 +67,19 @@ def test_the_weights_are_those_of_the_checkpoint(monkeypatch, run, capsys, check
     assert read_manifest(f"{folder}.json").facts["checkpoint"] == f"checkpoint-00000{rollout}"
     bias = "grpo@best is checkpoint-000002, 60.0% on aime, the best of 3 validations."
     assert (bias in capsys.readouterr().err) == (checkpoint == "best")
+
+
+def test_another_best_checkpoint_is_exported_again_and_the_same_one_is_not(monkeypatch, run, capsys):
+    trained = run / "grpo/train.json"
+    before = trained.read_text()
+    arguments = [*job_arguments({}, versions={}), "--hub", str(run / "download.json"), "--weights", str(trained)]
+    arguments += ["--checkpoint", "best", "--folder", str(run / "again"), "--manifest", str(run / "again.json")]
+    for best, is_new in (("checkpoint-000002", True), ("checkpoint-000002", False), ("checkpoint-000001", True)):
+        trained.write_text(before.replace('"checkpoint": "checkpoint-000002"', f'"checkpoint": "{best}"'))
+        call(monkeypatch, export.main, arguments)
+        assert read_manifest(run / "again.json").facts["checkpoint"] == best
+        assert ("nothing to export" in capsys.readouterr().err) != is_new
+    trained.write_text(before)
 
 
 def test_a_damaged_checkpoint_is_not_exported(monkeypatch, run):

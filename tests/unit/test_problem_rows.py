@@ -67,7 +67,9 @@ def test_a_system_message_is_set_where_a_chat_has_none(load):
     assert problems[1].messages == own
 
 
-@pytest.mark.parametrize(("value", "label"), [("so 3 * 4 = <<12>>12\n#### 12", "12"), ("#### 1\n#### 2 ", "2")])
+@pytest.mark.parametrize(
+    ("value", "label"), [("so 3 * 4 = <<12>>12\n#### 12", "12"), ("#### 1\n#### 2 ", "2"), (["It is 3. #### 3"], "3")]
+)
 def test_a_label_follows_the_last_mark(load, value, label):
     rows = [{"prompt": "?", "label": value}]
     assert load(rows, "exact", label_after="####").problems[0].label == label

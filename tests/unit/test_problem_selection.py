@@ -5,7 +5,7 @@ import pytest
 from milepost.common.errors import UserError
 from milepost.configuration.schema import Dataset
 from milepost.hub.client import Listing, RemoteFile, Repository
-from milepost.hub.snapshot import _Repository
+from milepost.hub.snapshot import RepositoryFiles
 from milepost.problems.selection import LocalFolder, select_files
 
 CARD = """---
@@ -42,7 +42,7 @@ def chosen(request, tmp_path, monkeypatch):
             (tmp_path / "README.md").write_text(card)
             monkeypatch.setattr("milepost.hub.snapshot.cached", lambda listing: tmp_path)
             files = {name: RemoteFile(1, "") for name in sorted(names)}
-            place = _Repository(Listing(Repository("dataset", "owner/name"), "c" * 40, files))
+            place = RepositoryFiles(Listing(Repository("dataset", "owner/name"), "c" * 40, files))
         return select_files(place, Dataset(repo="owner/name", **settings), "here", "mine")
 
     return call
@@ -122,12 +122,12 @@ def test_without_a_list_the_usual_layouts_are_known(chosen, names, settings, fou
         (LISTED, CARD, {"subset": "main", "split": "dev"}, "here: no split dev: README.md lists subset main with"),
         (["x.csv"], CARD, {"subset": "main", "split": "train"}, "here: README.md lists main/train-* for the split"
          " train, and no file fits; there: x.csv: name the file with datasets.mine.file"),
-        (SPREAD, "", {"split": "dev"}, "here: nothing there is its split dev; there: data/test-00000-of-00001.parquet,"
+        (SPREAD, "", {"split": "dev"}, "here: no data file of the split dev; there: data/test-00000-of-00001.parquet,"
          " data/train-00000-of-00002.parquet, data/train-00001-of-00002.parquet: correct datasets.mine"),
         (SPREAD, "", {}, "here: data/test-00000-of-00001.parquet, data/train-00000-of-00002.parquet,"),
         (["a.csv", "a.jsonl"], "", {"split": "a"}, "here: a.csv, a.jsonl all fit: name what to read with"),
         (["a.csv"], "", {"file": "*.json"}, "here: holds no file *.json; there: a.csv: correct datasets.mine.file"),
-        (["a.md"], "", {"file": ["a.md", "/a.md"]}, "here: holds no file /a.md; no other file of data is"),
+        (["a.md"], "", {"file": ["a.md", "/a.md"]}, "here: holds no file /a.md; there is no data file"),
         ([f"{n}.csv" for n in range(9)], "", {"file": "x"}, "here: holds no file x; there: 0.csv, 1.csv, 2.csv, 3.csv,"
          " 4.csv, 5.csv, 3 more: correct"),
     ],

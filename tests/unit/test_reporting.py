@@ -212,6 +212,20 @@ def test_rewards_that_were_all_equal_at_first_are_told(tmp_path, rewards, told):
     assert found == (told and f"{told}, which teaches nothing")
 
 
+def test_overlong_answers_are_told_with_the_score_that_they_do_not_change(tmp_path):
+    counts = {"overlong_share": 0.125, "reward_mean_without_overlong": 0.9}
+    said = {}
+    for model, more in (("4B", {}), ("9B", {"reward_mean_with_penalty": 0.5}), ("27B", {})):
+        columns = {} if model == "27B" else counts | more
+        facts = dict(_training_facts(*read_trainings([train(tmp_path, model, reward_mean=0.75, **columns)])))
+        said[model] = facts.get("overlong answers, last twentieth")
+    assert said == {
+        "4B": "12.5% have no part in the loss; mean reward 75.0% as graded, 90.0% of all others",
+        "9B": "12.5% have a penalty; mean reward 75.0% as graded, 50.0% with the penalty, 90.0% of all others",
+        "27B": None,
+    }
+
+
 def scores_of(results: Path, model: str = "4B"):
     return read_scores([results / model / "eval/aime/base.json", results / model / "eval/aime/grpo.json"])
 

@@ -29,7 +29,7 @@ def test_the_second_of_two_runs_is_compared_with_the_first(tmp_path):
         row = difference_table([pair]).iloc[0]
         assert (row["first"], row["second"], row["difference"]) == (f"9B/{first}", f"9B/{second}", difference)
         assert not pair.is_of_a_training
-    assert in_words(pair).startswith("On aime, 9B/a scores 75.0% and 9B/b 25.0%: +50.0 points")
+    assert in_words(pair).startswith("On aime, 9B/a is at 75.0%, 9B/b at 25.0%: +50.0 points")
 
 
 def test_the_words_of_a_comparison_say_which_is_better(tmp_path):

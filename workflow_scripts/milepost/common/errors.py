@@ -4,10 +4,11 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+SHOWN = 6  # names in an error
 USER_ERROR = 65  # exit status after a user's mistake (sysexits' EX_DATAERR): a retry would not help
 # The environment variable in which a launcher passes a private folder to its processes, and the file in that folder in
 # which the first process to fail leaves its error line.
@@ -19,6 +20,12 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))  # quoted names may contain line breaks
+
+
+def few(names: Sequence[str], separator: str = ", ") -> str:
+    """The first of many names, and how many more there are, for an error of one line."""
+    more = [f"{len(names) - SHOWN} more"] if len(names) > SHOWN else []
+    return separator.join([*names[:SHOWN], *more])
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -175,6 +175,12 @@ def _algorithm_rules(model: Model) -> Iterator[Rule]:
         f" which sampling.top_p {sampling.top_p:g} and top_k {sampling.top_k} do not apply: use top_p 1 and top_k -1",
         (corrected or of_engine) and (sampling.top_p < 1 or sampling.top_k != -1),
     )
+    buffer = algorithm.overlong.buffer or 0
+    yield (
+        "algorithm.overlong.buffer",
+        f"{buffer} is more than sampling.max_response_tokens {sampling.max_response_tokens}, of which it is the end",
+        buffer > sampling.max_response_tokens,
+    )
 
 
 def conversion_fault(architecture: Architecture, processes: int) -> str | None:

@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ValidationError
 
 from milepost.common.errors import UserError
-from milepost.configuration import layout, scored, staleness
+from milepost.configuration import layout, scoring, staleness
 from milepost.configuration.layers import (
     Layer,
     culprit,
@@ -236,7 +236,7 @@ def _incomparable(configuration: Configuration) -> str | None:
             return f"{names} are scored on no common problem set: give both one in evaluation.datasets"
         for dataset in sets:
             shared = [
-                scored.shared(
+                scoring.shared(
                     {
                         "evaluation": configuration.models[model].evaluation.model_dump(mode="json"),
                         "reward": configuration.reward(model, dataset).model_dump(mode="json"),

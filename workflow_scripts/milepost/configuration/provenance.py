@@ -18,7 +18,7 @@ from milepost.common import versions
 from milepost.common.contents import content_of
 from milepost.common.errors import UserError
 from milepost.common.files import read_json, sha256_of
-from milepost.configuration import runs, scored, staleness
+from milepost.configuration import runs, scoring, staleness
 from milepost.configuration.code import code_digest, digest, user_code_digest
 from milepost.configuration.loading import Configuration
 from milepost.configuration.schema import Dataset, Engine, Evaluation, Reward, Section
@@ -359,7 +359,7 @@ class Provenance:
 
 def _deciding(stage: str, config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a record that decide whether its result is stale."""
-    return scored.deciding(config) if stage == "evaluate" else config
+    return scoring.deciding(config) if stage == "evaluate" else config
 
 
 def sampler(evaluation: Evaluation, engine: Engine, code: str, packages: dict[str, str]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from milepost.configuration.training import (
     KlType,
     Mtp,
     Optimizer,
+    Overlong,
     Parallel,
     PolicyLoss,
     Recompute,
@@ -46,8 +47,8 @@ from milepost.configuration.weights import ModelWeights, RunName, RunWeights
 __all__ = [
     "NAME", "OWN_SERVER_ARGUMENTS", "Advantage", "Aggregation", "Algorithm", "Architecture", "Conversion", "Correction",
     "Dataset", "Engine", "Evaluation", "Experts", "Export", "Hardware", "KlType", "Model", "ModelSource", "Mtp",
-    "Optimizer", "Parallel", "Plots", "PolicyLoss", "Problems", "Recompute", "Reward", "Root", "Sampling", "Section",
-    "Source", "Speculation", "TinyModel", "Training", "Validation", "WarmUp",
+    "Optimizer", "Overlong", "Parallel", "Plots", "PolicyLoss", "Problems", "Recompute", "Reward", "Root", "Sampling",
+    "Section", "Source", "Speculation", "TinyModel", "Training", "Validation", "WarmUp",
 ]  # fmt: skip
 
 

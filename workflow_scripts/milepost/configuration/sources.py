@@ -76,13 +76,13 @@ class Problems(Section):
 
 
 class Choices(Section):
-    """Where a row has the choices of a question. Each question asks them in an order of its own."""
+    """Where a row has the choices of a multiple-choice question. They are shuffled, each question on its own."""
 
     right: str = Field(description="key of the right choice")
     wrong: Annotated[list[str], EachOnce] = Field(
         min_length=1, description="keys of the wrong choices, each of one choice or of a list of them"
     )
-    seed: int = Field(0, description="seed of their order, and so of the letter that is the label")
+    seed: int = Field(0, description="seed of the shuffle")
 
 
 def _value_or_values(wanted: Any) -> Any:
@@ -94,11 +94,11 @@ def _value_or_values(wanted: Any) -> Any:
 
 Value = bool | int | float | str
 Filter = dict[str, Annotated[Value | list[Value], BeforeValidator(_value_or_values)]]
-COUNT_OR_PART = "a number of rows is expected, or a part like 0:5000, 5000: or :5000"
+COUNT_OR_SLICE = "a number of rows is expected, or a slice like 0:5000, 5000: or :5000"
 
 
-def _count_or_part(rows: int | str) -> int | str:
-    """A positive number, or ``start:end`` with either left out; text, since YAML reads some as a number."""
+def _count_or_slice(rows: int | str) -> int | str:
+    """A positive number, or a slice: ``start:end``, of which one may be left out."""
     if isinstance(rows, int):
         valid = rows > 0
     else:
@@ -106,7 +106,7 @@ def _count_or_part(rows: int | str) -> int | str:
         digits = all(part.isdecimal() for part in (start, end) if part)
         valid = bool(colon) and digits and bool(start or end) and (not end or int(start or 0) < int(end))
     if not valid:
-        raise ValueError(COUNT_OR_PART)
+        raise ValueError(COUNT_OR_SLICE)
     return rows
 
 
@@ -150,10 +150,10 @@ class Dataset(Source):
         {}, description="use only rows with this value, or one of these, at each key: {level: [4, 5], source: aime}"
     )
     reward: Reward | None = Field(None, description="grades this set's responses, in place of the model's")
-    rows: Annotated[int | str, AfterValidator(_count_or_part)] | None = Field(
+    rows: Annotated[int | str, AfterValidator(_count_or_slice)] | None = Field(
         None,
-        description="the number of rows that there must be; or the part to use, counted from 0 without its end:"
-        " 0:5000, 5000:. Both count the rows that pass the filter",
+        description="the number of rows that the set must have, or a slice of them: 0:5000 (the first 5000), 5000:;"
+        " both are of the rows that pass the filter",
     )
     unique_prompts: bool = Field(False, description="refuse the set if a prompt repeats")
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = Field(
@@ -177,13 +177,13 @@ class Dataset(Source):
         return self
 
     @property
-    def count(self) -> int | None:
+    def row_count(self) -> int | None:
         """The number of usable rows that there must be; None if any will do."""
         return self.rows if isinstance(self.rows, int) else None
 
     @property
-    def part(self) -> tuple[int, int | None]:
-        """The rows to use of those that pass the filter: the first, from 0, and the one after the last."""
+    def row_slice(self) -> tuple[int, int | None]:
+        """Of the rows that pass the filter, the first to use, from 0, and the one after the last (None: all)."""
         start, _, end = (self.rows if isinstance(self.rows, str) else ":").partition(":")
         return int(start or 0), int(end) if end else None
 

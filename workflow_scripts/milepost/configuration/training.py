@@ -27,6 +27,28 @@ class Parallel(Section):
     sequence: bool = Field(True, description="shard activations between tensor-parallel regions; no effect at tensor 1")
 
 
+class Overlong(Section):
+    """What training makes of answers that come near the cap of tokens, or are cut off there. Scores never change."""
+
+    mode: Literal["none", "penalty", "filter"] = Field(
+        "none",
+        description="penalty: lower the rewards of answers in the buffer before the cap; filter: leave cut-off answers"
+        " out of the loss",
+    )
+    buffer: PositiveInt | None = Field(
+        None, description="tokens before the cap over which the penalty grows from 0 to its full size"
+    )
+    penalty: Positive = Field(1.0, description="what an answer at the cap loses of its reward")
+
+    @model_validator(mode="after")
+    def _has_a_buffer(self) -> Self:
+        if self.mode == "penalty" and self.buffer is None:
+            raise ValueError("mode: penalty needs a buffer, the tokens before the cap over which it grows")
+        if self.mode != "penalty" and self.buffer is not None:
+            raise ValueError(f"buffer is for mode: penalty, and mode is {self.mode}")
+        return self
+
+
 class Algorithm(Section):
     """Advantages and losses: GRPO as the recipes run it. docs/algorithms.md explains all keys."""
 
@@ -57,6 +79,7 @@ class Algorithm(Section):
     correction_bounds: tuple[NonNegative, Positive] | None = Field(
         None, description="least and largest importance weight; none: 0 and 2 to truncate, 0.5 and 5 to mask"
     )
+    overlong: Overlong = Field(Overlong(), description="answers near or at the cap of tokens")
     reference_forward: bool = Field(description="compute the KL metric even if its coefficient is 0")
     old_log_prob_forward: bool = Field(description="recompute old log-probs even with one step per rollout")
     entropy_metric: bool = Field(description="compute the entropy even if its coefficient is 0")

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from milepost.common.interrupts import Interrupted, Interrupts
-from milepost.grpo import run_state
+from milepost.grpo import overlong, run_state
 from milepost.grpo.groups import Group
 from milepost.grpo.metrics import RunLog, equal_rewards, warn
 from milepost.grpo.optimizer import Optimizer
@@ -51,7 +51,8 @@ class Logs:
     """Logs every rollout: metrics, a few samples, the progress bar, and warnings."""
 
     def __init__(self, settings: Settings, log: RunLog, bar: tqdm, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.training, self.log, self.bar, self.tokenizer = settings.training, log, bar, tokenizer
+        self.settings, self.training = settings, settings.training
+        self.log, self.bar, self.tokenizer = log, bar, tokenizer
 
     def drawn(self, number: int, rollout: Rollout) -> None:
         """Log the samples of the first prompts, before training on them."""
@@ -67,6 +68,8 @@ class Logs:
         rates = {"tokens_per_second": rollout.tokens / total, "seconds_step": total}
         rates |= {f"seconds_{name}": value for name, value in phases.items()}
         of_rollout = statistics(rollout.generated, self.training.samples_per_prompt) | rollout.flow
+        completions, rewards = [s.completion for s in rollout.samples], [s.reward for s in rollout.samples]
+        of_rollout |= overlong.statistics(completions, rewards, self.settings)
         self.log.metrics(progress.rollout, of_rollout | metrics | rates)
         shown = {name: f"{of_rollout[name]:.3f}" for name in ("reward_mean", "pass_rate")}
         self.bar.set_postfix(shown, refresh=False)

@@ -53,24 +53,26 @@ class Learner:
         reports = [self._step(step, progress) for step in steps if step.batches]
         if not any(step.learns for step in steps):
             warn(
-                f"rollout {progress.rollout + 1}: no group's rewards differ, so there is nothing to learn: step skipped"
+                f"rollout {progress.rollout + 1}: no response that counts in the loss has an advantage, so there is"
+                " nothing to learn: step skipped"
             )
         return _summary(reports) | {"bad_steps": progress.bad_steps}
 
     def _prepare(self, sequences: Sequence[TrainingSequence]) -> Step:
-        """Pack a step's sequences, without those whose gradient is exactly zero.
+        """Pack a step's sequences, without filtered ones and those whose gradient is exactly zero.
 
         A response with advantage 0 has no gradient unless another term of the loss gives it one; it still counts in the
         means. A step without any gradient is skipped, because Adam's momentum and weight decay would change the weights
         all the same.
         """
         policy = self.policy
+        sequences = [sequence for sequence in sequences if not sequence.is_filtered]
         totals = StepTotals(
             responses=len(sequences),
             tokens=sum(sequence.response_length for sequence in sequences),
             constant_length=self.settings.algorithm.constant_length or self.settings.sampling.max_response_tokens,
         )
-        learns = policy.learns_without_advantage or any(sequence.advantage for sequence in sequences)
+        learns = any(policy.learns_without_advantage or sequence.advantage for sequence in sequences)
         if not (policy.learns_without_advantage or policy.measures_every_response):
             sequences = [sequence for sequence in sequences if sequence.advantage]
         return Step(policy.micro_batches(sequences, totals) if sequences else [], totals, learns)

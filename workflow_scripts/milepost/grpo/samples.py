@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from milepost.grpo import overlong
 from milepost.grpo.advantages import ADVANTAGES, has_spread
 from milepost.grpo.data import Prompt
 from milepost.grpo.settings import Settings
@@ -60,6 +61,7 @@ class TrainingSequence:
         advantage: of the whole response.
         routing: (P + R, layers x k) experts to visit, layer by layer; None if the routers choose.
         fresh: (R,) whether the weights that are trained sampled the token; None if all tokens are fresh.
+        is_filtered: whether the response is left out of the loss.
     """
 
     ids: Tensor
@@ -67,6 +69,7 @@ class TrainingSequence:
     advantage: float
     routing: Tensor | None = None
     fresh: Tensor | None = None
+    is_filtered: bool = False
 
     @property
     def prompt_length(self) -> int:
@@ -106,6 +109,7 @@ def to_training(samples: Sequence[Sample], settings: Settings) -> list[TrainingS
     """Training sequences with advantages; every ``samples_per_prompt`` consecutive samples form a group."""
     rewards = _rewards(samples, settings.training.samples_per_prompt)
     lengths = torch.tensor([len(sample.completion.token_ids) for sample in samples]).view_as(rewards)
+    rewards += overlong.penalties(lengths, settings)
     advantages = ADVANTAGES[settings.algorithm.advantage](rewards, lengths, settings.algorithm)
     return [
         TrainingSequence(
@@ -114,6 +118,7 @@ def to_training(samples: Sequence[Sample], settings: Settings) -> list[TrainingS
             advantage=advantage,
             routing=_whole_routing(sample.completion.routing),
             fresh=torch.tensor(sample.ages) == 0 if settings.sampling.over_sampling > 1 else None,
+            is_filtered=overlong.is_filtered(sample.completion, settings),
         )
         for sample, advantage in zip(samples, advantages.flatten().tolist(), strict=True)
     ]

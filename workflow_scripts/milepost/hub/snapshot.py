@@ -69,11 +69,11 @@ def model_from_hub(repo: str, revision: str, hub: Path, inspection: Inspection) 
 def dataset_from_hub(name: str, settings: Dataset, hub: Path) -> Snapshot:
     """Fetch the files of the data set ``name`` at its revision and link them below ``hub``."""
     listing = resolve(Repository("dataset", settings.repo), settings.revision)
-    files = select_files(_Repository(listing), settings, str(listing.repository), name)
+    files = select_files(RepositoryFiles(listing), settings, str(listing.repository), name)
     return _from_hub(listing.only(files), settings.revision, hub)
 
 
-class _Repository:
+class RepositoryFiles:
     """A repository's files, as `select_files` asks for them."""
 
     def __init__(self, listing: Listing) -> None:

@@ -21,7 +21,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from milepost.common.errors import UserError
+from milepost.common.errors import UserError, few
 from milepost.problems.file_kinds import FORMATS, GZIP, HEAD, PARQUET, require_kind, require_suffix, suffix_of
 
 BATCH = 1024  # rows of parquet at a time
@@ -107,10 +107,11 @@ def _require_no_single_object(path: Path, file: BinaryIO) -> None:
     file.seek(0)
     with contextlib.suppress(ValueError, RecursionError):
         whole, _ = _Decoder().whole(file.read().decode("utf-8-sig"))
-        raise UserError(
-            f"{path}: is a single JSON object ({', '.join(list(whole)[:8])}), neither an array of rows nor one row a"
-            " line: save its rows alone"
-        )
+        if isinstance(whole, dict):
+            raise UserError(
+                f"{path}: is a single JSON object ({few(list(whole))}), neither an array of rows nor one row a line:"
+                " save its rows alone"
+            )
     file.seek(place)
 
 
@@ -187,7 +188,7 @@ def _parquet(path: Path, file: BinaryIO) -> Iterator[Row]:
                     yield Row(number, values | {name: _plain(values[name]) for name in converted})
                 except ValueError as error:
                     yield Row(number, None, str(error))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
         said = (str(error).splitlines() or ["no reason given"])[0]
         raise UserError(f"{path}: damaged parquet file ({said}), after row {number}: fetch or write it again") from None
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from milepost.common.errors import UserError
+from milepost.common.errors import SHOWN, UserError, few
 from milepost.common.labels import READERS, LabelReader
 from milepost.problems.formats import Row, is_read_by_line, read_rows
 from milepost.problems.rows import (
@@ -20,8 +20,6 @@ from milepost.problems.rows import (
     read_messages,
     value_at,
 )
-
-SHOWN = 6  # keys or values in an error
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class ProblemSet:
         bad: the unusable ones.
         read: how many rows were read, those that did not pass the filter included.
         keys: those of the first row.
-        is_whole: whether no row was left out that could belong to the set.
+        is_whole: whether all rows of the set were read.
     """
 
     problems: list[Problem]
@@ -84,10 +82,10 @@ class Settings(Protocol):
     max_bad_share: float
 
     @property
-    def count(self) -> int | None: ...
+    def row_count(self) -> int | None: ...
 
     @property
-    def part(self) -> tuple[int, int | None]: ...
+    def row_slice(self) -> tuple[int, int | None]: ...
 
 
 def load_problem_set(
@@ -105,9 +103,9 @@ def load_problem_set(
     Args:
         files: the names of its files below ``root``, in the order in which they are read.
         labels: how the reward reads them, a name of `common.labels.READERS`.
-        max_bad_share: in the place of the one in the settings.
+        max_bad_share: overrides the one in the settings.
         instructed: add the instruction to prompts that do not ask for an answer as the reward reads it.
-        at_most: read only that many rows, and refuse only what further rows won't mend.
+        at_most: read no more than this many rows, and refuse the set only if they are reason enough.
     """
     found = read_problems(root, files, settings, labels, at_most)
     share = settings.max_bad_share if max_bad_share is None else max_bad_share
@@ -122,10 +120,10 @@ def load_problem_set(
 def read_problems(
     root: Path, files: Sequence[str], settings: Settings, labels: str = "math", at_most: int | None = None
 ) -> ProblemSet:
-    """The rows of ``files`` that pass the filter and are in the wanted part, in order."""
+    """The rows of ``files`` that pass the filter and are in the slice, in order."""
     chosen = _Filtered(root, files, settings, at_most)
     problems, bad = [], []
-    for file, row in itertools.islice(chosen, *settings.part):
+    for file, row in itertools.islice(chosen, *settings.row_slice):
         place = f"{'line' if is_read_by_line(file) else 'row'} {row.number}"
         place = place if len(files) == 1 else f"{file}, {place}"
         try:
@@ -143,12 +141,12 @@ def read_problems(
 def require_problems(source: str, found: ProblemSet, settings: Settings, max_bad_share: float) -> None:
     """Raise a `UserError` for too many bad rows, another number of rows than is wanted, or repeated prompts."""
     problems, bad, total = found.problems, found.bad, len(found.problems) + len(found.bad)
-    # In a part of a set, few bad rows say little about their share in all of it.
+    # The first rows alone don't tell the share of bad rows in the whole set, unless all of them are bad.
     borne = max_bad_share * total if found.is_whole or not max_bad_share else found.read - 1
     if len(bad) > borne:
         said = f"{len(bad)} of {total} rows are unusable: {'; '.join(kinds_of(bad)[:3])}"
         if not problems and found.keys and bad[0].reason.startswith("no '"):
-            raise UserError(f"{source}: {said}: the rows have {_few(found.keys)}: correct prompt_key and label_key")
+            raise UserError(f"{source}: {said}: the rows have {few(found.keys)}: correct prompt_key and label_key")
         remedy = ", or raise max_bad_share" if max_bad_share else ""
         raise UserError(f"{source}: {said}: correct them at the source{remedy}")
     if found.is_whole:
@@ -164,15 +162,16 @@ def require_problems(source: str, found: ProblemSet, settings: Settings, max_bad
 def _require_number(source: str, found: ProblemSet, settings: Settings) -> None:
     """Raise a `UserError` for another number of rows than is wanted."""
     problems, total = found.problems, len(found.problems) + len(found.bad)
-    start, end = settings.part
+    start, end = settings.row_slice
     if end is not None and total < end - start:
         passing = " that pass the filter" if settings.filter else ""
         raise UserError(f"{source}: only {total} rows{passing} are in rows {start}:{end}: correct `rows`")
     if not problems:
         raise UserError(f"{source}: no usable row: use another file")
-    if settings.count is not None and len(problems) != settings.count:
+    wanted = settings.row_count
+    if wanted is not None and len(problems) != wanted:
         raise UserError(
-            f"{source}: {len(problems)} usable rows instead of {settings.count}: use the right file, or correct `rows`"
+            f"{source}: {len(problems)} usable rows instead of {wanted}: use the right file, or correct `rows`"
         )
 
 
@@ -224,8 +223,8 @@ class _Filtered:
         """Why no row passes: a key that no row has, or values other than the wanted ones."""
         for key, seen in self._seen.items():
             if not seen:
-                return f"no row has the filter's {key!r}: they have {_few(self.keys)}: correct the filter"
-        seen = "; ".join(f"{key}: {_few(sorted(values))}" for key, values in self._seen.items())
+                return f"no row has the filter's {key!r}: they have {few(self.keys)}: correct the filter"
+        seen = "; ".join(f"{key}: {few(sorted(values))}" for key, values in self._seen.items())
         return f"none of {self.read} rows passes `filter`: they have {seen}: correct the filter"
 
     def _note(self, row: dict[str, Any]) -> None:
@@ -265,7 +264,3 @@ def _instructed(problem: Problem, instruction: str) -> Problem:
 def source_of(root: Path, files: Sequence[str]) -> str:
     """What errors call a set: its file, or the folder of several."""
     return str(root / files[0]) if len(files) == 1 else str(root)
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])])

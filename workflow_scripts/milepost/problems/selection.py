@@ -1,7 +1,7 @@
 """Choose the files of a problem set, in a local folder and in a Hub repository alike.
 
-``file`` names them. ``subset`` and ``split`` are looked up in the README.md, whose head lists the files of each subset
-and split in most data sets on the Hub; without such a list they are found by the layouts that are usual there.
+``file`` names them. ``subset`` and ``split`` are looked up in README.md: in most data sets on the Hub its front matter
+lists the files of each subset and split. Otherwise the files are found by the usual layouts.
 """
 
 import re
@@ -11,12 +11,11 @@ from typing import Any, Protocol
 
 import yaml
 
-from milepost.common.errors import UserError
+from milepost.common.errors import UserError, few
 from milepost.problems.file_kinds import suffix_of
 
 CARD = "README.md"
-SHOWN = 6  # names in an error
-# Where the files of a split lie, beginning with the most specific; {subset} is empty or a folder.
+# Where the files of a split may lie; the first pattern that matches counts. {subset} is empty or a folder.
 LAYOUTS = (
     "{subset}{split}.*",
     "{subset}{split}-*",
@@ -30,7 +29,6 @@ LAYOUTS = (
     "data/{subset}{split}-*",
     "data/{subset}{split}/*",
 )
-
 
 Subsets = dict[str, dict[str, list[str]]]  # subset -> split -> patterns of files
 
@@ -57,13 +55,13 @@ class Place(Protocol):
 
 
 class LocalFolder:
-    """The files below a folder, but none that are hidden."""
+    """The files below a local folder, without hidden ones."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def matching(self, pattern: str) -> Iterator[str]:
-        if _leaves(pattern):
+        if _escapes(pattern):
             return
         if (self._folder / pattern).is_file():
             yield pattern
@@ -105,15 +103,15 @@ def select_files(place: Place, settings: FileSettings, source: str, name: str) -
         found = {pattern: list(place.matching(pattern)) for pattern in patterns}
         for pattern, files in found.items():
             if not files:
-                raise UserError(f"{source}: holds no file {pattern}{_there(place)}: correct datasets.{name}.file")
+                raise UserError(f"{source}: holds no file {pattern}{_others(place)}: correct datasets.{name}.file")
         return sorted({file for files in found.values() for file in files})
-    subsets, default = _listed(place.card())
+    subsets, default = _read_card(place.card())
     if subsets:
-        return _of_card(place, subsets, settings.subset or default, settings.split, source, name)
-    return _by_layout(place, settings, source, name)
+        return _files_in_card(place, subsets, settings.subset or default, settings.split, source, name)
+    return _files_by_layout(place, settings, source, name)
 
 
-def _of_card(
+def _files_in_card(
     place: Place, subsets: Subsets, subset: str | None, split: str | None, source: str, name: str
 ) -> list[str]:
     """The files that README.md lists for a subset and a split."""
@@ -125,40 +123,38 @@ def _of_card(
         else:
             wanted = f"no split {split}" if split else "several splits"
         known = [f"subset {one} with {', '.join(its)}" for one, its in subsets.items()]
-        raise UserError(
-            f"{source}: {wanted}: {CARD} lists {_few(known, '; ')}: set subset and split of datasets.{name}"
-        )
+        raise UserError(f"{source}: {wanted}: {CARD} lists {few(known, '; ')}: set subset and split of datasets.{name}")
     files = sorted({file for pattern in splits[split] for file in place.matching(pattern) if suffix_of(file)})
     if not files:
         raise UserError(
             f"{source}: {CARD} lists {', '.join(splits[split])} for the split {split}, and no file fits"
-            f"{_there(place)}: name the file with datasets.{name}.file"
+            f"{_others(place)}: name the file with datasets.{name}.file"
         )
     return files
 
 
-def _by_layout(place: Place, settings: FileSettings, source: str, name: str) -> list[str]:
-    """The files of a subset and a split by where they lie; without either, the only data file there is."""
+def _files_by_layout(place: Place, settings: FileSettings, source: str, name: str) -> list[str]:
+    """The files of a subset and a split in one of the usual layouts; without either, the only data file."""
     subset = f"{settings.subset}/" if settings.subset else ""
     if settings.split:
         patterns = [layout.format(subset=subset, split=settings.split) for layout in LAYOUTS]
-        wanted = f"split {settings.split}" + (f" of the subset {settings.subset}" if subset else "")
+        wanted = f" of the split {settings.split}" + (f" and the subset {settings.subset}" if subset else "")
     else:
         patterns = [f"{subset}*", *([f"{settings.subset}.*"] if subset else ["data/*"])]
-        wanted = f"subset {settings.subset}" if subset else "only one file of data"
+        wanted = f" of the subset {settings.subset}" if subset else ""
     for pattern in patterns:
         files = sorted(file for file in place.matching(pattern) if suffix_of(file))
         if len({suffix_of(file) for file in files}) > 1 or (len(files) > 1 and not settings.split):
-            raise UserError(f"{source}: {_few(files)} all fit: name what to read with datasets.{name}.file")
+            raise UserError(f"{source}: {few(files)} all fit: name what to read with datasets.{name}.file")
         if files:
             return files
     raise UserError(
-        f"{source}: nothing there is its {wanted}{_there(place)}: correct datasets.{name}, or name the file with `file`"
+        f"{source}: no data file{wanted}{_others(place)}: correct datasets.{name}, or name the file with `file`"
     )
 
 
-def _listed(card: str) -> tuple[Subsets, str | None]:
-    """What the head of a README.md lists, and the subset to take where none is named; empty if it lists none."""
+def _read_card(card: str) -> tuple[Subsets, str | None]:
+    """The subsets that the front matter of a README.md lists, and the default one; empty if it lists none."""
     head = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|\Z)", card, re.DOTALL)
     try:
         metadata = yaml.safe_load(head[1]) if head else None
@@ -178,7 +174,7 @@ def _listed(card: str) -> tuple[Subsets, str | None]:
 
 
 def _splits(config: dict[str, Any]) -> dict[str, list[str]]:
-    """Split -> patterns of files of one entry of ``configs``; files that are listed without a split are for train."""
+    """Split -> patterns of files, of one entry of ``configs``; files without a split belong to train."""
     listed, folder = config.get("data_files"), config.get("data_dir")
     splits: dict[str, list[str]] = {}
     for entry in listed if isinstance(listed, list) else [listed]:
@@ -192,7 +188,7 @@ def _splits(config: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def as_regex(pattern: str) -> re.Pattern:
-    """A pattern of file names as `Path.glob` reads it: ``*`` and ``?`` stay within a folder, ``**/`` does not."""
+    """Compile a glob pattern of file names: ``*`` and ``?`` match within a folder, ``**`` across folders."""
     parts = re.split(r"(\*\*/|\*\*|\*|\?|\[!?\]?[^\]]*\])", pattern)
     meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     return re.compile(
@@ -203,17 +199,12 @@ def as_regex(pattern: str) -> re.Pattern:
     )
 
 
-def _leaves(pattern: str) -> bool:
-    """Whether a pattern can't name a file below the folder."""
+def _escapes(pattern: str) -> bool:
+    """Whether a pattern is empty or points outside of the folder."""
     return not pattern or pattern.startswith("/") or ".." in pattern.split("/")
 
 
-def _there(place: Place) -> str:
-    """What there is instead, as part of an error."""
+def _others(place: Place) -> str:
+    """The data files that do exist, as the end of an error."""
     files = sorted(file for file in place.files() if suffix_of(file))
-    return f"; there: {_few(files)}" if files else "; no other file of data is there"
-
-
-def _few(names: list[str], separator: str = ", ") -> str:
-    shown = names[:SHOWN]
-    return separator.join([*shown, f"{len(names) - SHOWN} more"] if len(names) > SHOWN else shown)
+    return f"; there: {few(files)}" if files else "; there is no data file"

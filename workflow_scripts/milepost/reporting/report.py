@@ -167,6 +167,17 @@ def _training_facts(training: Training) -> list[tuple[str, str]]:
         lowest, highest = (training.column(f"reward_{name}").iloc[:FIRST_ROLLOUTS] for name in ("min", "max"))
         if len({*lowest, *highest}) == 1:
             rows[f"rewards of the first {len(first)} rollouts"] = f"all {first.iloc[0]:g}, which teaches nothing"
+    if len(touched := training.column("overlong_share")):
+        penalty = training.column("reward_mean_with_penalty")
+        parts = {"as graded": reward, "with the penalty": penalty}
+        parts["of all others"] = training.column("reward_mean_without_overlong")
+        means = ", ".join(
+            f"{amount(part.iloc[-few:].mean(), is_share)}{unit} {name}" for name, part in parts.items() if len(part)
+        )
+        treated = "a penalty" if len(penalty) else "no part in the loss"
+        rows["overlong answers, last twentieth"] = (
+            f"{amount(touched.iloc[-few:].mean(), True)}% have {treated}; mean reward {means}"
+        )
     if len(step := training.column("seconds_step")):
         parts = {name: training.column(f"seconds_{name}") for name in ("rollout", "train", "sync", "sleep_wake")}
         split = ", ".join(f"{name.replace('_', ' and ')} {part.median():.3g} s" for name, part in parts.items())
@@ -183,7 +194,7 @@ def _training_facts(training: Training) -> list[tuple[str, str]]:
 
 def _gain(pair: Pair) -> dict[str, Any]:
     """A tile with the difference and a bar for each of the two scores, the shorter on top of the longer."""
-    difference, first, second = pair.difference(), pair.first.facts["average"], pair.second.facts["average"]
+    difference, first, second = pair.difference, pair.first.facts["average"], pair.second.facts["average"]
     is_share = pair.first.is_share
     whole = 1.0 if is_share else max(first, second, 1e-9)  # of the longest bar
     (shorter, shorter_color), (longer, longer_color) = sorted([(first, "--base"), (second, "--accent")])

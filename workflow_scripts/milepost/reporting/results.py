@@ -1,5 +1,6 @@
 """Read scores and trainings from their manifests; a manifest's path says which model and weights it is about."""
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import pandas as pd
 
 from milepost.checkpoints.manifest import Manifest, read_manifest
 from milepost.common.errors import UserError
-from milepost.configuration import scored, staleness
+from milepost.configuration import scoring, staleness
 from milepost.configuration.rewards import Reward
 from milepost.configuration.weights import BASE
 from milepost.evaluation.estimators import PairedDifference, paired_difference
@@ -88,6 +89,7 @@ class Pair:
         """Whether the difference is what a training did."""
         return self.first.model == self.second.model and self.first.is_base
 
+    @functools.cached_property  # its bootstrap takes a while
     def difference(self) -> PairedDifference:
         """Second minus first over the same problems, bootstrapped with the second evaluation's seed."""
         protocol = self.second.protocol
@@ -106,14 +108,14 @@ class Pair:
             for made in (first, second)
         ]
         return [
-            *staleness.settings(*(scored.shared(made.provenance["config"]) for made in (first, second))),
+            *staleness.settings(*(scoring.shared(made.provenance["config"]) for made in (first, second))),
             *(f"other {name}" for name in asked[0] if asked[0][name] != asked[1][name]),
         ]
 
     def notes(self) -> list[str]:
         """What else differs between the two, in sentences: code and versions, and how the engine was set."""
         first, second = (score.manifest.provenance for score in (self.first, self.second))
-        settings = [*staleness.settings(scored.noted(first["config"]), scored.noted(second["config"]))]
+        settings = [*staleness.settings(scoring.noted(first["config"]), scoring.noted(second["config"]))]
         made_by = staleness.makers(first, second)
         return [
             *([f"The two were scored with different code or versions ({', '.join(made_by)})."] if made_by else []),

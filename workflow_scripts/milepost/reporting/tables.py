@@ -46,7 +46,7 @@ def difference_table(pairs: Sequence[Pair]) -> pd.DataFrame:
     """One row per pair: second minus first, with the 95% t and BCa bootstrap intervals over problems."""
     rows, unknown = [], (math.nan, math.nan)
     for pair in pairs:
-        difference = pair.difference()
+        difference = pair.difference
         t_interval, bootstrap = difference.interval or unknown, difference.bootstrap_interval or unknown
         rows.append(
             {
@@ -124,17 +124,15 @@ def sentences(scores: Sequence[Score], pairs: Sequence[Pair], trainings: Sequenc
 
 def in_words(pair: Pair) -> str:
     """The paired difference as a sentence that claims no more than the interval supports."""
-    difference, is_share = pair.difference(), pair.first.is_share
+    difference, is_share = pair.difference, pair.first.is_share
     first, second = (amount(score.facts["average"], is_share) for score in (pair.first, pair.second))
     gained, unit = change(difference.value, is_share), " points" if is_share else ""
     measure, percent_sign = ("", "%") if is_share else ("the mean reward of ", "")
     if pair.is_of_a_training:
-        said = f"{measure}{pair.second.name} went from {first}{percent_sign} to {second}{percent_sign}: {gained}{unit}"
+        said = f"{measure}{pair.second.name} went from {first}{percent_sign} to {second}{percent_sign}"
     else:
-        said = f"{measure}{pair.second.name} is {second}{percent_sign} and of {pair.first.name} {first}{percent_sign}"
-        if is_share:
-            said = f"{pair.second.name} scores {second}% and {pair.first.name} {first}%"
-        said = f"{said}: {gained}{unit}"
+        said = f"{measure}{pair.second.name} is at {second}{percent_sign}, {pair.first.name} at {first}{percent_sign}"
+    said += f": {gained}{unit}"
     text = " ".join([*pair.notes(), f"On {pair.first.dataset}, {said}"])
     if difference.interval is None:
         return f"{text}. Without a spread over problems there is no interval."
@@ -159,7 +157,7 @@ def gains_and_losses(pairs: Sequence[Pair]) -> list[str]:
     """A sentence for all pairs of two weights of which the second gained on one problem set and lost on another."""
     found, of_weights = [], {}
     for pair in pairs:
-        of_weights.setdefault((pair.first.name, pair.second.name), []).append((pair, pair.difference()))
+        of_weights.setdefault((pair.first.name, pair.second.name), []).append((pair, pair.difference))
     for (first, second), of_sets in of_weights.items():
         up = [_on_a_set(pair, difference) for pair, difference in of_sets if difference.value > 0]
         down = [_on_a_set(pair, difference) for pair, difference in of_sets if difference.value < 0]
