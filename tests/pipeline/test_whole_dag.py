@@ -132,7 +132,7 @@ def test_a_model_from_elsewhere_and_the_best_checkpoint_stand_in_one_report(work
         "mine: fetch the starting weights",
     ]
     made = ran(work.run("report", runs=["grpo@best"], compare=[["tiny/base", "mine/base"]], **own))
-    assert not any("train" in job or "mine" in job for job in made)
+    assert not any("train with GRPO" in job or job.startswith("mine: ") for job in made)
     table = pandas.read_csv(work.results / "tables/differences.csv").set_index(["first", "second"])
     assert set(table.index) == {
         *(("tiny/base", f"tiny/{weights}") for weights in ("grpo", "grpo@best")),
