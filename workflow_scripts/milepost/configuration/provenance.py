@@ -21,6 +21,7 @@ from milepost.common.files import read_json, sha256_of
 from milepost.configuration import runs, scoring, staleness
 from milepost.configuration.code import code_digest, digest, user_code_digest
 from milepost.configuration.loading import Configuration
+from milepost.configuration.new_keys import with_new_keys
 from milepost.configuration.schema import Dataset, Engine, Evaluation, Reward, Section
 from milepost.configuration.weights import BASE, BEST, checkpoint_of, run_of
 from milepost.problems.selection import files_in_folder
@@ -124,7 +125,8 @@ class Provenance:
             return State(made, ())  # made by other settings, which its manifest holds: it is only read
         before, now = made["provenance"], self.of(stage, **which)
         damage = tuple(staleness.missing_files(path, made))
-        configs = [_deciding(stage, record["config"]) for record in (before, now)]
+        recorded = with_new_keys(before["config"], now["config"])
+        configs = [_deciding(stage, config) for config in (recorded, now["config"])]
         changed = [*staleness.settings(*configs), *self._changed_inputs(before, stage, **which)]
         if stage == "export" and self._has_another_best(made, **which):
             changed.append("another best checkpoint")

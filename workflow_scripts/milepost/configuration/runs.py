@@ -13,6 +13,7 @@ from milepost.common.errors import UserError
 from milepost.common.files import read_json, write_json
 from milepost.configuration import staleness
 from milepost.configuration.code import digest
+from milepost.configuration.new_keys import with_new_keys
 from milepost.configuration.weights import BEST, LAST
 
 # A change of these settings continues a run: its length, checkpoints, validation, logs, and what only saves memory.
@@ -121,8 +122,8 @@ def require_same_start(manifest: Path, provenance: dict[str, Any], download: str
 def _goes_on(folder: Path, job: dict[str, Any]) -> bool:
     try:
         run = read_json(folder / FILE)
-        last = run["made_by"][-1]
-        same = {name: run[name] for name in ("config", "inputs")} == identity(job)
+        last, wanted = run["made_by"][-1], identity(job)
+        same = run["inputs"] == wanted["inputs"] and with_new_keys(run["config"], wanted["config"]) == wanted["config"]
         return same and (job["on_code_change"] == "continue" or not staleness.makers(last, job))
     except (UserError, KeyError, TypeError, OSError):
         return False  # not a run, or one of another version of the pipeline
