@@ -289,6 +289,9 @@ class Provenance:
             config["reward_code"] = {k: v for by in graded_by.values() for k, v in by.get("reward_code", {}).items()}
         config["training"] = settings.training.model_dump(mode="json", exclude={"on_code_change"})  # see `job`
         config["hardware"] = settings.hardware.model_dump(mode="json", include={"gpus", "processes"})
+        if replay := settings.training.replay:
+            files = runs.saved_rollouts(Path(replay).expanduser(), settings.training.rollouts)
+            config["replayed"] = digest([[file.name, _content(file)] for file in files if file.is_file()])
         upstream = {
             "download": ("download", {"model": model}),
             "convert": ("convert", {"model": model}),

@@ -20,7 +20,7 @@ from milepost.configuration.weights import BEST, LAST
 # After an out-of-memory error nobody wants to lose the rollouts so far.
 CONTINUES = {
     "training": {
-        *("rollouts", "save_interval", "keep_checkpoints", "max_bad_steps", "wandb_project"),
+        *("rollouts", "save_interval", "keep_checkpoints", "max_bad_steps", "wandb_project", "save_rollouts"),
         *("max_tokens_per_gpu", "recompute", "log_prob_chunk"),
     },
     "engine": {"mem_fraction_static", "max_running_requests", "cuda_graph_batch_sizes"},
@@ -31,6 +31,7 @@ CONTINUES = {
 }
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 FILE = "run.json"
+ROLLOUTS = "rollouts"  # in a run's folder, those that it saved
 
 
 def find(runs: Path, job: dict[str, Any]) -> Path | None:
@@ -52,6 +53,11 @@ def open_run(runs: Path, job: dict[str, Any]) -> Path:
         run["made_by"].append({"from_rollout": rollouts(found) + 1, **maker})
         write_json(found / FILE, run)
     return found
+
+
+def saved_rollouts(folder: Path, count: int) -> list[Path]:
+    """The files of the first ``count`` rollouts that a run may have saved."""
+    return [folder / ROLLOUTS / f"{number:06d}.safetensors" for number in range(1, count + 1)]
 
 
 def made_by(folder: Path) -> list[dict[str, Any]]:
