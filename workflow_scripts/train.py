@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from milepost.checkpoints import torch_dist
 from milepost.checkpoints.manifest import Manifest, describe, keep_manifest, read_manifest, write_manifest
@@ -35,15 +36,17 @@ from milepost.evaluation.problems import load_problems
 from milepost.evaluation.scores import evaluate
 from milepost.grpo import metrics, run_state
 from milepost.grpo.callbacks import Checkpoints, Logs, Validation
-from milepost.grpo.data import PromptCursor, load_prompts
+from milepost.grpo.data import Prompt, PromptCursor, load_prompts
 from milepost.grpo.groups import read_groups
 from milepost.grpo.learner import Learner
 from milepost.grpo.loop import Lead, Loop, control_group, from_rank_0
 from milepost.grpo.optimizer import Optimizer, build_optimizer
 from milepost.grpo.policy import Policy
+from milepost.grpo.replay import NoEngine, Replay
 from milepost.grpo.run_state import Progress
 from milepost.grpo.sampler import Sampler
 from milepost.grpo.settings import Settings
+from milepost.grpo.validation import validation_protocol, validation_settings
 from milepost.grpo.weight_sync import push_weights
 from milepost.qwen3_5.architecture import Architecture
 from milepost.qwen3_5.build import build_model, finalize, initialize
@@ -161,11 +164,16 @@ def train(arguments: argparse.Namespace, settings: Settings, stack: ExitStack) -
     lead = start_lead(arguments, settings, source, progress, saved, interrupts, stack) if first else None
     from_rank_0(None, control)  # no rank wakes before the engine has measured the free memory
     engine, hub = lead.sampler.engine if lead else None, HubCheckpoint(source.hub.root)
+
+    def push() -> None:
+        if settings.training.mode != "train_only":
+            push_weights(model, source.architecture, hub, engine, settings.engine)
+
     return Loop(
         settings=settings,
         progress=progress,
         learner=Learner(policy, optimizer, settings),
-        push_weights=lambda: push_weights(model, source.architecture, hub, engine, settings.engine),
+        push_weights=push,
         checkpoints=Checkpoints(arguments.work, settings, progress, arguments.job, saved),
         interrupts=interrupts,
         lead=lead,
@@ -234,8 +242,10 @@ def resume(
 ) -> Progress:
     """Load the checkpoint ``saved``, if there is one, and truncate the logs to their lengths at that time."""
     progress = run_state.load(saved, model, optimizer) if saved else Progress(inputs=source.inputs)
-    if settings.validation.interval and progress.protocol != (protocol := validation_protocol(arguments, settings)):
-        progress.score, progress.protocol = None, protocol
+    if settings.validation.interval:
+        protocol = validation_protocol(read_manifest(arguments.validation), settings)
+        if progress.protocol != protocol:
+            progress.score, progress.protocol = None, protocol
     if progress.rollout > settings.training.rollouts:
         raise UserError(
             f"{arguments.work}: holds {progress.rollout} rollouts, training.rollouts is {settings.training.rollouts}:"
@@ -257,19 +267,24 @@ def start_lead(
 ) -> Lead:
     """Start what only rank 0 has: prompts, engine, graders, validation, logs."""
     training, validation = settings.training, settings.validation
-    validation_set = read_manifest(arguments.validation) if validation.interval else None
     tokenizer = load_tokenizer(source.hub.root)
-    stops = stop_token_ids(source.hub.root, tokenizer)
-    prompts = {}
-    for name, path in zip(training.datasets, arguments.data, strict=True):
-        data, labels = read_manifest(path).require(digests=True), settings.graded_by(name).labels
-        prompts[name], intake = load_prompts(name, data, tokenizer, settings.sampling, labels)
-        print(f"{name}: {intake}", file=sys.stderr)
+    prompts = read_prompts(arguments, settings, tokenizer)
     cursor = PromptCursor(prompts, training.seed, training.weights)
     if progress.cursor:
         cursor.restore(progress.cursor)
+    log = metrics.RunLog(arguments.work, progress.rollout + 1, training.wandb_project)
+    stack.callback(log.close)
+    bar = tqdm(total=training.rollouts, initial=progress.rollout, desc="train", unit="rollout", mininterval=1)
+    stack.callback(bar.close)
+    logs = Logs(settings, log, bar, tokenizer)
+    if training.mode == "train_only":
+        replay = Replay(settings, Path(training.replay).expanduser(), prompts, cursor, NoEngine())
+        return Lead(replay, Validation(0, lambda rollout: {}, log, interrupts), logs)
+
+    stops = stop_token_ids(source.hub.root, tokenizer)
     carried = saved / run_state.GROUPS if saved else None
     waiting = read_groups(carried, prompts) if carried and carried.exists() else ()
+    validation_set = read_manifest(arguments.validation) if validation.interval else None
     problems = load_problems(validation_set, settings.validated_by.labels) if validation_set else []
     for path in arguments.data if validation_set else ():
         if shared := overlap(read_manifest(path), validation_set):
@@ -292,10 +307,6 @@ def start_lead(
 
     graders = {name: grader(settings.graded_by(name)) for name in training.datasets}
     validation_grader = grader(settings.validated_by)
-    log = metrics.RunLog(arguments.work, progress.rollout + 1, training.wandb_project)
-    stack.callback(log.close)
-    bar = tqdm(total=training.rollouts, initial=progress.rollout, desc="train", unit="rollout", mininterval=1)
-    stack.callback(bar.close)
 
     def validate(rollout: int) -> dict[str, float]:
         samples = arguments.work / "validation" / f"{rollout:06d}.jsonl"
@@ -307,41 +318,26 @@ def start_lead(
         names = ("average", "standard_error", "truncated_share", "mean_tokens")
         return {f"validation_{name}": scores[name] for name in names if scores[name] is not None}
 
+    keep_in = arguments.work if training.save_rollouts or training.mode == "rollout_only" else None
+    if keep_in:
+        (keep_in / runs.ROLLOUTS).mkdir(exist_ok=True)
     return Lead(
-        sampler=Sampler(settings, engine, tokenizer, stops, graders, cursor, interrupts, waiting),
+        sampler=Sampler(settings, engine, tokenizer, stops, graders, cursor, interrupts, waiting, keep_in),
         validation=Validation(validation.interval, validate, log, interrupts),
-        logs=Logs(settings, log, bar, tokenizer),
+        logs=logs,
     )
 
 
-def validation_settings(settings: Settings) -> schema.Evaluation:
-    """The protocol of the evaluation during training."""
-    wanted = settings.validation
-    return schema.Evaluation(
-        datasets=[wanted.dataset],
-        samples_per_problem=wanted.samples_per_problem,
-        max_response_tokens=wanted.max_response_tokens,
-        temperature=wanted.temperature,
-        top_p=wanted.top_p,
-        top_k=-1,
-        enable_thinking=settings.sampling.enable_thinking,
-        seed=settings.training.seed,
-        pass_at=[1],
-        mem_fraction_static=settings.engine.mem_fraction_static,
-    )
-
-
-def validation_protocol(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
-    """Everything that a validation score depends on, except the weights."""
-    problems = read_manifest(arguments.validation)
-    return {
-        **settings.validation.model_dump(mode="json", exclude={"interval"}),
-        "enable_thinking": settings.sampling.enable_thinking,
-        "problems": sha256_of_all(problems.files),
-        "prompts": problems.provenance["config"]["dataset"],  # how prompts are made from the problems
-        "reward": settings.validated_by.model_dump(mode="json"),
-        "reward_code": settings.validation_reward_code if settings.validation_reward else settings.reward_code,
-    }
+def read_prompts(
+    arguments: argparse.Namespace, settings: Settings, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[Prompt]]:
+    """The prompts of each training set, by its name."""
+    prompts = {}
+    for name, path in zip(settings.training.datasets, arguments.data, strict=True):
+        data, labels = read_manifest(path).require(digests=True), settings.graded_by(name).labels
+        prompts[name], intake = load_prompts(name, data, tokenizer, settings.sampling, labels)
+        print(f"{name}: {intake}", file=sys.stderr)
+    return prompts
 
 
 def narrator(settings: Settings) -> Callable[[str], None]:

@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import threading
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -24,7 +25,7 @@ from milepost.qwen3_5.build import build_model
 from milepost.qwen3_5.model import hidden_states, output_weight
 from milepost.qwen3_5.packed import pack
 from milepost.rollout import sglang_dispatch
-from milepost.rollout.engine import Request, SamplingParams, start_engine
+from milepost.rollout.engine import PAUSE, Completion, Request, SamplingParams, start_engine
 from milepost.rollout.prompts import encode_prompt, load_tokenizer, stop_token_ids
 from milepost.tiny.checkpoint import hub_tensors, model_config, random_model, write_checkpoint
 from milepost.tiny.problems import all_additions
@@ -185,6 +186,27 @@ def test_a_stop_token_ends_an_answer_and_is_in_it(engine):
     first = free[0].token_ids.index(stop)
     assert stopped[0].token_ids == free[0].token_ids[: first + 1]
     assert stopped[0].finish == "stop" and len(stopped[0].log_probs) == first + 1
+
+
+def test_a_pause_keeps_what_was_sampled_and_the_responses_go_on(folders, engine):
+    limit, repeated = 256, engine.repeated
+    (nearly_done, *others), params = requests(9, *[64] * 40), SamplingParams(max_new_tokens=256)
+    nearly_done = replace(nearly_done, prefix_ids=prompts(limit - 6)[0])
+    asked = [nearly_done, *others]
+    found = engine.generate(asked, params, lambda index, completion: PAUSE)
+    assert found[0].finish == "length" and len(found[0].token_ids) == 6
+    kept = found[1:]
+    assert {completion.finish for completion in kept} == {"paused"}
+    assert any(completion.token_ids for completion in kept)
+    rest = engine.generate([replace(r, prefix_ids=c.token_ids) for r, c in zip(others, kept, strict=True)], params)
+    joined = [
+        Completion(c.token_ids + more.token_ids, c.log_probs + more.log_probs, more.finish)
+        for c, more in zip(kept, rest, strict=True)
+    ]
+    assert all(len(c.token_ids) == len(c.log_probs) == limit for c in joined)
+    far = log_prob_differences(folders / "one", others, joined)
+    assert far.mean() < 0.02 and far.max() < 0.3, (far.mean(), far.max())
+    assert engine.repeated == repeated
 
 
 def test_a_sleep_frees_memory_and_new_weights_take_effect(folders, engine):

@@ -92,10 +92,12 @@ def trained(weights: Path, folder: Path, architecture: Architecture) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.001)
-    torch_dist.save(model, folder / "weights")
+    torch_dist.save(model, folder / "checkpoint-000001" / "weights")
     finalize()
     files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    return write_manifest(folder / "train.json", "train", folder, files, {}, {"weights": "weights"}).path
+    return write_manifest(
+        folder / "train.json", "train", folder, files, {}, {"weights": "checkpoint-000001/weights"}
+    ).path
 
 
 @pytest.mark.parametrize("kind", KINDS)

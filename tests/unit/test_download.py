@@ -182,7 +182,7 @@ def test_weights_that_are_pickles_only_are_refused_before_any_is_fetched(hub, do
 
 def test_weights_that_the_index_names_but_are_missing_are_refused(hub, download):
     hub.host("Qwen/tiny", {name: MODEL[name] for name in MODEL if name != "model-00002-of-00002.safetensors"}, LFS)
-    download.fails(download.model(), "names model-00002-of-00002.safetensors", "incomplete")
+    download.fails(download.model(), "names model-00002-of-00002.safetensors, which is missing", "complete the source")
     assert not hub.asked("resolve/.*model-00001")
 
 

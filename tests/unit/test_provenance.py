@@ -12,7 +12,7 @@ from milepost.configuration.loading import load
 from milepost.configuration.provenance import Provenance
 from milepost.configuration.schema import Evaluation
 from milepost.grpo.settings import Settings
-from train import validation_settings
+from milepost.grpo.validation import validation_settings
 
 
 @pytest.mark.parametrize(("name", "depends"), [("4B", True), ("tiny", False)])

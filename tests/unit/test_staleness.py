@@ -288,6 +288,42 @@ def test_what_continues_a_run_and_what_begins_another(workflow, changes, goes_on
     assert was and workflow.today().run("tiny") == (was if goes_on else None)
 
 
+def without(key, *files):
+    """Take a key out of records, as an earlier version of the pipeline wrote them that did not know it."""
+    for file in files:
+        record = read_json(file)
+        section = (record.get("provenance") or record)["config"]
+        *above, last = key.split(".")
+        for name in above:
+            section = section[name]
+        del section[last]
+        write_json(file, record)
+
+
+@pytest.mark.parametrize("key", ["algorithm.dual_clip", "algorithm.overlong", "algorithm.overlong.mode"])
+def test_a_key_that_came_since_changes_nothing_at_its_default(workflow, key):
+    run = workflow.today().run("tiny")
+    without(key, run / "run.json", run.parent / "train.json")
+    assert workflow.stale() == {}
+    workflow.settings = {"training": {"on_code_change": "continue"}}
+    assert workflow.today().run("tiny") == run
+
+
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [
+        ("algorithm.dual_clip", {"algorithm": {"dual_clip": 3.0}}),
+        ("algorithm.overlong", {"algorithm": {"overlong": {"mode": "filter"}}}),
+        ("algorithm.clip", {}),  # without a default: nobody knows what the earlier version did
+    ],
+)
+def test_a_key_that_came_since_begins_another_run_at_any_other_value(workflow, key, settings):
+    run = workflow.today().run("tiny")
+    without(key, run / "run.json", run.parent / "train.json")
+    workflow.settings = settings
+    assert "train" in workflow.stale() and workflow.today().run("tiny") is None
+
+
 @pytest.mark.parametrize(("stage", "which"), [("download", {"model": "tiny"}), ("dataset", {"name": "sums-train"})])
 def test_other_weights_or_prompts_begin_another_run(workflow, stage, which):
     workflow.make(stage, content="other", **which)

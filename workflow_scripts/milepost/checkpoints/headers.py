@@ -18,7 +18,7 @@ SINGLE = "model.safetensors"
 WEIGHTS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 NOT_THE_MODEL = ("adapter_", "consolidated")  # the names of files of weights that are not the model's in this format
-ANOTHER = "choose one whose weights are bf16, fp16 or fp32"
+UNQUANTIZED = "choose one whose weights are bf16, fp16 or fp32"
 
 # Bytes of a value. Formats that are not here only occur in quantized checkpoints.
 WIDTHS = {
@@ -147,7 +147,7 @@ def _read_header(folder: Path, file: str) -> tuple[bytes, dict[str, Entry]]:
                 continue
             dtype, (first, last) = str(tensor["dtype"]), tensor["data_offsets"]
             if dtype not in WIDTHS:
-                raise UserError(f"{path}: {name} is stored as {dtype}, a quantized format: {ANOTHER}")
+                raise UserError(f"{path}: {name} is stored as {dtype}, a quantized format: {UNQUANTIZED}")
             entry = Entry(file, dtype, tuple(tensor["shape"]), start + first, start + last)
             if not 0 <= first <= last or last - first != math.prod(entry.shape) * WIDTHS[dtype]:
                 raise ValueError(f"the byte range of {name} does not fit its shape")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milepost.checkpoints.headers import ANOTHER, INDEX, PICKLES, WEIGHTS, Entry, Headers, read_index, weight_files
+from milepost.checkpoints.headers import INDEX, PICKLES, UNQUANTIZED, WEIGHTS, Entry, Headers, read_index, weight_files
 from milepost.checkpoints.name_table import HEAD_NAME, text_prefix
 from milepost.checkpoints.shards import bind, require_names
 from milepost.common.errors import UserError
@@ -103,8 +103,8 @@ def _refuse_quantized(config: Any, source: str) -> None:
         for key in QUANTIZATION:
             if isinstance(section, dict) and section.get(key):
                 found = section[key]
-                method = found.get("quant_method") if isinstance(found, dict) else None
-                raise UserError(f"{source}: quantized ({key}{f': {method}' if method else ''} in {CONFIG}): {ANOTHER}")
+                method = f": {found['quant_method']}" if isinstance(found, dict) and "quant_method" in found else ""
+                raise UserError(f"{source}: quantized ({key}{method} in {CONFIG}): {UNQUANTIZED}")
 
 
 def _same_bytes(folder: Path, one: Entry, other: Entry) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from milepost.checkpoints.headers import ANOTHER, Headers
+from milepost.checkpoints.headers import UNQUANTIZED, Headers
 from milepost.checkpoints.name_table import (
     DENSE_MLP,
     FULL_ATTENTION,
@@ -230,7 +230,7 @@ def _check_hub_tensor(hub: Headers, name: str, shape: tuple[int, ...], dtype: st
             " fits its config.json"
         )
     if entry.dtype not in TRAINABLE_DTYPES:
-        raise UserError(f"{hub.folder}: {name} is stored as {entry.dtype}, which can't be trained: {ANOTHER}")
+        raise UserError(f"{hub.folder}: {name} is stored as {entry.dtype}, which can't be trained: {UNQUANTIZED}")
     if dtype and entry.dtype != dtype:
         raise UserError(
             f"{hub.folder}: {name} is stored as {entry.dtype}, the embedding that it is tied to as {dtype}: remove it"

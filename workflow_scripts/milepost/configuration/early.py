@@ -140,6 +140,13 @@ def _check_training(model: str, configuration: Configuration, provenance: Proven
     training = configuration.models[model].training
     if training.wandb_project:
         require_wandb()
+    if training.replay:
+        files = runs.saved_rollouts(Path(training.replay).expanduser(), training.rollouts)
+        if missing := [file for file in files if not file.is_file()]:
+            raise UserError(
+                f"{missing[0]}: no such rollout: correct training.replay of {model}, or lower training.rollouts to what"
+                " it holds"
+            )
     run = provenance.run(model)
     if run and (done := runs.rollouts(run)) > training.rollouts:
         raise UserError(

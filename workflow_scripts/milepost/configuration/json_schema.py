@@ -5,7 +5,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -14,6 +14,7 @@ from milepost.configuration.layers import read_yaml
 from milepost.configuration.loading import SHARED
 from milepost.configuration.rewards import Part
 from milepost.configuration.schema import Model, Root
+from milepost.configuration.section import section_of
 
 CONFIG = Path(__file__).resolve().parents[3] / "config"
 MARK = "<!-- everything below is written by `make schema` -->\n"
@@ -46,13 +47,13 @@ def _optional(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _tables() -> str:
     fields = {**Root.model_fields, **Model.model_fields}
-    top = {name: section for name, field in fields.items() if (section := _section(field.annotation))}
+    top = {name: section for name, field in fields.items() if (section := section_of(field.annotation))}
 
     def tables(name: str, section: type[BaseModel]) -> list[str]:
         """The table of a section, and of those within it that have none of their own."""
         lines = _table(name, section)
         for key, field in section.model_fields.items():
-            if (inner := _section(field.annotation)) and inner not in top.values():
+            if (inner := section_of(field.annotation)) and inner not in top.values():
                 lines += tables(f"{name}.{key}", inner)
         return lines
 
@@ -65,7 +66,7 @@ def _table(title: str, section: type[BaseModel]) -> list[str]:
     properties, shared = section.model_json_schema()["properties"], read_yaml(CONFIG / "config.yaml")
     given, rows = shared if section is Root else shared.get(title, {}), []
     for name, field in section.model_fields.items():
-        if _section(field.annotation) is not None:
+        if section_of(field.annotation) is not None:
             default = "see below"
         elif not field.is_required():
             default = f"`{json.dumps(properties[name].get('default'))}`"
@@ -74,13 +75,6 @@ def _table(title: str, section: type[BaseModel]) -> list[str]:
         rows.append(f"| `{name}` | {_type(properties[name])} | {default} | {field.description or ''} |")
     about = [section.__doc__.split("\n")[0], ""] if section.__doc__ else []
     return [f"### {title}", "", *about, "| key | type | default | |", "|---|---|---|---|", *rows, ""]
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, be it in a mapping, a list or one of several alternatives."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((section for option in get_args(annotation) if (section := _section(option))), None)
 
 
 def _type(schema: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from milepost.configuration.schema import Algorithm, Experts, Hardware, Model, Parallel, Sampling
+from milepost.configuration.schema import Algorithm, Experts, Hardware, Model, Parallel, Sampling, Training
 from milepost.configuration.shape import architecture_of
 from milepost.qwen3_5.architecture import Architecture
 
@@ -102,6 +102,16 @@ def _rules(model: Model) -> Iterator[Rule]:
         " false",
         model.sampling.over_sampling > 1 and engine.replay_routing,
     )
+    yield (
+        "training.mode",
+        "train_only has no engine to validate with: set validation.interval: 0",
+        training.mode == "train_only" and model.validation.interval > 0,
+    )
+    yield (
+        "training.mode",
+        "train_only replays no experts: use engine.replay_routing: false",
+        training.mode == "train_only" and engine.replay_routing,
+    )
     for stage in ("sampling", "evaluation"):
         yield (
             f"{stage}.enable_thinking",
@@ -129,13 +139,18 @@ def _rules(model: Model) -> Iterator[Rule]:
         yield *found, True
 
 
-def against_engine(algorithm: Algorithm, sampling: Sampling) -> bool:
+def may_be_stale(training: Training, sampling: Sampling) -> bool:
+    """Whether other weights than those that are trained may have sampled a token."""
+    return sampling.over_sampling > 1 or training.mode == "train_only"
+
+
+def against_engine(algorithm: Algorithm, training: Training, sampling: Sampling) -> bool:
     """Whether the loss takes its ratio against the log-probs that the engine sampled with.
 
-    Under over-sampling it does by default: tokens of several weights have no other log-probs of their own weights.
+    If tokens may be stale it does by default: the trainer no longer has the weights that sampled them.
     """
     chosen = algorithm.old_log_probs
-    return chosen == "engine" or (chosen == "auto" and sampling.over_sampling > 1)
+    return chosen == "engine" or (chosen == "auto" and may_be_stale(training, sampling))
 
 
 def _algorithm_rules(model: Model) -> Iterator[Rule]:
@@ -157,7 +172,7 @@ def _algorithm_rules(model: Model) -> Iterator[Rule]:
         f"is for loss_aggregation: constant_length; {algorithm.loss_aggregation} ignores it: leave it out",
         algorithm.constant_length is not None and algorithm.loss_aggregation != "constant_length",
     )
-    corrected, of_engine = algorithm.correction != "none", against_engine(algorithm, sampling)
+    corrected, of_engine = algorithm.correction != "none", against_engine(algorithm, model.training, sampling)
     yield (
         "algorithm.correction",
         f"{algorithm.correction} counts the ratio between trainer and engine twice: with old_log_probs: engine the"

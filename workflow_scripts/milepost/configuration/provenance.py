@@ -21,6 +21,7 @@ from milepost.common.files import read_json, sha256_of
 from milepost.configuration import runs, scoring, staleness
 from milepost.configuration.code import code_digest, digest, user_code_digest
 from milepost.configuration.loading import Configuration
+from milepost.configuration.new_keys import with_new_keys
 from milepost.configuration.schema import Dataset, Engine, Evaluation, Reward, Section
 from milepost.configuration.weights import BASE, BEST, checkpoint_of, run_of
 from milepost.problems.selection import files_in_folder
@@ -124,7 +125,8 @@ class Provenance:
             return State(made, ())  # made by other settings, which its manifest holds: it is only read
         before, now = made["provenance"], self.of(stage, **which)
         damage = tuple(staleness.missing_files(path, made))
-        configs = [_deciding(stage, record["config"]) for record in (before, now)]
+        recorded = with_new_keys(before["config"], now["config"])
+        configs = [_deciding(stage, config) for config in (recorded, now["config"])]
         changed = [*staleness.settings(*configs), *self._changed_inputs(before, stage, **which)]
         if stage == "export" and self._has_another_best(made, **which):
             changed.append("another best checkpoint")
@@ -287,6 +289,9 @@ class Provenance:
             config["reward_code"] = {k: v for by in graded_by.values() for k, v in by.get("reward_code", {}).items()}
         config["training"] = settings.training.model_dump(mode="json", exclude={"on_code_change"})  # see `job`
         config["hardware"] = settings.hardware.model_dump(mode="json", include={"gpus", "processes"})
+        if replay := settings.training.replay:
+            files = runs.saved_rollouts(Path(replay).expanduser(), settings.training.rollouts)
+            config["replayed"] = digest([[file.name, _content(file)] for file in files if file.is_file()])
         upstream = {
             "download": ("download", {"model": model}),
             "convert": ("convert", {"model": model}),

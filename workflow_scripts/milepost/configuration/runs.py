@@ -13,13 +13,14 @@ from milepost.common.errors import UserError
 from milepost.common.files import read_json, write_json
 from milepost.configuration import staleness
 from milepost.configuration.code import digest
+from milepost.configuration.new_keys import with_new_keys
 from milepost.configuration.weights import BEST, LAST
 
 # A change of these settings continues a run: its length, checkpoints, validation, logs, and what only saves memory.
 # After an out-of-memory error nobody wants to lose the rollouts so far.
 CONTINUES = {
     "training": {
-        *("rollouts", "save_interval", "keep_checkpoints", "max_bad_steps", "wandb_project"),
+        *("rollouts", "save_interval", "keep_checkpoints", "max_bad_steps", "wandb_project", "save_rollouts"),
         *("max_tokens_per_gpu", "recompute", "log_prob_chunk"),
     },
     "engine": {"mem_fraction_static", "max_running_requests", "cuda_graph_batch_sizes"},
@@ -30,6 +31,7 @@ CONTINUES = {
 }
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 FILE = "run.json"
+ROLLOUTS = "rollouts"  # in a run's folder, those that it saved
 
 
 def find(runs: Path, job: dict[str, Any]) -> Path | None:
@@ -51,6 +53,11 @@ def open_run(runs: Path, job: dict[str, Any]) -> Path:
         run["made_by"].append({"from_rollout": rollouts(found) + 1, **maker})
         write_json(found / FILE, run)
     return found
+
+
+def saved_rollouts(folder: Path, count: int) -> list[Path]:
+    """The files of the first ``count`` rollouts that a run may have saved."""
+    return [folder / ROLLOUTS / f"{number:06d}.safetensors" for number in range(1, count + 1)]
 
 
 def made_by(folder: Path) -> list[dict[str, Any]]:
@@ -121,8 +128,8 @@ def require_same_start(manifest: Path, provenance: dict[str, Any], download: str
 def _goes_on(folder: Path, job: dict[str, Any]) -> bool:
     try:
         run = read_json(folder / FILE)
-        last = run["made_by"][-1]
-        same = {name: run[name] for name in ("config", "inputs")} == identity(job)
+        last, wanted = run["made_by"][-1], identity(job)
+        same = run["inputs"] == wanted["inputs"] and with_new_keys(run["config"], wanted["config"]) == wanted["config"]
         return same and (job["on_code_change"] == "continue" or not staleness.makers(last, job))
     except (UserError, KeyError, TypeError, OSError):
         return False  # not a run, or one of another version of the pipeline

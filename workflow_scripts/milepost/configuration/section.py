@@ -1,7 +1,7 @@
 """The base class of all sections, and the types of values that several sections share."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
@@ -10,6 +10,13 @@ class Section(BaseModel):
     """A part of the configuration. Unknown keys and numbers that are not finite are errors; values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, be it in a mapping, a list or one of several alternatives."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((section for option in get_args(annotation) if (section := section_of(option))), None)
 
 
 Share = Annotated[float, Field(gt=0, le=1)]

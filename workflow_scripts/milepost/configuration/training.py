@@ -171,6 +171,18 @@ class Training(Section):
     max_bad_steps: PositiveInt = Field(
         description="end the run after N steps in a row skipped for a NaN or infinite loss or gradient"
     )
+    mode: Literal["full", "rollout_only", "train_only"] = Field(
+        "full",
+        description="rollout_only: save rollouts and leave the weights as they are; train_only: train on the rollouts"
+        " of `replay`, without an engine",
+    )
+    save_rollouts: bool = Field(
+        False,
+        description="keep every rollout whole in the run's folder, to train on it again; rollout_only always does",
+    )
+    replay: str | None = Field(
+        None, description="train_only: the folder of a run that saved its rollouts; relative to where Snakemake runs"
+    )
     wandb_project: str | None = Field(None, description="also log to this Weights & Biases project")
     on_code_change: Literal["new", "continue"] = Field(
         "new",
@@ -191,6 +203,12 @@ class Training(Section):
         if weights and names and len(weights) != sets:
             raise ValueError(f"has to have one number for each set that dataset names, which are {sets}")
         return weights
+
+    @model_validator(mode="after")
+    def _replays_something(self) -> Self:
+        if (self.mode == "train_only") != (self.replay is not None):
+            raise ValueError("mode: train_only and replay belong together: give both, or neither")
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:

@@ -30,6 +30,7 @@ from milepost.common.interrupts import Interrupts
 from milepost.grpo.callbacks import Checkpoints, Logs, Validation
 from milepost.grpo.learner import Learner
 from milepost.grpo.metrics import peak_memory, warn
+from milepost.grpo.replay import Replay
 from milepost.grpo.run_state import Progress, folder_name
 from milepost.grpo.sampler import Sampler
 from milepost.grpo.samples import Rollout, TrainingSequence
@@ -42,7 +43,7 @@ PATIENCE = timedelta(days=7)  # how long the other ranks wait while rank 0 sampl
 class Lead:
     """What only rank 0 has."""
 
-    sampler: Sampler
+    sampler: Sampler | Replay
     validation: Validation
     logs: Logs
 
@@ -105,7 +106,8 @@ class Loop:
         with timed(seconds, "sleep_wake"):
             optimizer.wake()
         with timed(seconds, "train"):
-            metrics = self.learner.learn(sequences, progress) | peak_memory()
+            learns = self.settings.training.mode != "rollout_only"
+            metrics = (self.learner.learn(sequences, progress) if learns else {}) | peak_memory()
         with timed(seconds, "sleep_wake"):
             optimizer.sleep(weights=False)
             if self.lead:

@@ -107,7 +107,7 @@ class Policy:
             ]
         )
         fresh = None
-        if self.settings.sampling.over_sampling > 1:
+        if self.settings.may_be_stale:
             fresh = torch.cat([sequence.fresh for sequence in sequences] or [torch.empty(0, dtype=torch.bool)])
         shard = input_ids.shape[1] // _context_size()
         start = shard * parallel_state.get_context_parallel_rank()

@@ -14,13 +14,15 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from milepost.common.interrupts import Interrupted, Interrupts
+from milepost.configuration.runs import saved_rollouts
 from milepost.grpo.data import PromptCursor
-from milepost.grpo.groups import Answer, Group
+from milepost.grpo.groups import Answer, Group, save_groups
 from milepost.grpo.samples import Rollout, Sample, to_training
 from milepost.grpo.settings import Settings
 from milepost.rewards.base import Response
@@ -36,6 +38,7 @@ class Sampler:
     Attributes:
         graders: by training set.
         waiting: the groups that the last rollout began and did not take, oldest first; part of the run state.
+        keep_in: the run's folder, if rollouts are to be saved.
     """
 
     settings: Settings
@@ -46,6 +49,7 @@ class Sampler:
     cursor: PromptCursor
     interrupts: Interrupts
     waiting: tuple[Group, ...] = ()
+    keep_in: Path | None = None
 
     def draw(self, number: int) -> Rollout | None:
         """Draw rollout ``number``, from 1; None if the process was asked to end in the meantime."""
@@ -65,6 +69,8 @@ class Sampler:
         except Interrupted:
             return None
         self.waiting = draw.waiting
+        if self.keep_in:
+            save_groups(saved_rollouts(self.keep_in, number)[-1], draw.taken)
         sampled = time.perf_counter()
         self.engine.sleep()
         slept = time.perf_counter()

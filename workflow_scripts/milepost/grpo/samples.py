@@ -117,7 +117,7 @@ def to_training(samples: Sequence[Sample], settings: Settings) -> list[TrainingS
             log_probs=torch.tensor(sample.completion.log_probs, dtype=torch.float32),
             advantage=advantage,
             routing=_whole_routing(sample.completion.routing),
-            fresh=torch.tensor(sample.ages) == 0 if settings.sampling.over_sampling > 1 else None,
+            fresh=torch.tensor(sample.ages) == 0 if settings.may_be_stale else None,
             is_filtered=overlong.is_filtered(sample.completion, settings),
         )
         for sample, advantage in zip(samples, advantages.flatten().tolist(), strict=True)

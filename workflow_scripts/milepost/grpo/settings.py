@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from milepost.configuration import schema
-from milepost.configuration.layout import against_engine
+from milepost.configuration.layout import against_engine, may_be_stale
 
 
 class Settings(schema.Section):
@@ -23,12 +23,18 @@ class Settings(schema.Section):
     reward_code: dict[str, str] | None = None  # digests of a user's functions by file: part of the run's identity
     validation_reward: schema.Reward | None = None  # if it differs from ``reward``
     validation_reward_code: dict[str, str] | None = None
+    replayed: str | None = None  # digest of the saved rollouts that it trains on: part of the run's identity
     hardware: schema.Hardware
 
     @property
     def ratio_against_engine(self) -> bool:
         """Whether the loss takes its ratio against the log-probs that the engine sampled with."""
-        return against_engine(self.algorithm, self.sampling)
+        return against_engine(self.algorithm, self.training, self.sampling)
+
+    @property
+    def may_be_stale(self) -> bool:
+        """Whether other weights than those that are trained may have sampled a token."""
+        return may_be_stale(self.training, self.sampling)
 
     def graded_by(self, dataset: str) -> schema.Reward:
         """The reward of a training set's responses."""

@@ -68,7 +68,7 @@ class ProblemSet:
     is_whole: bool = True
 
 
-class Settings(Protocol):
+class RowSettings(Protocol):
     """How the rows of a problem set read (`configuration.schema.Dataset`)."""
 
     prompt_key: str
@@ -91,7 +91,7 @@ class Settings(Protocol):
 def load_problem_set(
     root: Path,
     files: Sequence[str],
-    settings: Settings,
+    settings: RowSettings,
     labels: str = "math",
     *,
     max_bad_share: float | None = None,
@@ -118,7 +118,7 @@ def load_problem_set(
 
 
 def read_problems(
-    root: Path, files: Sequence[str], settings: Settings, labels: str = "math", at_most: int | None = None
+    root: Path, files: Sequence[str], settings: RowSettings, labels: str = "math", at_most: int | None = None
 ) -> ProblemSet:
     """The rows of ``files`` that pass the filter and are in the slice, in order."""
     chosen = _Filtered(root, files, settings, at_most)
@@ -138,7 +138,7 @@ def read_problems(
     return ProblemSet(problems, bad, chosen.read, chosen.keys, chosen.is_whole)
 
 
-def require_problems(source: str, found: ProblemSet, settings: Settings, max_bad_share: float) -> None:
+def require_problems(source: str, found: ProblemSet, settings: RowSettings, max_bad_share: float) -> None:
     """Raise a `UserError` for too many bad rows, another number of rows than is wanted, or repeated prompts."""
     problems, bad, total = found.problems, found.bad, len(found.problems) + len(found.bad)
     # The first rows alone don't tell the share of bad rows in the whole set, unless all of them are bad.
@@ -159,7 +159,7 @@ def require_problems(source: str, found: ProblemSet, settings: Settings, max_bad
                 raise UserError(f"{source}: {problem.place} repeats the prompt of {first.place}: remove one of them")
 
 
-def _require_number(source: str, found: ProblemSet, settings: Settings) -> None:
+def _require_number(source: str, found: ProblemSet, settings: RowSettings) -> None:
     """Raise a `UserError` for another number of rows than is wanted."""
     problems, total = found.problems, len(found.problems) + len(found.bad)
     start, end = settings.row_slice
@@ -197,7 +197,7 @@ class _Filtered:
     A row that can't be read passes, so that it is reported.
     """
 
-    def __init__(self, root: Path, files: Sequence[str], settings: Settings, at_most: int | None) -> None:
+    def __init__(self, root: Path, files: Sequence[str], settings: RowSettings, at_most: int | None) -> None:
         self._root, self._files, self._wanted, self._at_most = root, files, settings.filter, at_most
         self._seen: dict[str, set[str]] = {key: set() for key in settings.filter}
         self.keys: list[str] = []
@@ -233,7 +233,7 @@ class _Filtered:
                 seen.add(json.dumps(value, ensure_ascii=False)[:40])
 
 
-def _problem(row: Row, settings: Settings, labels: LabelReader, place: str) -> Problem:
+def _problem(row: Row, settings: RowSettings, labels: LabelReader, place: str) -> Problem:
     """The problem that a row poses; a `ValueError` says why it poses none."""
     values = row.values
     if not isinstance(values, dict):
