@@ -1,4 +1,6 @@
-"""Fill the tables of README.md and benchmarks/README.md from the recorded lines, so that no figure is copied by hand.
+"""Fill the tables of README.md, benchmarks/README.md and docs/algorithms.md from the recorded lines.
+
+So no figure is copied by hand.
 
     python benchmarks/tables.py
 
@@ -15,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "algorithms.md")
 TABLE = re.compile(r"(?<=<!-- table: )(\w+)( -->\n).*?(?=<!-- end -->)", flags=re.DOTALL)
 
 Line = dict[str, Any]
@@ -95,6 +97,21 @@ def against_trl() -> list[Line]:
         }
         for ours, trl, ratio in zip(recorded[::3], recorded[1::3], recorded[2::3], strict=True)
     ]
+
+
+def algorithm_comparison() -> list[Line]:
+    """What replaced and carried groups are worth on the tiny model: the last comparison."""
+    recorded = lines("algorithms")
+    last = [line for line in recorded if line["date"] == recorded[-1]["date"]]
+    rows: dict[str, Line] = {}
+    for line in last:
+        note = line["note"]
+        row = rows.setdefault(note["way"], {f"{len(note['runs'])} runs each": note["way"]})
+        if note["rollout"] % 20 == 0:
+            row[f"after {note['rollout']} rollouts, % right"] = f"{line['value']:.1f} ± {note['half_width']:.1f}"
+        row["prompts"] = f"{note['prompts']:.0f}"
+        row["age of tokens, rollouts"] = f"{note['token_age']:.2f}"
+    return list(rows.values())
 
 
 def training() -> list[Line]:
@@ -217,7 +234,18 @@ def rounding() -> list[Line]:
 
 TABLES: dict[str, Callable[[], list[Line]]] = {
     function.__name__: function
-    for function in (demo_scores, demos, against_trl, training, steps, conversion, rollouts, drafts, rounding)
+    for function in (
+        demo_scores,
+        demos,
+        against_trl,
+        algorithm_comparison,
+        training,
+        steps,
+        conversion,
+        rollouts,
+        drafts,
+        rounding,
+    )
 }
 
 

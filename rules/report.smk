@@ -43,6 +43,36 @@ rule tables:
         " --csv {output.csv:q} --differences {output.differences:q} --markdown {output.markdown:q} |& logged"
 
 
+rule comparison:
+    """Write the tables of the target `compare`."""
+    input:
+        scores=scores(*settings.compared),
+        trainings=[
+            f"{RESULTS}/{model}/grpo/{run}/train.json"
+            for model, run in settings.trainings_of(settings.compared)
+        ],
+    output:
+        csv=f"{RESULTS}/tables/comparison-scores.csv",
+        differences=f"{RESULTS}/tables/comparison.csv",
+        markdown=f"{RESULTS}/tables/comparison.md",
+    log:
+        f"{RESULTS}/logs/comparison.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/comparison.tsv"
+    threads: 1
+    resources:
+        mem_mb=4096,
+        runtime=30,
+    params:
+        key=key("comparison"),
+        job=job_file,
+    message:
+        "compare the scores"
+    shell:
+        'begin {log:q}; python "$SCRIPTS"/make_tables.py --job {params.job:q} --scores {input.scores:q} --trainings {input.trainings:q}'
+        " --csv {output.csv:q} --differences {output.differences:q} --markdown {output.markdown:q} |& logged"
+
+
 rule plots:
     """Draw the plots."""
     input:

@@ -16,6 +16,12 @@ rule report:
         f"{RESULTS}/report.html",
 
 
+rule compare:
+    """Compare the pairs of weights that `compare` names, and make nothing else (--config compare=...)."""
+    input:
+        f"{RESULTS}/tables/comparison.md",
+
+
 rule preflight:
     """Print what the listed models need and whether this machine has it, without starting anything."""
     log:

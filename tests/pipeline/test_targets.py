@@ -21,7 +21,17 @@ def test_every_model_has_every_target_and_each_says_what_it_does(snakemake, root
     listed = snakemake("--list-target-rules", check=True).stdout
     targets = dict(re.findall(r"^(\S+) \((.+)\)$", listed, flags=re.MULTILINE))
     wanted = {f"{stage}_{model}" for stage in STAGES for model in (*models, "all")}
-    assert wanted | {"report", "tables", "plots", "page", "all", "preflight", "check_reward"} == set(targets)
+    assert wanted | {
+        "report",
+        "tables",
+        "comparison",
+        "compare",
+        "plots",
+        "page",
+        "all",
+        "preflight",
+        "check_reward",
+    } == set(targets)
     assert targets["train_9B"] == "9B: train with GRPO."
 
 

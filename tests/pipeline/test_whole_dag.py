@@ -131,7 +131,10 @@ def test_a_model_from_elsewhere_and_the_best_checkpoint_stand_in_one_report(work
         "mine: evaluate the base weights on sums-evaluation",
         "mine: fetch the starting weights",
     ]
-    made = ran(work.run("report", runs=["grpo@best"], compare=[["tiny/base", "mine/base"]], **own))
+    pair = {"compare": [["tiny/base", "mine/base"]]}
+    assert ran(work.run("compare", **pair, **own)) == ["compare the scores"]
+    assert "0.0 points" in (work.results / "tables/comparison.md").read_text()
+    made = ran(work.run("report", runs=["grpo@best"], **pair, **own))
     assert not any("train with GRPO" in job or job.startswith("mine: ") for job in made)
     table = pandas.read_csv(work.results / "tables/differences.csv").set_index(["first", "second"])
     assert set(table.index) == {

@@ -10,7 +10,7 @@ import train
 from milepost.common.errors import UserError
 from milepost.configuration.loading import load
 from milepost.configuration.provenance import Provenance
-from milepost.configuration.runs import ROLLOUTS
+from milepost.configuration.runs import ROLLOUTS, identity
 from milepost.grpo import run_state
 
 NO_VALIDATION = {"validation": {"interval": 0}}
@@ -112,7 +112,8 @@ def test_other_rollouts_than_before_are_another_training(root, prepared, tmp_pat
             "validation": {"interval": 0},
         }
         configuration = load(root / "config/config.yaml", root / "config/models", user)
-        return Provenance(configuration, root / "workflow_scripts").of("train", model="9B")["config"]["replayed"]
+        job = Provenance(configuration, root / "workflow_scripts").of("train", model="9B") | {"inputs": {}}
+        return identity(job)["config"]["replayed"]
 
     empty = replayed(2)
     for name in ("000001.safetensors", "000003.safetensors"):

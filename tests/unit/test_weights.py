@@ -124,6 +124,21 @@ def test_compared_weights_are_scored_even_of_models_that_are_not_listed(configur
     assert found.trainings == [("4B", "grpo"), ("9B", "grpo")]
 
 
+def test_a_comparison_alone_needs_no_training_that_it_does_not_name(configured, root, finish):
+    """Though tables and report would train the listed models."""
+    finish("tiny", "first")
+
+    def needed(*pairs):
+        return {*today(configured, root, compare=[*pairs]).of("comparison")["upstream"]}
+
+    scored = {f"evaluate {model} aime-2024 base" for model in ("4B", "9B")}
+    assert needed(["4B/base", "9B/base"]) == scored
+    of_tiny = {f"evaluate tiny sums-evaluation {weights}" for weights in ("base", "first@best")}
+    assert needed(["tiny/base", "tiny/first@best"]) == of_tiny | {"train tiny first"}
+    with pytest.raises(UserError, match="give the weights to compare: --config 'compare="):
+        check_inputs([("comparison", {})], configured(), today(configured, root))
+
+
 def test_what_may_differ_between_two_models_is_no_obstacle(configured):
     """Sets of their own, the engine's layout, and how many samples; but not how those are drawn or graded."""
     of_4b = {"evaluation": {"datasets": ["sums-train", "aime-2024"], "gpus": 1, "samples_per_problem": 32, "seed": 2}}

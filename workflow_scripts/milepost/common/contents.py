@@ -31,5 +31,6 @@ def content_of(manifest: dict[str, Any]) -> str:
         more = facts
     elif "rows" in facts:
         settings = manifest["provenance"]["config"]["dataset"]
-        more = {key: value for key, value in settings.items() if key not in PLACES}
+        # A setting that is not used counts no more than one that an earlier version did not know.
+        more = {key: value for key, value in settings.items() if key not in PLACES and value not in (None, False)}
     return hashlib.sha256(json.dumps([files, more], sort_keys=True).encode()).hexdigest()[:16]

@@ -137,19 +137,29 @@ class Configuration:
             for dataset in self.models[model].evaluation.datasets
             for weights in self.shown(model)
         ]
-        compared = [
+        return list(dict.fromkeys([*listed, *self.compared]))
+
+    @property
+    def compared(self) -> list[tuple[str, str, str]]:
+        """(model, dataset, weights) of each score that ``compare`` asks for."""
+        scores = [
             (model, dataset, weights)
             for pair in self.compare
             for dataset in self.shared_sets(*(model for model, _ in pair))
             for model, weights in pair
         ]
-        return list(dict.fromkeys([*listed, *compared]))
+        return list(dict.fromkeys(scores))
+
+    @staticmethod
+    def trainings_of(evaluations: Sequence[tuple[str, str, str]]) -> list[tuple[str, str]]:
+        """(model, run) of each training whose weights are scored."""
+        scored = [(model, run_of(weights)) for model, _, weights in evaluations if weights != BASE]
+        return list(dict.fromkeys(scored))
 
     @property
     def trainings(self) -> list[tuple[str, str]]:
         """(model, run) of each training in tables, plots and report."""
-        scored = [(model, run_of(weights)) for model, _, weights in self.evaluations if weights != BASE]
-        return list(dict.fromkeys(scored))
+        return self.trainings_of(self.evaluations)
 
 
 def load(

@@ -93,7 +93,7 @@ class Provenance:
     Stages, and what identifies a result of each:
     ``dataset`` (name), ``download``, ``convert`` (model), ``train`` (model, and ``run`` if it is not the
     configuration's), ``export`` (model, weights; by default those that the configuration trains), ``evaluate`` (model,
-    dataset, weights), ``tables``, ``plots``, ``report``, ``check_reward`` (none).
+    dataset, weights), ``tables``, ``comparison``, ``plots``, ``report``, ``check_reward`` (none).
     """
 
     def __init__(self, configuration: Configuration, scripts: Path):
@@ -334,6 +334,10 @@ class Provenance:
             {"compare": self._configuration.compare}, ["make_tables.py"], versions.STATISTICS, self._reported()
         )
 
+    def _comparison(self) -> Parts:
+        config, upstream = {"compare": self._configuration.compare}, self._reported(self._configuration.compared)
+        return Parts(config, ["make_tables.py"], versions.STATISTICS, upstream)
+
     def _plots(self) -> Parts:
         config = {"plots": self._configuration.plots, "compare": self._configuration.compare}
         return Parts(config, ["make_plots.py"], versions.STATISTICS, self._reported())
@@ -349,17 +353,18 @@ class Provenance:
         """A stage's upstream: the run that is trained, or another one that is finished."""
         return "train", {"model": model, **({} if run == self._configuration.run else {"run": run})}
 
-    def _reported(self) -> dict[str, tuple[str, dict[str, str]]]:
-        """The evaluations and trainings that tables, plots and report are made from."""
+    def _reported(self, scores: list[tuple[str, str, str]] | None = None) -> dict[str, tuple[str, dict[str, str]]]:
+        """The evaluations and trainings that tables, plots and report are made from, or those of some scores."""
+        scores = self._configuration.evaluations if scores is None else scores
         evaluations = {
             f"evaluate {model} {dataset} {weights}": (
                 "evaluate",
                 {"model": model, "dataset": dataset, "weights": weights},
             )
-            for model, dataset, weights in self._configuration.evaluations
+            for model, dataset, weights in scores
         }
-        trainings = {f"train {model} {run}": self._training(model, run) for model, run in self._configuration.trainings}
-        return evaluations | trainings
+        trainings = self._configuration.trainings_of(scores)
+        return evaluations | {f"train {model} {run}": self._training(model, run) for model, run in trainings}
 
 
 def _deciding(stage: str, config: dict[str, Any]) -> dict[str, Any]:

@@ -77,10 +77,12 @@ def identity(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _deciding(section: str, content: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a section that decide numbers."""
+def _deciding(section: str, content: Any) -> Any:
+    """The settings of a section that decide numbers; all of what is no section, such as a digest."""
     if section == "reward_of":
         return {dataset: _deciding("reward", reward) for dataset, reward in content.items()}
+    if not isinstance(content, dict):
+        return content
     return {key: value for key, value in content.items() if key not in CONTINUES.get(section, ())}
 
 
