@@ -46,19 +46,20 @@ def main() -> None:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         shutil.rmtree(folder / "results", ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        seconds = run(arguments, folder)
+        caches = folder / "caches" if arguments.cold else (ROOT / "results" / "caches")
+        arguments.kernels = "none" if not arguments.gpus else "kept" if caches.exists() else "cold"
+        seconds = run(arguments, folder, caches)
         record_run(arguments, folder / "results", seconds)
 
 
-def run(arguments: argparse.Namespace, folder: Path) -> float:
-    """Run Snakemake to the end, and return the seconds that it took."""
+def run(arguments: argparse.Namespace, folder: Path, caches: Path) -> float:
+    """Run Snakemake to the end, and return the seconds that it took. Compiled kernels are kept in ``caches``."""
     given = ["--configfile", arguments.configfile.resolve()] if arguments.configfile else []
     command = [
         *(sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--cores", "all"),
         *("--directory", folder, *given),
         *("--config", f"models=[{arguments.model}]", "results=results", "preflight=warn", "--", "all"),
     ]
-    caches = folder / "caches" if arguments.cold else (ROOT / "results" / "caches")
     environment = {name: str(caches / name.split("_")[0].lower()) for name in CACHES} | os.environ
     began = time.perf_counter()
     process = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -93,7 +94,7 @@ def record_run(arguments: argparse.Namespace, results: Path, seconds: float) -> 
     def figure(name: str, value: float, unit: str, **more: Any) -> None:
         record(name, arguments.model, value, unit, gpus=arguments.gpus, file="demo", **more, **note)
 
-    figure("demo_seconds", seconds, "s", kernels="cold" if arguments.cold else "kept" if arguments.gpus else "none")
+    figure("demo_seconds", seconds, "s", kernels=arguments.kernels)
     scores = pd.read_csv(results / "tables" / "scores.csv").set_index("weights")
     for name, row in scores.iterrows():
         weights = "base" if name == "base" else "trained"

@@ -71,7 +71,9 @@ def demos() -> list[Line]:
     """All runs of a tiny model's whole DAG."""
     return [
         {
-            "model": run["demo_seconds"]["model"],
+            "model": ", ".join(
+                [run["demo_seconds"]["model"], *run["demo_seconds"]["note"].get("configfile", "").split()]
+            ),
             "on": run["demo_seconds"]["hardware"],
             "whole DAG, s": f"{run['demo_seconds']['value']:.0f}",
             "a step, s": f"{run['step_seconds']['value']:.2f}",
@@ -82,6 +84,12 @@ def demos() -> list[Line]:
         }
         for run in runs("demo")
     ]
+
+
+def _with_settings(line: Line) -> str:
+    """The model, and the file of settings that were laid over its own."""
+    file = line["note"].get("configfile")
+    return f"{line['model']}, {file}" if file else line["model"]
 
 
 def against_trl() -> list[Line]:
