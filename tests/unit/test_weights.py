@@ -58,9 +58,10 @@ MISTAKES = {
     "a checkpoint without its zeros": ({"compare": [["tiny/grpo@40", "tiny/grpo"]]}, "compare.0.0: give model/weights"),
     "three at once": (
         {"compare": [["tiny/base", "tiny/grpo", "tiny/a"]]},
-        "compare.0: List should have at most 2 items",
+        "compare.0: give pairs, of two weights each: [[9B/base, 9B/grpo]]",
     ),
-    "one alone": ({"compare": [["tiny/base"]]}, "compare.0: List should have at least 2 items"),
+    "one alone": ({"compare": [["tiny/base"]]}, "compare.0: give pairs"),
+    "one pair, not in a list": ({"compare": ["tiny/base", "tiny/grpo"]}, "compare.0: give pairs, of two weights each"),
     "one with itself": ({"compare": [["tiny/base", "tiny/base"]]}, "compare.0: tiny/base: given twice"),
     "an unknown model": (
         {"compare": [["Tiny/base", "tiny/grpo"]]},
