@@ -10,7 +10,7 @@ from matplotlib.colors import to_hex
 from milepost.checkpoints.manifest import write_manifest
 from milepost.common.errors import UserError
 from milepost.evaluation.estimators import bootstrap_interval, paired_difference
-from milepost.reporting.plots import Theme, all_plots
+from milepost.reporting.plots import all_plots
 from milepost.reporting.report import report_page
 from milepost.reporting.results import pairs, read_scores
 from milepost.reporting.tables import (
@@ -21,6 +21,7 @@ from milepost.reporting.tables import (
     readable_scores,
     score_table,
 )
+from milepost.reporting.theme import Theme
 from recorded import BASE, PROTOCOL, TRAINED, rewards, score, training
 from settings import section
 
@@ -276,8 +277,25 @@ def test_problems_are_sorted_by_the_base_and_drawn_in_its_colour(tmp_path):
 def test_the_reward_plot_shows_raw_and_smoothed_values_and_validations(tmp_path):
     values = [0.0, 0.3, 0.6, *[0.5] * 8, 0.2]
     validations = [{"rollout": 0, "validation_average": 0.1}, {"rollout": 12, "validation_average": 0.9}]
+    validations[1]["validation_standard_error"] = 0.05
     (axes,) = drawn([training(tmp_path, [*rewards(*values), *validations])], [], "reward")
-    raw, smooth, validated = axes.lines
+    raw, smooth, validated, *_ = axes.lines
+    (bars,) = axes.collections
+    assert [segment[:, 1].tolist() for segment in bars.get_segments() if len(segment)][-1] == pytest.approx(
+        [0.85, 0.95]
+    )
     assert raw.get_ydata().tolist() == values and raw.get_xdata().tolist() == list(range(1, 13))
     assert smooth.get_ydata()[[0, 1, 2, -1]] == pytest.approx([0.15, 0.3, 1.4 / 3, 0.35])  # means of three
     assert validated.get_xdata().tolist() == [0, 12] and validated.get_ydata().tolist() == [0.1, 0.9]
+
+
+def test_phases_of_a_step_follow_each_other_and_flat_curves_are_named_instead_of_drawn(tmp_path):
+    phases = {"seconds_step": 10.0, "seconds_rollout": 6.0, "seconds_train": 3.0, "seconds_sync": 1.0}
+    rows = [row | phases | {"loss": 1e-8 * row["rollout"], "clip_fraction": 0.0} for row in rewards(0.1, 0.2, 0.3)]
+    rows = [row | {"grad_norm": row["rollout"] / 2} for row in rows]
+    trained = training(tmp_path, rows)
+    (axes,) = drawn([trained], [], "phases")
+    assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, 6), (6, 3), (9, 1)]
+    assert [axes.get_title(loc="left") for axes in drawn([trained], [], "health")] == ["gradient norm"]
+    (health,) = [plot for plot in all_plots([trained], [], []) if plot.name.startswith("health")]
+    assert health.caption.endswith("Constant or within 1e-6 of 0, and left out: share of clipped tokens, loss.")

@@ -93,7 +93,7 @@ class Provenance:
     Stages, and what identifies a result of each:
     ``dataset`` (name), ``download``, ``convert`` (model), ``train`` (model, and ``run`` if it is not the
     configuration's), ``export`` (model, weights; by default those that the configuration trains), ``evaluate`` (model,
-    dataset, weights), ``tables``, ``comparison``, ``plots``, ``report``, ``check_reward`` (none).
+    dataset, weights), ``tables``, ``comparison``, ``plots``, ``report``, ``progress``, ``check_reward`` (none).
     """
 
     def __init__(self, configuration: Configuration, scripts: Path):
@@ -328,6 +328,10 @@ class Provenance:
     def _check_reward(self) -> Parts:
         rewards = [reward.model_dump(mode="json") for reward in self._configuration.rewards()]
         return Parts({"answers": self._configuration.answers, "rewards": rewards}, ["check_reward.py"], (), {})
+
+    def _progress(self) -> Parts:
+        config = {"plots": self._configuration.plots, "trainings": self._configuration.trainings}
+        return Parts(config, ["make_progress.py"], (), {})
 
     def _tables(self) -> Parts:
         return Parts(

@@ -12,10 +12,11 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from milepost.checkpoints.manifest import Manifest
+from milepost.common.durations import duration
 from milepost.configuration.schema import Plots
-from milepost.reporting.plots import Theme
 from milepost.reporting.results import Pair, Score, Training
 from milepost.reporting.tables import amount, change, sentences, span, titled
+from milepost.reporting.theme import Theme
 
 EACH = 3  # correct samples, and as many incorrect ones, per group
 LAST_ROLLOUTS = 5  # rollouts whose samples are shown
@@ -49,20 +50,28 @@ def report_page(
     """
     names = list(dict.fromkeys([*(score.model for score in scores), *(training.model for training in trainings)]))
     models = [_model(name, scores, trainings) for name in names]
+
+    def drawings(plot: dict[str, Any]) -> dict[str, bytes]:
+        return {theme: (plots.root / plot[theme]).read_bytes() for theme in ("light", "dark")}
+
     results = [score.manifest for score in scores] + [training.manifest for training in trainings]
     page = templates.get_template("report.html").render(
-        colors=_colors(settings),
+        colors=colors(settings),
         models=models,
         protocol=_protocol(scores),
         gains=[_gain(pair) for pair in pairs],
         tables={title: _table(table) for title, table in titled(scores, pairs).items()},
         sentences=sentences(scores, pairs, trainings),
         overlaps=overlaps,
-        plots=[_embedded(plot, plots.root) for plot in plots.facts["plots"]],
+        plots=[plot | embedded(drawings(plot)) for plot in plots.facts["plots"]],
         versions=_versions(results),
         origins=[_origin(manifest) for manifest in [*sources, *results]],
     )
-    # A model may write a lone surrogate, which UTF-8 can't encode: replace it by a question mark.
+    return encodable(page)
+
+
+def encodable(page: str) -> str:
+    """The page with question marks for the lone surrogates that a model may write, which UTF-8 can't encode."""
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -84,7 +93,7 @@ def _model(name: str, scores: Sequence[Score], trainings: Sequence[Training]) ->
     ]
     return {
         "name": name,
-        "trainings": [{"run": training.run, "facts": _training_facts(training)} for training in trained],
+        "trainings": [{"run": training.run, "facts": training_facts(training)} for training in trained],
         "samples": [group for group in groups if group["rows"]],
         "settings": [
             {"name": f"{name}/{training.run}" if training else name, "yaml": _settings(own, training)}
@@ -152,13 +161,13 @@ def shortened(text: str) -> str:
     return text if left_out <= 0 else f"{text[:HEAD]}\n\n[… {left_out:,} characters left out …]\n\n{text[-TAIL:]}"
 
 
-def _training_facts(training: Training) -> list[tuple[str, str]]:
+def training_facts(training: Training) -> list[tuple[str, str]]:
     """A training in a few lines, without metrics that were not logged."""
     facts, reward = training.manifest.facts, training.column("reward_mean")
     is_share = training.is_share
     unit = "%" if is_share else ""
     few = max(1, len(reward) // 20)
-    rows = {"rollouts": f"{facts['rollouts']:,}"}
+    rows = {"rollouts": f"{training.rollouts:,}"}
     if len(reward):
         rows["reward, first and last twentieth"] = (
             f"{amount(reward.iloc[:few].mean(), is_share)}{unit} → {amount(reward.iloc[-few:].mean(), is_share)}{unit}"
@@ -180,8 +189,8 @@ def _training_facts(training: Training) -> list[tuple[str, str]]:
         )
     if len(step := training.column("seconds_step")):
         parts = {name: training.column(f"seconds_{name}") for name in ("rollout", "train", "sync", "sleep_wake")}
-        split = ", ".join(f"{name.replace('_', ' and ')} {part.median():.3g} s" for name, part in parts.items())
-        rows["a step, median"] = f"{step.median():.3g} s ({split})"
+        split = ", ".join(f"{name.replace('_', ' and ')} {duration(part.median())}" for name, part in parts.items())
+        rows["a step, median"] = f"{duration(step.median())} ({split})"
     if len(speed := training.column("tokens_per_second")):
         rows["tokens per second, median"] = f"{speed.median():,.0f}"
     if len(gap := training.column("log_prob_diff")):
@@ -235,13 +244,11 @@ def _protocol(scores: Sequence[Score]) -> str:
     return " ".join(sentences)
 
 
-def _embedded(plot: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A plot's facts with its drawings as data URIs."""
-
-    def uri(name: str) -> str:
-        return f"data:image/svg+xml;base64,{base64.b64encode((folder / name).read_bytes()).decode()}"
-
-    return plot | {"light": uri(plot["light"]), "dark": uri(plot["dark"])}
+def embedded(drawings: dict[str, bytes]) -> dict[str, str]:
+    """The drawings of a plot for light and dark pages, as data URIs."""
+    return {
+        theme: f"data:image/svg+xml;base64,{base64.b64encode(drawings[theme]).decode()}" for theme in ("light", "dark")
+    }
 
 
 def _versions(manifests: Iterable[Manifest]) -> str:
@@ -288,6 +295,6 @@ def _table(table: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _colors(settings: Plots) -> dict[str, str]:
+def colors(settings: Plots) -> dict[str, str]:
     light, dark = Theme.light(settings), Theme.dark(settings)
     return {"base": light.base, "trained": light.trained, "base_dark": dark.base, "trained_dark": dark.trained}

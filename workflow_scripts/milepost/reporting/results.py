@@ -1,8 +1,10 @@
 """Read scores and trainings from their manifests; a manifest's path says which model and weights it is about."""
 
+import contextlib
 import functools
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,14 @@ import pandas as pd
 
 from milepost.checkpoints.manifest import Manifest, read_manifest
 from milepost.common.errors import UserError
-from milepost.configuration import scoring, staleness
+from milepost.common.jobs import read_job
+from milepost.configuration import runs, scoring, staleness
 from milepost.configuration.rewards import Reward
 from milepost.configuration.weights import BASE
 from milepost.evaluation.estimators import PairedDifference, paired_difference
+
+BLOCK = 2**20  # bytes read at once from the end of a log
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,16 @@ class Training:
         return self.manifest.provenance["config"]
 
     @property
+    def is_finished(self) -> bool:
+        """Whether it has a manifest of its weights; `read_unfinished` makes one without files."""
+        return bool(self.manifest.files)
+
+    @property
+    def rollouts(self) -> int:
+        """The number of rollouts that are done."""
+        return int(self.metrics.index.max()) if len(self.metrics) else 0
+
+    @property
     def datasets(self) -> list[str]:
         """The names of the problem sets that it was trained on."""
         names = self.settings["training"]["dataset"]
@@ -162,12 +178,12 @@ class Training:
 
     def read_samples(self, last: int) -> list[dict[str, Any]]:
         """The saved samples of the ``last`` rollouts."""
-        rows: list[dict[str, Any]] = []  # never all at once: a run of days has gigabytes
-        for row in _json_lines(self.manifest.root / self.manifest.facts["samples"]):
-            if rows and row["rollout"] != rows[-1]["rollout"]:
-                rows = [kept for kept in rows if kept["rollout"] > row["rollout"] - last]
+        rows: list[dict[str, Any]] = []
+        for row in _newest_first(self.manifest.root / self.manifest.facts["samples"]):
+            if rows and row["rollout"] <= rows[0]["rollout"] - last:
+                break
             rows.append(row)
-        return rows
+        return rows[::-1]
 
 
 def read_scores(paths: Iterable[Path]) -> list[Score]:
@@ -178,15 +194,38 @@ def read_scores(paths: Iterable[Path]) -> list[Score]:
 
 
 def read_trainings(paths: Iterable[Path]) -> list[Training]:
-    """Read trainings with their metrics."""
-    trainings = []
-    for path in map(Path.absolute, paths):
-        manifest = _read(path, "train")
-        rows = pd.DataFrame(_json_lines(manifest.root / manifest.facts["metrics"]))
-        # A rollout and the validation after it are two log lines but one row here; of two validations the last counts.
-        metrics = rows.groupby("rollout").last() if len(rows) else rows
-        trainings.append(Training(path.parts[-4], path.parts[-2], manifest, metrics))
-    return trainings
+    """Read finished trainings with their metrics."""
+    return [_training(_read(path, "train")) for path in map(Path.absolute, paths)]
+
+
+def read_unfinished(path: Path, job: Path) -> Training | None:
+    """Read a training that is not finished: what its logs hold now, without waiting for any lock.
+
+    Args:
+        path: where its manifest will lie.
+        job: its job's settings, by which its folder is found.
+
+    Returns:
+        None if it has not begun.
+    """
+    path = path.absolute()
+    try:
+        settings = read_job(job)
+    except UserError:  # it is not started yet, or its inputs are being made
+        return None
+    work = runs.find(path.parent, settings)
+    if work is None or not (work / METRICS).is_file():
+        return None
+    saved = runs.rollouts(work)
+    facts = {"metrics": METRICS, "samples": SAMPLES, "checkpoint": f"checkpoint-{saved:06d}" if saved else "none yet"}
+    return _training(Manifest(path, "train", work, files={}, facts=facts, provenance=settings))
+
+
+def _training(manifest: Manifest) -> Training:
+    rows = pd.DataFrame(_json_lines(manifest.root / manifest.facts["metrics"]))
+    # A rollout and the validation after it are two log lines but one row here; of two validations the last counts.
+    metrics = rows.groupby("rollout").last() if len(rows) else rows
+    return Training(manifest.path.parts[-4], manifest.path.parts[-2], manifest, metrics)
 
 
 def pairs(scores: Iterable[Score], compare: Iterable[Sequence[Sequence[str]]] = ()) -> list[Pair]:
@@ -241,3 +280,18 @@ def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
                     return
     except FileNotFoundError:
         raise UserError(f"{path}: missing: run the step that writes it again") from None
+
+
+def _newest_first(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file from its end, read block by block: that of a run of days has gigabytes."""
+    if not path.is_file():
+        raise UserError(f"{path}: missing: run the step that writes it again")
+    with path.open("rb") as file:
+        at, rest = file.seek(0, os.SEEK_END), b""
+        while at:
+            end, at = at, max(0, at - BLOCK)
+            file.seek(at)
+            rest, *lines = (file.read(end - at) + rest).split(b"\n")
+            for line in reversed(lines if at else [rest, *lines]):
+                with contextlib.suppress(ValueError):  # the last line may be incomplete
+                    yield json.loads(line.decode(errors="surrogateescape"))
