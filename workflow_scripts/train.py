@@ -28,6 +28,7 @@ from milepost.common.errors import UserError, run
 from milepost.common.files import hold, sha256_of_all
 from milepost.common.interrupts import Interrupts
 from milepost.common.jobs import job_parser
+from milepost.common.machine import machine
 from milepost.configuration import runs, schema
 from milepost.configuration.layout import processes, shape_fault
 from milepost.configuration.memory import GIB, estimate, rescaled_engine
@@ -385,6 +386,7 @@ def write_result(arguments: argparse.Namespace, checkpoint: Path) -> None:
         "checkpoint": checkpoint.name,
         "best": {"checkpoint": best.name, "score": run_state.read_progress(best).score} if best else None,
         "made_by": runs.made_by(arguments.work),
+        "machine": machine(),
     }
     files = weights | logs
     keep_manifest(write_manifest(arguments.manifest, "train", arguments.work, files, arguments.job, facts))

@@ -1,5 +1,6 @@
 """What tables and report say of a training and of a pair of scores is what a reader works out by hand."""
 
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ from milepost.reporting.plots import all_plots
 from milepost.reporting.report import report_page
 from milepost.reporting.results import pairs, read_scores
 from milepost.reporting.tables import (
+    cut_off_in_words,
     difference_table,
     in_words,
     readable_differences,
@@ -299,3 +301,41 @@ def test_phases_of_a_step_follow_each_other_and_flat_curves_are_named_instead_of
     assert [axes.get_title(loc="left") for axes in drawn([trained], [], "health")] == ["gradient norm"]
     (health,) = [plot for plot in all_plots([trained], [], []) if plot.name.startswith("health")]
     assert health.caption.endswith("Constant or within 1e-6 of 0, and left out: share of clipped tokens, loss.")
+
+
+def with_finish(path, finish):
+    """Record how the samples of a score's problems ended: s for by themselves, l for cut off."""
+    made = json.loads(path.read_text())
+    for problem, ends in zip(made["facts"]["per_problem"], finish, strict=True):
+        problem["finish"] = [{"s": "stop", "l": "length"}[end] for end in ends]
+    made["facts"]["truncated_share"] = "".join(finish).count("l") / 8
+    path.write_text(json.dumps(made))
+    return path
+
+
+def test_what_answers_that_are_no_longer_cut_off_are_worth_is_told(tmp_path):
+    """Two problems whose second answer was cut off are now complete and half right; the others change otherwise."""
+    first = [[True, False], [False, False], [True, False], [True, True]]
+    second = [[True, False], [True, False], [True, True], [True, True]]
+    base = with_finish(score(tmp_path, "base", first), ["sl", "sl", "ss", "ss"])
+    grpo = with_finish(score(tmp_path, "grpo", second), ["ss", "ss", "ss", "ss"])
+    (pair,) = pairs(read_scores([base, grpo]))
+    # Problem 1: half of its answers, times 1 before and 0.5 now; problem 2: half, times 0 before and 0.5 now.
+    assert pair.from_cut_off == pytest.approx((0.5 * 0.75 + 0.5 * 0.25) / 4)
+    assert pair.difference.value == pytest.approx(0.25)
+    assert cut_off_in_words(pair) == (
+        "+12.5 points of these +25.0 points are answers that the cap no longer cuts off (25.0% were, 0.0% are), counted"
+        " problem by problem at what complete answers earn."
+    )
+    back = pairs(read_scores([with_finish(base, ["ss"] * 4), with_finish(grpo, ["ll", "ss", "ss", "ss"])]))[0]
+    # All answers to problem 1 are cut off now: what complete ones would earn is known from before.
+    assert back.from_cut_off == pytest.approx(-1 * (0.5 - 0.5) / 4)
+    assert "the cap cuts off as well (0.0% were, 25.0% are)" in cut_off_in_words(back)
+
+
+def test_nothing_is_told_where_no_share_of_cut_off_answers_changed_or_none_was_recorded(tmp_path):
+    files = [score(tmp_path, "base", BASE), score(tmp_path, "grpo", TRAINED)]
+    assert cut_off_in_words(pairs(read_scores(files))[0]) == ""
+    for file in files:
+        with_finish(file, ["sl", "ss", "ss", "ss"])
+    assert cut_off_in_words(pairs(read_scores(files))[0]) == ""

@@ -103,6 +103,21 @@ class Pair:
         bounds = (-1.0, 1.0) if self.second.is_share else (-np.inf, np.inf)
         return paired_difference(*means, protocol["bootstrap_samples"], protocol["seed"], bounds=bounds)
 
+    @functools.cached_property
+    def from_cut_off(self) -> float | None:
+        """How much of the difference is answers that are no longer (or newly) cut off, in units of the reward.
+
+        Kitagawa's decomposition, problem by problem: the change of the share of complete answers, times how much more
+        they earn than those cut off, as a mean of first and second. None if no share changed or none was recorded.
+        """
+        parts = [_complete(score) for score in (self.first, self.second)]
+        if None in parts or (parts[0][0] == parts[1][0]).all():
+            return None
+        (share_1, whole_1, cut_1), (share_2, whole_2, cut_2) = parts
+        whole_1, whole_2 = _filled(whole_1, whole_2), _filled(whole_2, whole_1)
+        cut_1, cut_2 = _filled(cut_1, cut_2), _filled(cut_2, cut_1)
+        return float(((share_2 - share_1) * ((whole_1 - cut_1) + (whole_2 - cut_2)) / 2).mean())
+
     def obstacles(self) -> list[str]:
         """Why the two can't be compared, in words: another protocol, reward, or other problems."""
         first, second = (score.manifest for score in (self.first, self.second))
@@ -255,6 +270,25 @@ def pairs(scores: Iterable[Score], compare: Iterable[Sequence[Sequence[str]]] = 
                 f" {staleness.few(obstacles, '; ')}: evaluate both again with the same settings"
             )
     return found
+
+
+def _complete(score: Score) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """By problem, the share of answers that are complete, their mean reward, and that of the others; (P,) each."""
+    problems = score.facts["per_problem"]
+    if not all("finish" in problem for problem in problems):
+        return None
+    shares, whole, cut = [], [], []
+    for problem in problems:
+        rewards, is_complete = np.array(problem["rewards"], float), np.array(problem["finish"]) == "stop"
+        shares.append(is_complete.mean())
+        for means, chosen in ((whole, rewards[is_complete]), (cut, rewards[~is_complete])):
+            means.append(chosen.mean() if len(chosen) else np.nan)
+    return np.array(shares), np.array(whole), np.array(cut)
+
+
+def _filled(means: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Means over no answers (NaN) replaced by the other weights', or by 0."""
+    return np.nan_to_num(np.where(np.isnan(means), others, means))
 
 
 def _reward(manifest: Manifest) -> Reward:
