@@ -50,7 +50,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         finally:
             engine.close()
     with Grader(reward) as grader:
-        facts = {"dataset": arguments.data.stem, **scores(problems, samples, settings, grader), "machine": machine()}
+        found = scores(problems, samples, settings, grader)
+    file.write_grades(found["per_problem"])
+    facts = {"dataset": arguments.data.stem, **found, "machine": machine()}
     files = [arguments.samples.name]
     write_manifest(arguments.manifest, "evaluate", arguments.samples.parent, files, arguments.job, facts)
 

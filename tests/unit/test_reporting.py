@@ -16,7 +16,7 @@ from scipy import stats
 from milepost.checkpoints.manifest import read_manifest, write_manifest
 from milepost.common.errors import UserError
 from milepost.configuration.schema import Reward
-from milepost.evaluation.sampling import Sample
+from milepost.evaluation.sampling import Sample, SampleFile
 from milepost.evaluation.scores import scores
 from milepost.problems.loading import Problem
 from milepost.reporting.plots import all_plots
@@ -58,11 +58,10 @@ def evaluate(results: Path, model: str, weights: str, chance: float, seed: int, 
             samples.append(Sample(problem, sample, 1, rows[problem].messages, text, tokens, finish, 0.1))
     path = results / model / "eval" / "aime" / f"{weights}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [{"origin": {}}, *(vars(sample) for sample in samples)]
-    path.with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = {"evaluation": settings.model_dump(mode="json"), "engine": {"kind": "cpu"}}
     with Grader(Reward()) as grader:
         facts = {"dataset": "aime"} | scores(rows, samples, settings, grader)
+    SampleFile(path.with_suffix(".jsonl"), "origin", samples, len(samples)).write_grades(facts["per_problem"])
     provenance = {"config": config, "code": "abc", "upstream": {}}
     write_manifest(path, "evaluate", path.parent, [f"{weights}.jsonl"], provenance, facts)
     return path

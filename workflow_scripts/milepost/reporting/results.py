@@ -69,18 +69,7 @@ class Score:
     def read_samples(self, wanted: set[tuple[int, int]]) -> list[dict[str, Any]]:
         """The samples of the given ``(problem, sample)`` indices, with the grader's verdicts."""
         file = self.manifest.require(digests=True).root / next(iter(self.manifest.files))
-        found = []
-        for row in _json_lines(file):
-            problem, sample = row.get("problem"), row.get("sample")
-            if (problem, sample) in wanted:
-                facts = self.facts["per_problem"][problem]
-                found.append(
-                    row
-                    | {"label": facts["label"], "correct": facts["correct"][sample]}
-                    | {"reward": facts["rewards"][sample]}
-                    | {"answer": facts["answers"][sample], "reason": facts["reasons"][sample]}
-                )
-        return found
+        return [row for row in _json_lines(file) if (row["problem"], row["sample"]) in wanted]
 
 
 @dataclass(frozen=True)
