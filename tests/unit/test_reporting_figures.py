@@ -327,10 +327,14 @@ def test_what_answers_that_are_no_longer_cut_off_are_worth_is_told(tmp_path):
         "+12.5 points of these +25.0 points are answers that the cap no longer cuts off (25.0% were, 0.0% are), counted"
         " problem by problem at what complete answers earn."
     )
-    back = pairs(read_scores([with_finish(base, ["ss"] * 4), with_finish(grpo, ["ll", "ss", "ss", "ss"])]))[0]
-    # All answers to problem 1 are cut off now: what complete ones would earn is known from before.
-    assert back.from_cut_off == pytest.approx(-1 * (0.5 - 0.5) / 4)
-    assert "the cap cuts off as well (0.0% were, 25.0% are)" in cut_off_in_words(back)
+    # All answers to problem 4 are cut off now, but right: complete ones would earn what they did before.
+    back = pairs(read_scores([with_finish(base, ["ss"] * 4), with_finish(grpo, ["ss", "ss", "ss", "ll"])]))[0]
+    assert back.from_cut_off == 0
+    assert cut_off_in_words(back) == ""
+    # Problem 1's second answer is cut off now: half of its answers, times 0.5 before and 1 now.
+    back = pairs(read_scores([with_finish(base, ["ss"] * 4), with_finish(grpo, ["sl", "ss", "ss", "ss"])]))[0]
+    assert back.from_cut_off == pytest.approx(-0.5 * (0.5 + 1) / 2 / 4)
+    assert "−9.4 points of these +25.0 points are answers that the cap cuts off as well" in cut_off_in_words(back)
 
 
 def test_nothing_is_told_where_no_share_of_cut_off_answers_changed_or_none_was_recorded(tmp_path):

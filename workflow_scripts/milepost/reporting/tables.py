@@ -149,8 +149,8 @@ def in_words(pair: Pair) -> str:
 
 
 def cut_off_in_words(pair: Pair) -> str:
-    """How much of a difference is answers that are no longer cut off, or newly; empty if their share is the same."""
-    if pair.from_cut_off is None:
+    """How much of a difference is answers that are no longer cut off, or newly; empty if it rounds to nothing."""
+    if pair.from_cut_off is None or not change(pair.from_cut_off, pair.first.is_share).strip("+−0."):
         return ""
     then, now = (score.facts["truncated_share"] for score in (pair.first, pair.second))
     is_share = pair.first.is_share
