@@ -80,7 +80,7 @@ class Run:
                 sys.executable,
                 "-c",
                 IMPATIENT,
-                *job_arguments(config, every_row=every_row, labels=self.labels),
+                *job_arguments(config, every_row=every_row, labels=self.labels, mtp=False),
                 *("--name", "tiny", "--folder", str(self.folder / "results/hub")),
                 "--manifest",
                 str(self.manifest),

@@ -21,7 +21,6 @@ class ModelSettings(Section):
 
     source: ModelSource
     architecture: Architecture | None = None
-    mtp: bool = False
 
 
 def main() -> None:
@@ -49,7 +48,7 @@ def download(arguments: argparse.Namespace) -> None:
         facts = {"rows": check_rows(arguments.name, dataset, arguments.job, root, sorted(snapshot.files))}
     else:
         model = ModelSettings.model_validate(settings)
-        source, inspection = model.source, Inspection(model.architecture, model.mtp)
+        source, inspection = model.source, Inspection(model.architecture, arguments.job["mtp"])
         if source.folder:
             snapshot = model_from_folder(Path(source.folder), arguments.name, arguments.folder, inspection)
         else:

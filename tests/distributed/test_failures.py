@@ -14,7 +14,9 @@ def test_an_error_in_any_process_is_one_line(root, tmp_path, environment):
     grpo_run.convert_model(tmp_path)
     worker = str(root / "tests" / "distributed" / "failing_worker.py")
     for failing in ("1", "0,1"):
-        command_line = grpo_run.arguments(tmp_path, tmp_path / failing, training={"rollouts": 1})
+        command_line = grpo_run.arguments(
+            tmp_path, tmp_path / failing, training={"rollouts": 1}, hardware={"processes": 2}
+        )
         ended = subprocess.run(
             [*launcher(2), worker, failing, *command_line], capture_output=True, text=True, env=environment, timeout=200
         )

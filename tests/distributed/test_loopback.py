@@ -18,7 +18,7 @@ def test_two_processes_that_convert_and_train_listen_on_loopback_only(root, tmp_
     training, work = str(root / "tests" / "grpo_run.py"), tmp_path / "run"
     for command_line in (
         (script("convert"), *convert_arguments(tmp_path / "download.json", tmp_path / "torch_dist")),
-        (training, *grpo_run.arguments(tmp_path, work, training={"rollouts": 1})),
+        (training, *grpo_run.arguments(tmp_path, work, training={"rollouts": 1}, hardware={"processes": 2})),
     ):
         with listeners() as seen:
             torchrun(2, *command_line, env=environment)

@@ -59,7 +59,7 @@ def on_a_disk(environment, tmp_path):
 def test_download(on_a_disk):
     settings = {"source": {"repo": "Qwen/tiny", "revision": "main"}}
     command = [
-        *(script("download"), *job_arguments(settings), "--name", "tiny"),
+        *(script("download"), *job_arguments(settings, mtp=False), "--name", "tiny"),
         *("--folder", str(on_a_disk.disk / "hub"), "--manifest", str(on_a_disk.disk / "download.json")),
     ]
     with serve() as hub:

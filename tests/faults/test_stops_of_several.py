@@ -63,7 +63,7 @@ def test_a_training_of_two_processes_of_which_the_first_fails_saves_itself(root,
         (tmp_path / "run" / "checkpoint-000003" / "manifest.json").exists,
         lambda run: None,
         str(root / "tests" / "grpo_run.py"),
-        *grpo_run.arguments(tmp_path, tmp_path / "run"),
+        *grpo_run.arguments(tmp_path, tmp_path / "run", hardware={"processes": 2}),
         env=environment | {"FAIL_AT": "5"},  # in rollout 4
     )
     assert status != 0
@@ -79,7 +79,7 @@ def test_an_interrupted_training_of_two_processes_saves_itself(root, tmp_path, e
         lambda: metrics.exists() and '"loss"' in metrics.read_text(),
         lambda run: run.send_signal(signal.SIGTERM),
         str(root / "tests" / "grpo_run.py"),
-        *grpo_run.arguments(tmp_path, tmp_path / "run"),
+        *grpo_run.arguments(tmp_path, tmp_path / "run", hardware={"processes": 2}),
         env=environment,
     )
     assert status != 0

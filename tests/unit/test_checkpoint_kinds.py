@@ -73,12 +73,12 @@ KINDS = {
 }
 
 
-def fetched(monkeypatch, folder: Path, config: dict | None = None) -> Path:
-    """The manifest that download.py writes of a local folder."""
+def fetched(monkeypatch, folder: Path, *, mtp: bool = False) -> Path:
+    """The manifest that download.py writes of a local folder; ``mtp``: the settings need an MTP layer."""
     for variable in [name for name in os.environ if name.startswith("HF_")]:
         monkeypatch.delenv(variable)
     manifest = folder.parent / "download.json"
-    job = job_arguments({"source": {"folder": str(folder)}, **(config or {})})
+    job = job_arguments({"source": {"folder": str(folder)}}, mtp=mtp)
     places = ["--name", "mine", "--folder", str(folder.parent / "hub"), "--manifest", str(manifest)]
     call(monkeypatch, download.main, [*job, *places])
     return manifest
@@ -277,7 +277,7 @@ def test_what_can_t_be_used_is_refused_in_one_line(monkeypatch, tmp_path, reason
 def test_without_an_mtp_layer_the_settings_that_need_one_are_named(monkeypatch, tmp_path):
     without_mtp(tmp_path / "mine")
     with pytest.raises(UserError, match=r"mine: has no MTP layer .* set conversion: \{mtp_num_layers: 0\}, mtp: \{tra"):
-        fetched(monkeypatch, tmp_path / "mine", {"mtp": True})
+        fetched(monkeypatch, tmp_path / "mine", mtp=True)
     download_manifest = fetched(monkeypatch, tmp_path / "mine")
     with pytest.raises(UserError, match="has no MTP layer"):
         call(monkeypatch, convert.main, convert_arguments(download_manifest, tmp_path / "torch_dist", 1))

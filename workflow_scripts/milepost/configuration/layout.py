@@ -175,8 +175,8 @@ def _algorithm_rules(model: Model) -> Iterator[Rule]:
     corrected, of_engine = algorithm.correction != "none", against_engine(algorithm, model.training, sampling)
     yield (
         "algorithm.correction",
-        f"{algorithm.correction} counts the ratio between trainer and engine twice: with old_log_probs: engine the"
-        " loss's own ratio is taken against the engine: use none",
+        f"{algorithm.correction} counts the ratio between trainer and engine twice, since old_log_probs:"
+        f" {algorithm.old_log_probs} takes the loss's ratio against the engine: use none, or old_log_probs: trainer",
         corrected and of_engine,
     )
     yield (

@@ -153,6 +153,8 @@ class Provenance:
         elif stage == "dataset":
             job["every_row"] = which["name"] in self._configuration.scored
             job["labels"] = self._configuration.labels(which["name"])
+        elif stage == "download":
+            job["mtp"] = self._configuration.models[which["model"]].uses_mtp
         elif stage == "evaluate":
             job["sampler"] = self._sampler(which["model"])
         return job
@@ -267,7 +269,7 @@ class Provenance:
         settings = self._configuration.models[model]
         config = {"source": settings.source}
         if not settings.source.tiny:
-            config |= {"architecture": settings.architecture, "mtp": settings.uses_mtp}
+            config["architecture"] = settings.architecture
         packages = versions.CONVERTING if settings.source.tiny else ()
         return Parts(config, [f"{settings.source.script}.py"], packages, {})
 

@@ -151,27 +151,14 @@ def grpo_loss(
     old_log_probs = batch.rollout_log_probs if against_engine else trainer
     token_loss, ratio, clipped = POLICY_LOSSES[algorithm.loss](log_probs, old_log_probs, batch, algorithm)
     gap = trainer - batch.rollout_log_probs
-    metrics = {
-        "weight": weights,
-        "clip_fraction": weights * clipped,
-        "ratio": weights * ratio,
-        "log_prob_diff": weights * gap.abs(),
-    }
-    if batch.fresh is not None:  # older tokens differ, although engine and trainer compute alike
-        metrics["fresh_share"] = weights * batch.fresh
-        metrics["log_prob_diff"] = weights * batch.fresh * gap.abs()
-        metrics["log_prob_diff_older"] = weights * ~batch.fresh * gap.abs()
+    metrics = {"weight": weights, "clip_fraction": weights * clipped, "ratio": weights * ratio}
     if algorithm.correction == "none":
         importance = bounded_exp(gap)
     else:
         importance, correction = CORRECTIONS[algorithm.correction](gap, batch.responses, algorithm.correction_range)
         token_loss = correction * token_loss
         metrics["importance_clipped_share"] = weights * (correction != importance)
-    metrics |= {
-        "importance_mean": weights * importance,
-        "importance_square": weights * importance.square(),
-        "engine_kl": weights * low_variance_kl(batch.rollout_log_probs, trainer),
-    }
+    metrics |= _engine_metrics(gap, importance, batch)
     if batch.reference_log_probs is not None:
         kl = KL_ESTIMATES[algorithm.kl_type](log_probs, batch.reference_log_probs)
         metrics["kl"] = weights * kl
@@ -184,3 +171,19 @@ def grpo_loss(
     loss = (weights * token_loss).sum()
     sums = {name: values.detach().sum() for name, values in metrics.items()}
     return loss, sums | {"importance_max": torch.cat([importance, importance.new_zeros(1)]).max()}  # N may be 0
+
+
+def _engine_metrics(gap: Tensor, importance: Tensor, batch: TokenBatch) -> dict[str, Tensor]:
+    """How far engine and trainer are apart, weighted: ``gap`` (N,) is the trainer's log-probs minus the engine's."""
+    weights = batch.weights
+    metrics = {
+        "log_prob_diff": weights * gap.abs(),
+        "engine_kl": weights * low_variance_kl(torch.zeros_like(gap), gap),
+        "importance_mean": weights * importance,
+        "importance_square": weights * importance.square(),
+    }
+    if batch.fresh is not None:  # older tokens differ, although engine and trainer compute alike
+        metrics["fresh_share"] = weights * batch.fresh
+        metrics["log_prob_diff"] = weights * batch.fresh * gap.abs()
+        metrics["log_prob_diff_older"] = weights * ~batch.fresh * gap.abs()
+    return metrics
