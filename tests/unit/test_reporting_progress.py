@@ -80,6 +80,16 @@ def test_the_time_that_is_left_includes_validations_and_a_silent_training_is_tol
     )
 
 
+def test_a_training_that_validates_for_long_is_not_taken_for_stopped(begun):
+    path, job, work = begun(10)
+    lines = (work / "metrics.jsonl").read_text().replace('"seconds_validation": 30.0', '"seconds_validation": 900.0')
+    (work / "metrics.jsonl").write_text(lines)
+    training, now = read_unfinished(path, job), time.time()
+    for ago, stopped in ((1200, False), (1900, True)):
+        os.utime(work / "metrics.jsonl", (now - ago, now - ago))
+        assert ("it has stopped" in state(training, now)) == stopped
+
+
 def test_what_has_not_begun_or_lacks_its_inputs_is_not_read(begun, tmp_path):
     path, job, work = begun(3)
     assert read_unfinished(path, tmp_path / "jobs/none.json") is None

@@ -13,7 +13,7 @@ from milepost.reporting.report import colors, embedded, encodable, templates, tr
 from milepost.reporting.results import METRICS, Training
 from milepost.reporting.tables import amount
 
-QUIET = 5  # usual steps without a new rollout, after which a training may have stopped
+QUIET = 5  # usual steps, or two validations, without a new line in the log: a training may have stopped
 PATIENCE = 120.0  # seconds that are never suspicious
 
 
@@ -72,7 +72,8 @@ def state(training: Training, now: float) -> str:
     if left is None:
         return f"{done} rollouts so far; {last}"
     step = float(training.column("seconds_step").tail(QUIET).median())
-    if ago > max(PATIENCE, QUIET * step):
+    others = [2 * training.column(f"seconds_{name}").tail(QUIET).max() for name in ("validation", "save")]
+    if ago > max(PATIENCE, QUIET * step, *(seconds for seconds in others if seconds > 0)):
         return f"{last}, and a step takes {duration(step)}: it has stopped, or waits; {duration(left)} would be left"
     ends = datetime.fromtimestamp(now + left).astimezone().strftime("%Y-%m-%d %H:%M")
     return f"about {duration(left)} left, until {ends}; {last}"
