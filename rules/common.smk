@@ -17,7 +17,7 @@ sys.path.insert(0, str(SCRIPTS))
 from milepost.common.errors import UserError
 from milepost.common.failed_jobs import FailedJobs
 from milepost.common.files import write_json
-from milepost.common.working_folder import claim
+from milepost.common.working_folder import claim, keep_locks_of_others
 from milepost.configuration import layout
 from milepost.configuration.cgroups import usable_cores, usable_memory
 from milepost.configuration.compared import check_compared, check_shown, no_such_run
@@ -46,6 +46,7 @@ ParamsChange.__iter__ = lambda change: iter(change.files if change else ())
 # Not in jobs that an executor sends elsewhere: they belong to the run that sends them.
 if workflow.is_main_process:
     claimed = claim(Path(".snakemake"))
+    keep_locks_of_others()
     failed_jobs = FailedJobs(workflow)
     logger.addFilter(failed_jobs)
     atexit.register(failed_jobs.say)

@@ -44,6 +44,22 @@ rule check_reward:
         'begin {log:q}; python "$SCRIPTS"/check_reward.py --job {params.job:q} |& logged'
 
 
+rule progress:
+    """Write results/progress.html on the trainings that run or are finished, also while they run."""
+    log:
+        f"{RESULTS}/logs/progress.log",
+    localrule: True
+    params:
+        job=f"{RESULTS}/jobs/progress.json",
+        results=RESULTS,
+        html=f"{RESULTS}/progress.html",
+    message:
+        "write the page on trainings in progress"
+    shell:
+        'begin {log:q}; python "$SCRIPTS"/make_progress.py --job {params.job:q} --results {params.results:q}'
+        " --html {params.html:q} |& logged"
+
+
 for stage, purpose in STAGES.items():
     for model in [*settings.models, *settings.faults]:
 

@@ -29,12 +29,12 @@ def score(
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         {"problem": p, "sample": s, "prompt": [{"role": "user", "content": f"Question {p}?"}]}
-        | {"response": f"Response {p}.{s}.", "tokens": 7, "finish": "stop"}
+        | {"response": f"Response {p}.{s}.", "tokens": 7, "finish": "stop", "label": labels[p]}
+        | {"answer": f"a{p}.{s}", "correct": correct[p][s], "reward": float(correct[p][s]), "reason": f"r{p}.{s}"}
         for p in range(4)
         for s in range(2)
     ]
-    lines = [{"origin": {}, "settled": 8}, *rows]
-    path.with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     average = sum(map(sum, correct)) / 8
     found = {
         "problems": 4,

@@ -7,6 +7,7 @@ from milepost.checkpoints.manifest import read_manifest, write_manifest
 from milepost.common.errors import run
 from milepost.common.files import hold
 from milepost.common.jobs import job_parser
+from milepost.common.machine import machine
 from milepost.configuration.schema import Engine, Evaluation, Reward
 from milepost.evaluation.problems import load_problems
 from milepost.evaluation.sampling import BATCH, SampleFile, origin_of, sample_problems, wanted_samples
@@ -49,7 +50,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         finally:
             engine.close()
     with Grader(reward) as grader:
-        facts = {"dataset": arguments.data.stem, **scores(problems, samples, settings, grader)}
+        found = scores(problems, samples, settings, grader)
+    file.write_grades(found["per_problem"])
+    facts = {"dataset": arguments.data.stem, **found, "machine": machine()}
     files = [arguments.samples.name]
     write_manifest(arguments.manifest, "evaluate", arguments.samples.parent, files, arguments.job, facts)
 

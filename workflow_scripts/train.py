@@ -28,6 +28,7 @@ from milepost.common.errors import UserError, run
 from milepost.common.files import hold, sha256_of_all
 from milepost.common.interrupts import Interrupts
 from milepost.common.jobs import job_parser
+from milepost.common.machine import machine
 from milepost.configuration import runs, schema
 from milepost.configuration.layout import processes, shape_fault
 from milepost.configuration.memory import GIB, estimate, rescaled_engine
@@ -272,14 +273,15 @@ def start_lead(
     cursor = PromptCursor(prompts, training.seed, training.weights)
     if progress.cursor:
         cursor.restore(progress.cursor)
-    log = metrics.RunLog(arguments.work, progress.rollout + 1, training.wandb_project)
+    log = metrics.RunLog(arguments.work, progress.rollout + 1, settings)
     stack.callback(log.close)
-    bar = tqdm(total=training.rollouts, initial=progress.rollout, desc="train", unit="rollout", mininterval=1)
+    shown = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"  # what is left follows from the run's own steps
+    bar = tqdm(total=training.rollouts, initial=progress.rollout, desc="train", bar_format=shown, mininterval=1)
     stack.callback(bar.close)
     logs = Logs(settings, log, bar, tokenizer)
     if training.mode == "train_only":
         replay = Replay(settings, Path(training.replay).expanduser(), prompts, cursor, NoEngine())
-        return Lead(replay, Validation(0, lambda rollout: {}, log, interrupts), logs)
+        return Lead(replay, Validation(0, lambda rollout: {}, logs, interrupts), logs)
 
     stops = stop_token_ids(source.hub.root, tokenizer)
     carried = saved / run_state.GROUPS if saved else None
@@ -323,7 +325,7 @@ def start_lead(
         (keep_in / runs.ROLLOUTS).mkdir(exist_ok=True)
     return Lead(
         sampler=Sampler(settings, engine, tokenizer, stops, graders, cursor, interrupts, waiting, keep_in),
-        validation=Validation(validation.interval, validate, log, interrupts),
+        validation=Validation(validation.interval, validate, logs, interrupts),
         logs=logs,
     )
 
@@ -384,6 +386,7 @@ def write_result(arguments: argparse.Namespace, checkpoint: Path) -> None:
         "checkpoint": checkpoint.name,
         "best": {"checkpoint": best.name, "score": run_state.read_progress(best).score} if best else None,
         "made_by": runs.made_by(arguments.work),
+        "machine": machine(),
     }
     files = weights | logs
     keep_manifest(write_manifest(arguments.manifest, "train", arguments.work, files, arguments.job, facts))

@@ -5,6 +5,7 @@ import re
 import shutil
 from statistics import mean
 
+import pandas
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -128,11 +129,13 @@ def test_a_changed_line_grades_again_and_begins_a_new_training(run, folder, name
 
 def test_samples_that_are_kept_are_graded_by_the_new_line(run, folder):
     base = folder / "results/tiny/eval/topics/base"
-    before, samples = json.loads(base.with_suffix(".json").read_text()), base.with_suffix(".jsonl").read_bytes()
+    before, samples = json.loads(base.with_suffix(".json").read_text()), pandas.read_json(f"{base}.jsonl", lines=True)
     (folder / "my_rewards.py").write_text("def vowels(sample): return float(sample.tokens)\n")
     run(folder, "--", "results/tiny/eval/topics/base.json")
     after = json.loads(base.with_suffix(".json").read_text())
-    assert base.with_suffix(".jsonl").read_bytes() == samples
+    again = pandas.read_json(f"{base}.jsonl", lines=True)
+    assert again.drop(columns=["reward", "correct"]).equals(samples.drop(columns=["reward", "correct"]))
+    assert again["reward"].equals(again["tokens"])
     assert after["facts"]["average"] == pytest.approx(after["facts"]["mean_tokens"])
     assert before["facts"]["average"] < 1 < after["facts"]["average"]
 

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from clones import clone
+from milepost.common.working_folder import claim
 
 MODELS = ("4B", "9B", "27B", "35B_A3B", "0.8B", "2B", "tiny", "tiny_gpu", "tiny_moe")
 STAGES = ("download", "convert", "evaluate", "train", "export", "eval")
@@ -31,6 +32,7 @@ def test_every_model_has_every_target_and_each_says_what_it_does(snakemake, root
         "all",
         "preflight",
         "check_reward",
+        "progress",
     } == set(targets)
     assert targets["train_9B"] == "9B: train with GRPO."
 
@@ -140,3 +142,19 @@ def test_the_linter_reports_only_that_rules_name_no_environment(snakemake):
     """One locked environment serves every rule, so no rule names one: docs/limits.md says why."""
     lints = set(re.findall(r"^ +\* (.+):$", said(snakemake("--lint")), flags=re.MULTILINE))
     assert lints == {"Specify a conda environment or container for each rule."}
+
+
+def test_progress_is_shown_while_another_run_holds_the_folder(snakemake, tmp_path, snakefile):
+    arguments = ("--cores", "1", "--directory", str(tmp_path), "--config", "models=[tiny]", "--", "progress")
+    folder = tmp_path / ".snakemake"
+    (folder / "locks").mkdir(parents=True)
+    locks = {folder / "locks/0.input.lock": "results/tiny/convert.json\n"}
+    locks[folder / "locks/0.output.lock"] = "results/tiny/grpo/grpo/train.json\n"
+    with claim(folder):  # as the run does that trains
+        for lock, content in locks.items():
+            lock.write_text(content)
+        snakemake(*arguments, snakefile=snakefile, check=True)
+        snakemake(*arguments, snakefile=snakefile, check=True)  # made anew
+        assert {lock: lock.read_text() for lock in (folder / "locks").iterdir()} == locks
+    assert "No rollout yet: tiny/grpo" in (tmp_path / "results/progress.html").read_text()
+    assert (tmp_path / "results/logs/progress.history.log").read_text().count("open it in a browser") == 2

@@ -65,8 +65,8 @@ def work(tmp_path_factory, snakefile, snakemake):
             return done.stdout + done.stderr
 
         def samples(self, name):
-            """The sampled responses of an evaluation; the first line is their origin."""
-            return [json.loads(line) for line in (self.results / name).read_text().split("\n")[1:-1]]
+            """The sampled responses of an evaluation."""
+            return [json.loads(line) for line in (self.results / name).read_text().split("\n")[:-1]]
 
         def manifest(self, name):
             return json.loads((self.results / name).read_text())

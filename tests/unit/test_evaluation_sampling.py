@@ -7,6 +7,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 
+import pandas
 import pytest
 
 import evaluate_model
@@ -80,9 +81,8 @@ def forbidden(*_):
 
 
 def content(path):
-    """The file's lines without timing and number of samples."""
-    unstable = ("seconds", "settled")
-    return [{key: value for key, value in json.loads(line).items() if key not in unstable} for line in path.open()]
+    """The file's lines without timing."""
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in path.open()]
 
 
 def test_every_sample_and_the_scores_are_written(run, tmp_path):
@@ -106,7 +106,7 @@ def test_run_that_was_cut_in_the_middle_of_a_line_ends_with_the_same_file(run, t
     run()
     samples = tmp_path / "eval" / "base.jsonl"
     whole, lines = content(samples), samples.read_bytes().splitlines(keepends=True)
-    samples.write_bytes(b"".join([lines[0], lines[4], lines[2], lines[6][:50]]))
+    samples.write_bytes(b"".join([lines[3], lines[1], lines[5][:50]]))
     asked, start = [], evaluate_model.start_engine
 
     def spy(*arguments, max_requests):
@@ -135,12 +135,57 @@ def test_another_reward_grades_again_without_sampling(run, tmp_path, monkeypatch
     monkeypatch.setattr(evaluate_model, "start_engine", forbidden)
     samples = tmp_path / "eval" / "base.jsonl"
     lines = [json.loads(line) for line in samples.open()]
-    for line, problem in zip(lines[1:], [0, 0, 1, 1, 2, 2], strict=True):
+    for line, problem in zip(lines, [0, 0, 1, 1, 2, 2], strict=True):
         line["response"] = f"\\boxed{{{2 * problem}}}"
     samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert run(reward={"max_seconds": 9.0}).facts["average"] == 0
+    assert [line["reward"] for line in content(samples)] == [0] * 6
     scores = run(reward={"think_block": "optional"}).facts
     assert (scores["average"], scores["majority"], scores["no_think_end_share"]) == (1, 1, 0)
+    graded = [(line["label"], line["answer"], line["correct"], line["reward"]) for line in content(samples)]
+    assert graded == [(str(2 * p), str(2 * p), True, 1.0) for p in (0, 0, 1, 1, 2, 2)]
+
+
+def test_the_samples_load_into_pandas_with_their_labels_and_grades(run, tmp_path):
+    facts = run().facts
+    table = pandas.read_json(tmp_path / "eval/base.jsonl", lines=True, dtype={"label": str})
+    assert table.groupby("problem")["reward"].mean().mean() == facts["average"]
+    assert (table["finish"] == "length").mean() == facts["truncated_share"]
+    assert [*table["label"]] == [str(2 * p) for p in (0, 0, 1, 1, 2, 2)]
+    assert set(table["reason"]) == {reason for row in facts["per_problem"] for reason in row["reasons"]}
+    assert table["origin"].nunique() == 1 and not table[["correct", "reward"]].isna().any(axis=None)
+
+
+def test_fewer_samples_are_graded_and_the_others_kept(run, tmp_path, monkeypatch):
+    run()
+    whole = content(tmp_path / "eval/base.jsonl")
+    monkeypatch.setattr(evaluate_model, "start_engine", forbidden)
+    assert run(samples_per_problem=1, pass_at=[1]).facts["samples_per_problem"] == 1
+    lines = content(tmp_path / "eval/base.jsonl")
+    assert [line["response"] for line in lines] == [line["response"] for line in whole]
+    assert ["reward" in line for line in lines] == [True, False] * PROBLEMS
+    run()
+    assert content(tmp_path / "eval/base.jsonl") == whole
+
+
+def test_a_file_of_something_else_is_kept_beside_the_samples(run, tmp_path):
+    """Such as the samples of an older version, whose first line was their origin."""
+    old = b'{"origin": {}, "settled": 1}\n{"problem": 0}\n'
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval/base.jsonl").write_bytes(old)
+    run()
+    assert (tmp_path / "eval/base.unknown.jsonl").read_bytes() == old
+    assert len(content(tmp_path / "eval/base.jsonl")) == 6
+
+
+def test_samples_of_two_origins_are_never_read_as_one(run, tmp_path):
+    run()
+    path = tmp_path / "eval/base.jsonl"
+    lines = [json.loads(line) for line in path.open()]
+    lines[2]["origin"] = "other"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    origin, samples, settled = read_samples(path)
+    assert (origin, len(samples), settled) == (lines[0]["origin"], 2, 2)
 
 
 def test_less_memory_for_the_engine_keeps_the_samples(run, monkeypatch):
@@ -204,7 +249,8 @@ def test_samples_of_other_weights_or_another_protocol_are_never_scored(run, inpu
     run(temperature=0.5)
     assert "of other weights or settings" in capsys.readouterr().err
     cold = content(tmp_path / "eval" / "base.jsonl")
-    assert cold[0] != warm[0] and cold[1:] != warm[1:]
+    assert {line["origin"] for line in cold}.isdisjoint(line["origin"] for line in warm)
+    assert [line["response"] for line in cold] != [line["response"] for line in warm]
 
     other = shutil.copytree(inputs / "hub", tmp_path / "other")
     (other / "config.json").write_text((other / "config.json").read_text() + "\n")
@@ -278,7 +324,8 @@ def test_a_stopped_batch_counts_only_if_the_engine_uses_seeds(draw, tmp_path, ca
     settled = path.read_bytes()
     draw(Unseeded())
     lines = path.read_bytes().splitlines(keepends=True)
-    stopped = settled + lines[2]  # one of the second batch's three samples
+    second = json.loads(lines[1]) | {"pending": True}  # one of the second batch's three samples
+    stopped = settled + json.dumps(second).encode() + b"\n"
     path.write_bytes(stopped)
     engine = Unseeded()
     assert draw(engine)[::2] == first

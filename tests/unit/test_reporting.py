@@ -16,11 +16,11 @@ from scipy import stats
 from milepost.checkpoints.manifest import read_manifest, write_manifest
 from milepost.common.errors import UserError
 from milepost.configuration.schema import Reward
-from milepost.evaluation.sampling import Sample
+from milepost.evaluation.sampling import Sample, SampleFile
 from milepost.evaluation.scores import scores
 from milepost.problems.loading import Problem
 from milepost.reporting.plots import all_plots
-from milepost.reporting.report import HEAD, TAIL, _training_facts, shortened
+from milepost.reporting.report import HEAD, TAIL, shortened, training_facts
 from milepost.reporting.results import pairs, read_scores, read_trainings
 from milepost.reporting.tables import difference_table, in_words, markdown, points, readable_scores, score_table
 from milepost.rewards.grader import Grader
@@ -58,11 +58,10 @@ def evaluate(results: Path, model: str, weights: str, chance: float, seed: int, 
             samples.append(Sample(problem, sample, 1, rows[problem].messages, text, tokens, finish, 0.1))
     path = results / model / "eval" / "aime" / f"{weights}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [{"origin": {}}, *(vars(sample) for sample in samples)]
-    path.with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = {"evaluation": settings.model_dump(mode="json"), "engine": {"kind": "cpu"}}
     with Grader(Reward()) as grader:
         facts = {"dataset": "aime"} | scores(rows, samples, settings, grader)
+    SampleFile(path.with_suffix(".jsonl"), "origin", samples, len(samples)).write_grades(facts["per_problem"])
     provenance = {"config": config, "code": "abc", "upstream": {}}
     write_manifest(path, "evaluate", path.parent, [f"{weights}.jsonl"], provenance, facts)
     return path
@@ -214,7 +213,7 @@ def test_rewards_that_were_all_equal_at_first_are_told(tmp_path, rewards, told):
     names = ("reward_mean", "reward_min", "reward_max")
     rows = [{"rollout": number, **dict.fromkeys(names, reward)} for number, reward in enumerate(rewards, start=1)]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    facts = dict(_training_facts(*read_trainings([path])))
+    facts = dict(training_facts(*read_trainings([path])))
     found = facts.get(f"rewards of the first {min(3, len(rewards))} rollouts")
     assert found == (told and f"{told}, which teaches nothing")
 
@@ -224,7 +223,7 @@ def test_overlong_answers_are_told_with_the_score_that_they_do_not_change(tmp_pa
     said = {}
     for model, more in (("4B", {}), ("9B", {"reward_mean_with_penalty": 0.5}), ("27B", {})):
         columns = {} if model == "27B" else counts | more
-        facts = dict(_training_facts(*read_trainings([train(tmp_path, model, reward_mean=0.75, **columns)])))
+        facts = dict(training_facts(*read_trainings([train(tmp_path, model, reward_mean=0.75, **columns)])))
         said[model] = facts.get("overlong answers, last twentieth")
     assert said == {
         "4B": "12.5% have no part in the loss; mean reward 75.0% as graded, 90.0% of all others",
@@ -348,7 +347,13 @@ def test_plots_cover_every_model_and_both_themes(written):
     assert names == {"scores"} | {
         f"{name}{model}{end}"
         for model in ("4B", "tiny_moe")
-        for name, end in (("problems-", "-grpo-aime"), ("reward-", ""), ("length-", ""), ("health-", ""))
+        for name, end in (
+            ("problems-", "-grpo-aime"),
+            ("reward-", ""),
+            ("length-", ""),
+            ("health-", ""),
+            ("phases-", ""),
+        )
     }
     for plot in manifest.facts["plots"]:
         assert (manifest.root / plot["png"]).read_bytes().startswith(b"\x89PNG")
@@ -425,7 +430,7 @@ def test_the_report_holds_what_a_reader_asks_for(written):
         "Base weights on aime, samples",
         "Samples of the last rollouts of grpo",
         "cut off by the cap",
-        "97.5 s (rollout 60 s, train 30 s, sync 2.5 s, sleep and wake 5 s)",
+        "1 min 38 s (rollout 1 min, train 30 s, sync 2.5 s, sleep and wake 5 s)",
         "the same problems, protocol and reward for both weights",
     ):
         assert expected in text, expected

@@ -1,5 +1,6 @@
 """What tables and report say of a training and of a pair of scores is what a reader works out by hand."""
 
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -10,10 +11,11 @@ from matplotlib.colors import to_hex
 from milepost.checkpoints.manifest import write_manifest
 from milepost.common.errors import UserError
 from milepost.evaluation.estimators import bootstrap_interval, paired_difference
-from milepost.reporting.plots import Theme, all_plots
+from milepost.reporting.plots import all_plots
 from milepost.reporting.report import report_page
 from milepost.reporting.results import pairs, read_scores
 from milepost.reporting.tables import (
+    cut_off_in_words,
     difference_table,
     in_words,
     readable_differences,
@@ -21,6 +23,7 @@ from milepost.reporting.tables import (
     readable_scores,
     score_table,
 )
+from milepost.reporting.theme import Theme
 from recorded import BASE, PROTOCOL, TRAINED, rewards, score, training
 from settings import section
 
@@ -276,8 +279,67 @@ def test_problems_are_sorted_by_the_base_and_drawn_in_its_colour(tmp_path):
 def test_the_reward_plot_shows_raw_and_smoothed_values_and_validations(tmp_path):
     values = [0.0, 0.3, 0.6, *[0.5] * 8, 0.2]
     validations = [{"rollout": 0, "validation_average": 0.1}, {"rollout": 12, "validation_average": 0.9}]
+    validations[1]["validation_standard_error"] = 0.05
     (axes,) = drawn([training(tmp_path, [*rewards(*values), *validations])], [], "reward")
-    raw, smooth, validated = axes.lines
+    raw, smooth, validated, *_ = axes.lines
+    (bars,) = axes.collections
+    assert [segment[:, 1].tolist() for segment in bars.get_segments() if len(segment)][-1] == pytest.approx(
+        [0.85, 0.95]
+    )
     assert raw.get_ydata().tolist() == values and raw.get_xdata().tolist() == list(range(1, 13))
     assert smooth.get_ydata()[[0, 1, 2, -1]] == pytest.approx([0.15, 0.3, 1.4 / 3, 0.35])  # means of three
     assert validated.get_xdata().tolist() == [0, 12] and validated.get_ydata().tolist() == [0.1, 0.9]
+
+
+def test_phases_of_a_step_follow_each_other_and_flat_curves_are_named_instead_of_drawn(tmp_path):
+    phases = {"seconds_step": 10.0, "seconds_rollout": 6.0, "seconds_train": 3.0, "seconds_sync": 1.0}
+    rows = [row | phases | {"loss": 1e-8 * row["rollout"], "clip_fraction": 0.0} for row in rewards(0.1, 0.2, 0.3)]
+    rows = [row | {"grad_norm": row["rollout"] / 2} for row in rows]
+    trained = training(tmp_path, rows)
+    (axes,) = drawn([trained], [], "phases")
+    assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, 6), (6, 3), (9, 1)]
+    assert [axes.get_title(loc="left") for axes in drawn([trained], [], "health")] == ["gradient norm"]
+    (health,) = [plot for plot in all_plots([trained], [], []) if plot.name.startswith("health")]
+    assert health.caption.endswith("Constant or within 1e-6 of 0, and left out: share of clipped tokens, loss.")
+
+
+def with_finish(path, finish):
+    """Record how the samples of a score's problems ended: s for by themselves, l for cut off."""
+    made = json.loads(path.read_text())
+    for problem, ends in zip(made["facts"]["per_problem"], finish, strict=True):
+        problem["finish"] = [{"s": "stop", "l": "length"}[end] for end in ends]
+    made["facts"]["truncated_share"] = "".join(finish).count("l") / 8
+    path.write_text(json.dumps(made))
+    return path
+
+
+def test_what_answers_that_are_no_longer_cut_off_are_worth_is_told(tmp_path):
+    """Two problems whose second answer was cut off are now complete and half right; the others change otherwise."""
+    first = [[True, False], [False, False], [True, False], [True, True]]
+    second = [[True, False], [True, False], [True, True], [True, True]]
+    base = with_finish(score(tmp_path, "base", first), ["sl", "sl", "ss", "ss"])
+    grpo = with_finish(score(tmp_path, "grpo", second), ["ss", "ss", "ss", "ss"])
+    (pair,) = pairs(read_scores([base, grpo]))
+    # Problem 1: half of its answers, times 1 before and 0.5 now; problem 2: half, times 0 before and 0.5 now.
+    assert pair.from_cut_off == pytest.approx((0.5 * 0.75 + 0.5 * 0.25) / 4)
+    assert pair.difference.value == pytest.approx(0.25)
+    assert cut_off_in_words(pair) == (
+        "+12.5 points of these +25.0 points are answers that the cap no longer cuts off (25.0% were, 0.0% are), counted"
+        " problem by problem at what complete answers earn."
+    )
+    # All answers to problem 4 are cut off now, but right: complete ones would earn what they did before.
+    back = pairs(read_scores([with_finish(base, ["ss"] * 4), with_finish(grpo, ["ss", "ss", "ss", "ll"])]))[0]
+    assert back.from_cut_off == 0
+    assert cut_off_in_words(back) == ""
+    # Problem 1's second answer is cut off now: half of its answers, times 0.5 before and 1 now.
+    back = pairs(read_scores([with_finish(base, ["ss"] * 4), with_finish(grpo, ["sl", "ss", "ss", "ss"])]))[0]
+    assert back.from_cut_off == pytest.approx(-0.5 * (0.5 + 1) / 2 / 4)
+    assert "−9.4 points of these +25.0 points are answers that the cap cuts off as well" in cut_off_in_words(back)
+
+
+def test_nothing_is_told_where_no_share_of_cut_off_answers_changed_or_none_was_recorded(tmp_path):
+    files = [score(tmp_path, "base", BASE), score(tmp_path, "grpo", TRAINED)]
+    assert cut_off_in_words(pairs(read_scores(files))[0]) == ""
+    for file in files:
+        with_finish(file, ["sl", "ss", "ss", "ss"])
+    assert cut_off_in_words(pairs(read_scores(files))[0]) == ""

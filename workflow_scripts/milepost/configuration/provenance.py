@@ -65,7 +65,7 @@ class Provenance:
     Stages, and what identifies a result of each:
     ``dataset`` (name), ``download``, ``convert`` (model), ``train`` (model, and ``run`` if it is not the
     configuration's), ``export`` (model, weights; by default those that the configuration trains), ``evaluate`` (model,
-    dataset, weights), ``tables``, ``comparison``, ``plots``, ``report``, ``check_reward`` (none).
+    dataset, weights), ``tables``, ``comparison``, ``plots``, ``report``, ``progress``, ``check_reward`` (none).
     """
 
     def __init__(self, configuration: Configuration, scripts: Path):

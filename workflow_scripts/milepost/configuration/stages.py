@@ -129,6 +129,10 @@ class Stages:
         rewards = [reward.model_dump(mode="json") for reward in self._configuration.rewards()]
         return Parts({"answers": self._configuration.answers, "rewards": rewards}, ["check_reward.py"], (), {})
 
+    def _progress(self) -> Parts:
+        config = {"plots": self._configuration.plots, "trainings": self._configuration.trainings}
+        return Parts(config, ["make_progress.py"], (), {})
+
     def _tables(self) -> Parts:
         return Parts(
             {"compare": self._configuration.compare}, ["make_tables.py"], versions.STATISTICS, self._reported()

@@ -1,7 +1,8 @@
 """Draw n samples of each problem and save every one, so that a stopped run resumes where it was.
 
-``samples.jsonl`` starts with a line on the samples' origin (weights, protocol, prompts). Samples of another origin are
-never mixed with them; they are moved to another file. After it comes one line per sample, appended as each finishes.
+``samples.jsonl`` has one line per sample, appended as each finishes, and nothing else, so that any reader of JSON lines
+loads it. Each line names its origin, a digest of weights, protocol and prompts. Samples of another origin are never
+mixed with them; they are moved to another file. Once all are graded, each line has its label and grade as well.
 
 Samples are drawn in batches. If a batch is stopped, its finished samples are the short ones. An engine that ignores
 seeds would redraw only the long ones, until they are short too; since truncated answers are wrong, the score would
@@ -12,8 +13,8 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from itertools import batched
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -30,11 +31,15 @@ from milepost.rollout.prompts import decode, encode_prompt
 
 BATCH = 2048  # samples; a stop loses at most these, but the engine is underused at the end of each batch
 TRIES = 3  # of a batch in which an engine worker fails
+UNKNOWN = "unknown"  # the origin of a file that holds something else
+PENDING = "pending"  # in the lines of a batch that is not complete
+# What a line holds of a sample's grade -> where `scores` has it.
+GRADE = {"answer": "answers", "correct": "correct", "reward": "rewards", "reason": "reasons"}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One line of ``samples.jsonl``.
+    """One line of ``samples.jsonl``, without its origin and its grade.
 
     Attributes:
         problem: index of the problem in its file, from 0.
@@ -57,16 +62,15 @@ class Sample:
     seconds: float
 
 
-def origin_of(sampler: dict[str, Any], problems: Sequence[Problem]) -> dict[str, Any]:
-    """Everything that determines the samples, except their number.
+def origin_of(sampler: dict[str, Any], problems: Sequence[Problem]) -> str:
+    """A digest of everything that determines the samples, except their number.
 
     Args:
         sampler: plain JSON that identifies the weights and the protocol (`configuration.provenance.sampler`).
         problems: only their prompts count; if labels change, the saved samples are just graded again.
     """
-    return json.loads(
-        json.dumps(sampler | {"prompts": prompts_digest(problems)})
-    )  # normalised as when read from a file
+    origin = json.dumps(sampler | {"prompts": prompts_digest(problems)}, sort_keys=True)
+    return hashlib.sha256(origin.encode()).hexdigest()[:12]
 
 
 def prompts_digest(problems: Sequence[Problem]) -> str:
@@ -75,28 +79,28 @@ def prompts_digest(problems: Sequence[Problem]) -> str:
     return hashlib.sha256(prompts.encode()).hexdigest()
 
 
-def read_samples(path: Path | str) -> tuple[dict[str, Any] | None, list[Sample], int]:
+def read_samples(path: Path | str) -> tuple[str | None, list[Sample], int]:
     """Read a file's origin, its valid samples, and how many of them (the first ones) belong to complete batches.
 
     Everything from the first damaged line on is ignored, since a killed process leaves part of a line. Returns
-    ``(None, [], 0)`` if the file does not exist.
+    ``(None, [], 0)`` if the file has no whole line, and `UNKNOWN` as the origin of lines that are no samples.
     """
     path = Path(path)
-    if not path.exists():
-        return None, [], 0
-    lines = path.read_bytes().split(b"\n")[:-1]  # after the last line break there may be part of a line
-    try:
-        head = json.loads(lines[0])
-        origin, settled = head["origin"], head["settled"]
-    except (IndexError, ValueError, KeyError, TypeError):
-        return None, [], 0
-    samples = []
-    for line in lines[1:]:
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # after the last break may be part of a line
+    origin, samples, settled = None, [], 0
+    for line in lines:
         try:
-            samples.append(Sample(**json.loads(line)))
-        except (ValueError, TypeError):
+            row = json.loads(line)
+            sample = Sample(**{field.name: row[field.name] for field in fields(Sample)})
+            own = row["origin"]
+        except (ValueError, TypeError, KeyError):
             break
-    return origin, samples, settled
+        if samples and own != origin:
+            break
+        origin = own
+        samples.append(sample)
+        settled += not row.get(PENDING, False)
+    return (UNKNOWN if lines and not samples else origin), samples, settled
 
 
 class SampleFile:
@@ -107,11 +111,11 @@ class SampleFile:
         settled: how many of them (the first ones) belong to complete batches.
     """
 
-    def __init__(self, path: Path, origin: dict[str, Any], samples: list[Sample], settled: int) -> None:
+    def __init__(self, path: Path, origin: str, samples: list[Sample], settled: int) -> None:
         self.path, self.origin, self.samples, self.settled = path, origin, samples, settled
 
     @classmethod
-    def open(cls, path: Path | str, origin: dict[str, Any]) -> Self:
+    def open(cls, path: Path | str, origin: str) -> Self:
         """Open the file with the samples of ``origin``; samples of another origin are moved to another file."""
         path = Path(path)
         found, samples, settled = read_samples(path)
@@ -135,18 +139,33 @@ class SampleFile:
     def append(self, sample: Sample) -> None:
         """Append a sample of the current batch."""
         with self.path.open("ab") as file:
-            file.write(json_line(asdict(sample)))
+            file.write(json_line(self._row(sample) | {PENDING: True}))
 
     def settle(self, samples: list[Sample]) -> None:
         """Rewrite the file with exactly these samples, all of complete batches."""
-        head = {"origin": self.origin, "settled": len(samples)}
-        atomic_write(self.path, b"".join([json_line(head), *(json_line(asdict(sample)) for sample in samples)]))
+        atomic_write(self.path, b"".join(json_line(self._row(sample)) for sample in samples))
         self.samples, self.settled = samples, len(samples)
 
+    def write_grades(self, per_problem: Sequence[Mapping[str, Any]]) -> None:
+        """Rewrite the file with each sample's label and grade in its line; ``per_problem`` is of `scores`.
 
-def _beside(path: Path, origin: dict[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:12]
-    return path.with_name(f"{path.stem}.{digest}{path.suffix}")
+        Samples beyond those that were graded keep their lines, without a grade.
+        """
+        rows = []
+        for sample in self.samples:
+            facts, number = per_problem[sample.problem], sample.sample
+            row = self._row(sample) | {"label": facts["label"]}
+            if number < len(facts["rewards"]):
+                row |= {name: facts[of_all][number] for name, of_all in GRADE.items()}
+            rows.append(row)
+        atomic_write(self.path, b"".join(map(json_line, rows)))
+
+    def _row(self, sample: Sample) -> dict[str, Any]:
+        return asdict(sample) | {"origin": self.origin}
+
+
+def _beside(path: Path, origin: str) -> Path:
+    return path.with_name(f"{path.stem}.{origin}{path.suffix}")
 
 
 def wanted_samples(problems: Sequence[Problem], settings: Evaluation) -> list[tuple[int, int]]:

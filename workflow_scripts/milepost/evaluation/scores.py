@@ -34,7 +34,9 @@ def evaluate(
     """
     file = SampleFile.open(samples_path, origin_of(sampler, problems))
     samples = sample_problems(engine, tokenizer, stop_token_ids, problems, settings, file)
-    return scores(problems, samples, settings, grader)
+    found = scores(problems, samples, settings, grader)
+    file.write_grades(found["per_problem"])
+    return found
 
 
 def scores(

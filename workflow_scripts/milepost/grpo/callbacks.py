@@ -9,11 +9,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from milepost.common.durations import duration
 from milepost.common.interrupts import Interrupted, Interrupts
 from milepost.grpo import overlong, run_state
 from milepost.grpo.groups import Group
-from milepost.grpo.metrics import RunLog, equal_rewards, warn
+from milepost.grpo.metrics import METRICS, RunLog, equal_rewards, warn
 from milepost.grpo.optimizer import Optimizer
+from milepost.grpo.pace import Pace
 from milepost.grpo.run_state import Progress
 from milepost.grpo.samples import Rollout, statistics
 from milepost.grpo.settings import Settings
@@ -28,10 +30,10 @@ class Validation:
     """Evaluates the weights that the engine holds, every ``validation.interval`` rollouts."""
 
     def __init__(
-        self, interval: int, evaluate: Callable[[int], dict[str, float]], log: RunLog, interrupts: Interrupts
+        self, interval: int, evaluate: Callable[[int], dict[str, float]], logs: "Logs", interrupts: Interrupts
     ) -> None:
         """``evaluate`` takes the number of finished rollouts and returns metrics."""
-        self.interval, self.evaluate, self.log, self.interrupts = interval, evaluate, log, interrupts
+        self.interval, self.evaluate, self.logs, self.interrupts = interval, evaluate, logs, interrupts
 
     def run_if_due(self, progress: Progress) -> None:
         """Evaluate these weights if it is due and they have no score yet."""
@@ -44,20 +46,33 @@ class Validation:
         except Interrupted:
             return
         progress.score = metrics["validation_average"]
-        self.log.metrics(progress.rollout, metrics | {"seconds_validation": time.perf_counter() - began})
+        self.logs.validated(progress, metrics | {"seconds_validation": time.perf_counter() - began})
 
 
 class Logs:
-    """Logs every rollout: metrics, a few samples, the progress bar, and warnings."""
+    """Logs every rollout: metrics, a few samples, the progress bar with the time that is left, and warnings."""
 
     def __init__(self, settings: Settings, log: RunLog, bar: tqdm, tokenizer: PreTrainedTokenizerBase) -> None:
         self.settings, self.training = settings, settings.training
         self.log, self.bar, self.tokenizer = log, bar, tokenizer
+        self.pace = Pace(self.training.rollouts, settings.validation.interval, self.training.save_interval)
+        for row in log.lines[METRICS].read():  # of a run that goes on
+            self.pace.add(row)
+        self._save: dict[str, float] = {}
 
     def drawn(self, number: int, rollout: Rollout) -> None:
         """Log the samples of the first prompts, before training on them."""
         for sample in rollout.samples[: KEPT_GROUPS * self.training.samples_per_prompt]:
             self.log.sample(sample.row(number, decode(self.tokenizer, sample.prompt.ids)))
+
+    def validated(self, progress: Progress, metrics: dict[str, float]) -> None:
+        """Log a validation."""
+        self.log.metrics(progress.rollout, metrics)
+        self.pace.add({"rollout": progress.rollout} | metrics)
+
+    def saved(self, seconds: float) -> None:
+        """Log with the next rollout how long a checkpoint took: a run that goes on from it has no later lines."""
+        self._save = {"seconds_save": seconds}
 
     def learned(
         self, progress: Progress, rollout: Rollout, metrics: dict[str, float], seconds: dict[str, float]
@@ -66,13 +81,16 @@ class Logs:
         phases = {name: rollout.seconds.get(name, 0.0) + seconds.get(name, 0.0) for name in rollout.seconds | seconds}
         total = sum(phases.values())
         rates = {"tokens_per_second": rollout.tokens / total, "seconds_step": total}
-        rates |= {f"seconds_{name}": value for name, value in phases.items()}
+        rates |= {f"seconds_{name}": value for name, value in phases.items()} | self._save
+        self._save = {}
         of_rollout = statistics(rollout.generated, self.training.samples_per_prompt) | rollout.flow
         completions, rewards = [s.completion for s in rollout.samples], [s.reward for s in rollout.samples]
         of_rollout |= overlong.statistics(completions, rewards, self.settings)
-        self.log.metrics(progress.rollout, of_rollout | metrics | rates)
-        shown = {name: f"{of_rollout[name]:.3f}" for name in ("reward_mean", "pass_rate")}
-        self.bar.set_postfix(shown, refresh=False)
+        self.pace.add({"rollout": progress.rollout} | rates)
+        left = self.pace.seconds_left()
+        self.log.metrics(progress.rollout, of_rollout | metrics | rates | {"seconds_left": left})
+        shown = [f"{name}={of_rollout[name]:.3f}" for name in ("reward_mean", "pass_rate")]
+        self.bar.set_postfix_str(", ".join([f"about {duration(left)} left", *shown]), refresh=False)
         self.bar.update()
         first_are_done = progress.rollout == min(FIRST_ROLLOUTS, self.training.rollouts)
         if first_are_done and (warning := equal_rewards(self.log)):

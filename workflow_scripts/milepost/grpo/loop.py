@@ -133,8 +133,10 @@ class Loop:
         status = 1 if self.failure else self.interrupts.exit_status if self.interrupts.requested else 0
         status, save = self._from_rank_0((status, self.checkpoints.due(self.progress, ends=bool(status))))
         if save:
-            of_lead = (self.lead.logs.log, self.lead.sampler.waiting) if self.lead else ()
+            of_lead, began = (self.lead.logs.log, self.lead.sampler.waiting) if self.lead else (), time.perf_counter()
             self.checkpoints.save(self.progress, self.learner.policy.model, self.learner.optimizer, *of_lead)
+            if self.lead:
+                self.lead.logs.saved(time.perf_counter() - began)
         if status:
             if self.lead:
                 done = self.progress.rollout

@@ -10,14 +10,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 from torch import Tensor
 
 from milepost.common.errors import UserError
 from milepost.common.files import json_line
 from milepost.configuration.early import require_wandb
+from milepost.grpo.settings import Settings
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 SHOWN, TAIL = 3, 160  # samples that a warning shows, and the final characters of each
+# Groups of metrics in TensorBoard and W&B, by how the names begin; all others are of the loss.
+GROUPS = {
+    "reward": ("reward_", "pass_rate", "grading_", "groups_", "prompts", "replaced_"),
+    "length": ("response_length", "truncated_", "overlong_"),
+    "validation": ("validation_",),
+    "seconds": ("seconds_", "tokens_per_second", "idle_share"),
+    "engine": ("log_prob_diff", "engine_kl", "acceptance_", "carried_", "token_age"),
+    "experts": ("expert_", "routing_"),
+    "memory": ("host_memory", "gpu_memory"),
+}
 
 
 class JsonLines:
@@ -50,20 +62,26 @@ class JsonLines:
 class RunLog:
     """All logs of one run, in its work folder; only rank 0 has them."""
 
-    def __init__(self, work: Path, first_rollout: int, wandb_project: str | None) -> None:
+    def __init__(self, work: Path, first_rollout: int, settings: Settings) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
         self.lines = {name: JsonLines(work / name) for name in (METRICS, SAMPLES)}
         self.tensorboard = SummaryWriter(str(work / "tensorboard"), purge_step=first_rollout)
-        self.wandb = _start_wandb(wandb_project, work) if wandb_project else None
+        config = settings.model_dump(mode="json")
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        # At each start: a run that goes on may have another length or other validations.
+        self.tensorboard.add_text("settings", f"```\n{text}```", first_rollout - 1)
+        project = settings.training.wandb_project
+        self.wandb = _start_wandb(project, work, config) if project else None
 
     def metrics(self, rollout: int, values: dict[str, float | int]) -> None:
         """Write the ``values`` of ``rollout`` to all logs."""
         self.lines[METRICS].append({"rollout": rollout, **values})
-        for name, value in values.items():
+        grouped = {tag(name): value for name, value in values.items()}
+        for name, value in grouped.items():
             self.tensorboard.add_scalar(name, value, rollout)
         if self.wandb:
-            self.wandb.log({"rollout": rollout, **values})
+            self.wandb.log({"rollout": rollout, **grouped})
 
     def sample(self, row: dict[str, Any]) -> None:
         """Write one sample to samples.jsonl."""
@@ -80,6 +98,11 @@ class RunLog:
         self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def tag(metric: str) -> str:
+    """A metric's name in TensorBoard and W&B, which sort by what stands before the slash: ``reward/reward_mean``."""
+    return f"{next((group for group, starts in GROUPS.items() if metric.startswith(starts)), 'loss')}/{metric}"
 
 
 def equal_rewards(log: RunLog) -> str | None:
@@ -162,10 +185,13 @@ def warn(message: str) -> None:
         tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-def _start_wandb(project: str, work: Path) -> Any:
+def _start_wandb(project: str, work: Path, config: dict[str, Any]) -> Any:
+    """Log to the W&B run of this folder, which a resumed run continues; its name is model/run/folder."""
     require_wandb()
     import wandb
 
-    log = wandb.init(project=project, id=work.name, dir=work, resume="allow")
+    model, _, run, folder = work.absolute().parts[-4:]
+    settings = {"config": config, "name": f"{model}/{run}/{folder}"}
+    log = wandb.init(project=project, id=folder, dir=work, resume="allow", **settings)
     log.define_metric("*", step_metric="rollout")  # W&B's own step can't go back, but a resumed run does
     return log

@@ -8,13 +8,13 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from milepost.configuration.schema import Plots
 from milepost.reporting.results import Pair, Score, Training
+from milepost.reporting.theme import Theme
 
 WIDTH = 7.2  # inches
 HEALTH = {
@@ -29,36 +29,10 @@ HEALTH = {
     "routing_agreement": "agreement on experts",
     "tokens_per_second": "tokens per second",
 }
-VALIDATION = "validation_average"
-OTHER_RUNS = ("#b35900", "#7048a8", "#2b8a3e", "#c2255c")
+VALIDATION, VALIDATION_ERROR = "validation_average", "validation_standard_error"
+PHASES = ("rollout", "train", "sync", "sleep_wake", "validation", "save")
+LAST_STEPS = 20  # of the rollouts whose phases are drawn
 BAR, BETWEEN = 0.38, 0.24  # from bar to bar, and more from one model or problem set to the next
-
-
-@dataclass(frozen=True)
-class Theme:
-    """The colours of a drawing; ``others`` are of further runs."""
-
-    base: str
-    trained: str
-    others: tuple[str, ...]
-    ink: str
-    muted: str
-    grid: str
-
-    @classmethod
-    def light(cls, settings: Plots) -> "Theme":
-        return cls(settings.color_base, settings.color_trained, OTHER_RUNS, "#1f2328", "#656d76", "#d8dee4")
-
-    @classmethod
-    def dark(cls, settings: Plots) -> "Theme":
-        """The same hues, lighter, so that they stand out on a dark background."""
-        base, trained = _lighter(settings.color_base, 0.2), _lighter(settings.color_trained, 0.4)
-        others = tuple(_lighter(color, 0.4) for color in OTHER_RUNS)
-        return cls(base, trained, others, "#e6edf3", "#9198a1", "#30363d")
-
-    def run(self, number: int) -> str:
-        """The colour of a run, or of one of its checkpoints, by its place among all that are drawn."""
-        return self.trained if number == 0 else self.others[(number - 1) % len(self.others)]
 
 
 @dataclass(frozen=True)
@@ -84,7 +58,7 @@ class Plot:
         }
 
     def _drawn(self, theme: Theme) -> Figure:
-        with mpl.rc_context(_style(theme)):
+        with mpl.rc_context(theme.style()):
             return self.draw(theme)
 
     def _svg(self, figure: Figure) -> bytes:
@@ -130,11 +104,13 @@ def all_plots(trainings: Sequence[Training], scores: Sequence[Score], pairs: Seq
 
 def _training_plots(model: str, runs: Sequence[Training], numbers: dict[str, int]) -> list[Plot]:
     """The plots of a model's runs, which share their axes."""
-    return [
+    dull = [label for name, label in HEALTH.items() if _measured(runs, name) and _is_dull(runs, name)]
+    plots = [
         Plot(
             f"reward-{model}",
             f"{model}: reward",
-            "Mean reward of each rollout (thin), smoothed (thick), and the validation score of those weights (dots).",
+            "Mean reward of each rollout (thin), smoothed (thick), and the validation score of those weights (dots; the"
+            " bars are a standard error over problems).",
             model,
             lambda theme: _reward(runs, numbers, theme),
         ),
@@ -148,11 +124,21 @@ def _training_plots(model: str, runs: Sequence[Training], numbers: dict[str, int
         Plot(
             f"health-{model}",
             f"{model}: training metrics",
-            "What goes wrong shows here first: a growing log-prob difference means that engine and trainer disagree.",
+            "What goes wrong shows here first: a growing log-prob difference means that engine and trainer disagree."
+            + (f" Constant or within 1e-6 of 0, and left out: {', '.join(dull)}." if dull else ""),
             model,
             lambda theme: _health(runs, numbers, theme),
         ),
+        Plot(
+            f"phases-{model}",
+            f"{model}: where the time goes",
+            f"Mean seconds of a step over the last {LAST_STEPS} rollouts, by phase; validations and checkpoints are"
+            " spread over the rollouts between two of them.",
+            model,
+            lambda theme: _phases(runs, theme),
+        ),
     ]
+    return plots if any(map(phase_seconds, runs)) else plots[:-1]
 
 
 def smoothed(values: pd.Series) -> pd.Series:
@@ -168,16 +154,13 @@ def _reward(runs: Sequence[Training], numbers: dict[str, int], theme: Theme) -> 
         _curve(axes, training.column("reward_mean"), color, training.run if several else "reward of a rollout", several)
         validation = training.column(VALIDATION)
         if len(validation):
+            own = color if several else theme.ink
+            label = f"{training.run}: validation" if several else "validation (avg@n)"
             axes.plot(
-                validation.index,
-                validation,
-                "o-",
-                color=color if several else theme.ink,
-                markersize=4.5,
-                linewidth=0.8,
-                label=f"{training.run}: validation" if several else "validation (avg@n)",
-                zorder=4,
+                validation.index, validation, "o-", color=own, markersize=4.5, linewidth=0.8, label=label, zorder=4
             )
+            errors = training.column(VALIDATION_ERROR).reindex(validation.index)  # NaN draws no bar
+            axes.errorbar(validation.index, validation, errors, fmt="none", ecolor=own, elinewidth=1, capsize=2)
     is_share = all(training.is_share for training in runs)
     axes.set(xlabel="rollout", ylabel="share correct" if is_share else "mean reward")
     if is_share:
@@ -211,7 +194,7 @@ def _length(runs: Sequence[Training], numbers: dict[str, int], theme: Theme) -> 
 
 
 def _health(runs: Sequence[Training], numbers: dict[str, int], theme: Theme) -> Figure:
-    shown = {name: label for name, label in HEALTH.items() if any(len(training.column(name)) for training in runs)}
+    shown = {k: label for k, label in HEALTH.items() if _measured(runs, k) and not _is_dull(runs, k)}
     with_rows, several = -(-max(1, len(shown)) // 3), len(runs) > 1
     figure = Figure(figsize=(WIDTH, 1.75 * with_rows + 0.3 * several), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(with_rows, 3, squeeze=False).flat, shown.items(), strict=False):
@@ -226,6 +209,49 @@ def _health(runs: Sequence[Training], numbers: dict[str, int], theme: Theme) -> 
         colors = {training.run: theme.run(numbers[training.run]) for training in runs}
         lines = [Line2D([], [], color=color, linewidth=2, label=run) for run, color in colors.items()]
         figure.legend(handles=lines, loc="outside upper left", ncols=4)
+    return figure
+
+
+def _measured(runs: Sequence[Training], name: str) -> bool:
+    return any(len(training.column(name)) for training in runs)
+
+
+def _is_dull(runs: Sequence[Training], name: str) -> bool:
+    """Whether a curve would show nothing: it is flat, or its values are rounding errors."""
+    values = pd.concat([training.column(name) for training in runs])
+    return len(values) > 1 and bool(values.min() == values.max() or values.abs().max() < 1e-6)
+
+
+def phase_seconds(training: Training) -> dict[str, float]:
+    """Mean seconds of a step by phase, over the last rollouts; what happens every few rollouts has its share."""
+    every = {
+        "validation": training.settings.get("validation", {}).get("interval"),
+        "save": training.settings.get("training", {}).get("save_interval"),
+    }
+    found = {name: training.column(f"seconds_{name}").tail(LAST_STEPS).mean() for name in PHASES}
+    return {
+        name: seconds / (every.get(name) or 1) for name, seconds in found.items() if seconds > 0
+    }  # NaN: was not measured
+
+
+def _phases(runs: Sequence[Training], theme: Theme) -> Figure:
+    figure, (axes,) = _figure(1, 0.9 + 0.42 * len(runs))
+    colors = dict(zip(PHASES, (theme.trained, *theme.others, theme.muted), strict=True))
+    labelled = set()
+    for at, training in enumerate(runs):
+        start = 0.0
+        for phase, seconds in phase_seconds(training).items():
+            label = None if phase in labelled else phase.replace("_", " and ")
+            axes.barh(at, seconds, left=start, height=0.55, color=colors[phase], label=label)
+            labelled.add(phase)
+            start += seconds
+    axes.set_yticks(range(len(runs)), [training.run for training in runs])
+    axes.invert_yaxis()
+    axes.xaxis.set_major_locator(MaxNLocator(8))
+    axes.set_xlabel("seconds")
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+    _legend_above(axes, columns=len(PHASES))
     return figure
 
 
@@ -317,33 +343,6 @@ def _figure(rows: int, height: float, heights: Sequence[float] | None = None, sh
     for one in axes.flat:
         one.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     return figure, list(axes.flat)
-
-
-def _style(theme: Theme) -> dict[str, object]:
-    return {
-        "font.size": 9,
-        "text.color": theme.ink,
-        "axes.labelcolor": theme.muted,
-        "axes.edgecolor": theme.grid,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": theme.grid,
-        "grid.linewidth": 0.6,
-        "xtick.color": theme.grid,
-        "ytick.color": theme.grid,
-        "xtick.labelcolor": theme.muted,
-        "ytick.labelcolor": theme.muted,
-        "legend.frameon": False,
-        "legend.fontsize": 8.5,
-        "lines.solid_capstyle": "round",
-    }
-
-
-def _lighter(color: str, share: float) -> str:
-    return to_hex([part + (1 - part) * share for part in to_rgb(color)])
 
 
 def _bytes(figure: Figure, **options: object) -> bytes:

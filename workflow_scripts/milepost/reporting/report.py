@@ -4,6 +4,7 @@ import base64
 import math
 import re
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from milepost.checkpoints.manifest import Manifest
+from milepost.common.durations import duration
 from milepost.configuration.schema import Plots
-from milepost.reporting.plots import Theme
+from milepost.reporting.costs import COLUMNS, costs, gpus, hours
 from milepost.reporting.results import Pair, Score, Training
 from milepost.reporting.tables import amount, change, sentences, span, titled
+from milepost.reporting.theme import Theme
 
 EACH = 3  # correct samples, and as many incorrect ones, per group
 LAST_ROLLOUTS = 5  # rollouts whose samples are shown
@@ -48,26 +51,41 @@ def report_page(
     say which prompts were trained on and scored.
     """
     names = list(dict.fromkeys([*(score.model for score in scores), *(training.model for training in trainings)]))
-    models = [_model(name, scores, trainings) for name in names]
+    rows = {source.path.stem: source.facts["rows"] for source in sources if "rows" in source.facts}
+    models = [_model(name, scores, trainings, rows) for name in names]
+
+    def drawings(plot: dict[str, Any]) -> dict[str, bytes]:
+        return {theme: (plots.root / plot[theme]).read_bytes() for theme in ("light", "dark")}
+
     results = [score.manifest for score in scores] + [training.manifest for training in trainings]
     page = templates.get_template("report.html").render(
-        colors=_colors(settings),
+        colors=colors(settings),
         models=models,
         protocol=_protocol(scores),
         gains=[_gain(pair) for pair in pairs],
         tables={title: _table(table) for title, table in titled(scores, pairs).items()},
         sentences=sentences(scores, pairs, trainings),
         overlaps=overlaps,
-        plots=[_embedded(plot, plots.root) for plot in plots.facts["plots"]],
+        plots=[plot | embedded(drawings(plot)) for plot in plots.facts["plots"]],
         versions=_versions(results),
+        costs=costs(scores, trainings),
+        cost_columns=COLUMNS,
+        sets=[_data_set(source) for source in sources if "rows" in source.facts],
+        made=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
+        commits=", ".join(dict.fromkeys(_makers(result) for result in results)),
+        machines=list(dict.fromkeys(made.facts["machine"] for made in results if "machine" in made.facts)),
         origins=[_origin(manifest) for manifest in [*sources, *results]],
     )
-    # A model may write a lone surrogate, which UTF-8 can't encode: replace it by a question mark.
+    return encodable(page)
+
+
+def encodable(page: str) -> str:
+    """The page with question marks for the lone surrogates that a model may write, which UTF-8 can't encode."""
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
-def _model(name: str, scores: Sequence[Score], trainings: Sequence[Training]) -> dict[str, Any]:
-    """The page's section on one model."""
+def _model(name: str, scores: Sequence[Score], trainings: Sequence[Training], rows: dict[str, int]) -> dict[str, Any]:
+    """The page's section on one model; ``rows`` of each problem set."""
     own = [score for score in scores if score.model == name]
     trained = [training for training in trainings if training.model == name]
     groups = [
@@ -84,7 +102,7 @@ def _model(name: str, scores: Sequence[Score], trainings: Sequence[Training]) ->
     ]
     return {
         "name": name,
-        "trainings": [{"run": training.run, "facts": _training_facts(training)} for training in trained],
+        "trainings": [{"run": training.run, "facts": training_facts(training, rows)} for training in trained],
         "samples": [group for group in groups if group["rows"]],
         "settings": [
             {"name": f"{name}/{training.run}" if training else name, "yaml": _settings(own, training)}
@@ -157,13 +175,13 @@ def shortened(text: str) -> str:
     return text if left_out <= 0 else f"{text[:HEAD]}\n\n[… {left_out:,} characters left out …]\n\n{text[-TAIL:]}"
 
 
-def _training_facts(training: Training) -> list[tuple[str, str]]:
-    """A training in a few lines, without metrics that were not logged."""
+def training_facts(training: Training, set_rows: dict[str, int] | None = None) -> list[tuple[str, str]]:
+    """A training in a few lines, without metrics that were not logged; ``set_rows``: rows of the problem sets."""
     facts, reward = training.manifest.facts, training.column("reward_mean")
     is_share = training.is_share
     unit = "%" if is_share else ""
     few = max(1, len(reward) // 20)
-    rows = {"rollouts": f"{facts['rollouts']:,}"}
+    rows = {"rollouts": f"{training.rollouts:,}"} | _asked(training, set_rows or {})
     if len(reward):
         rows["reward, first and last twentieth"] = (
             f"{amount(reward.iloc[:few].mean(), is_share)}{unit} → {amount(reward.iloc[-few:].mean(), is_share)}{unit}"
@@ -185,8 +203,8 @@ def _training_facts(training: Training) -> list[tuple[str, str]]:
         )
     if len(step := training.column("seconds_step")):
         parts = {name: training.column(f"seconds_{name}") for name in ("rollout", "train", "sync", "sleep_wake")}
-        split = ", ".join(f"{name.replace('_', ' and ')} {part.median():.3g} s" for name, part in parts.items())
-        rows["a step, median"] = f"{step.median():.3g} s ({split})"
+        split = ", ".join(f"{name.replace('_', ' and ')} {duration(s.median())}" for name, s in parts.items() if len(s))
+        rows["a step, median"] = f"{duration(step.median())}{f' ({split})' if split else ''}"
     if len(speed := training.column("tokens_per_second")):
         rows["tokens per second, median"] = f"{speed.median():,.0f}"
     if len(gap := training.column("log_prob_diff")):
@@ -195,6 +213,32 @@ def _training_facts(training: Training) -> list[tuple[str, str]]:
     if best := facts.get("best"):
         rows["best by validation"] = f"{best['checkpoint']} ({amount(best['score'], is_share)}{unit})"
     return list(rows.items())
+
+
+def _asked(training: Training, set_rows: dict[str, int]) -> dict[str, str]:
+    """What a training was asked to do: data, batch and learning rate."""
+    asked, optimizer = training.settings.get("training", {}), training.settings.get("optimizer", {})
+    rows = {}
+    if asked.get("dataset"):
+        known = {name: set_rows.get(name) for name in training.datasets}
+        rows["training sets"] = ", ".join(f"{name} ({n:,} rows)" if n else name for name, n in known.items())
+        drawn = training.rollouts * asked.get("prompts_per_rollout", 0)
+        if drawn and all(known.values()):
+            rows["epochs"] = f"{drawn / sum(known.values()):.2g} ({drawn:,} prompts)"
+    if {"prompts_per_rollout", "samples_per_prompt", "global_batch"} <= asked.keys():
+        prompts, samples = asked["prompts_per_rollout"], asked["samples_per_prompt"]
+        rows["batch"] = (
+            f"{prompts} prompts × {samples} samples a rollout, {asked['global_batch']} responses an optimizer step"
+        )
+    if "learning_rate" in optimizer:
+        rows["learning rate"] = f"{optimizer['learning_rate']:g}"
+    spent = sum(training.column(f"seconds_{name}").sum() for name in ("step", "validation", "save"))
+    if spent:
+        used = gpus(training.settings)
+        rows["time in steps, validations and checkpoints"] = duration(spent) + (
+            f", {hours(used * spent / 3600)} GPU-hours" if used else ""
+        )
+    return rows
 
 
 def _gain(pair: Pair) -> dict[str, Any]:
@@ -240,13 +284,11 @@ def _protocol(scores: Sequence[Score]) -> str:
     return " ".join(sentences)
 
 
-def _embedded(plot: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A plot's facts with its drawings as data URIs."""
-
-    def uri(name: str) -> str:
-        return f"data:image/svg+xml;base64,{base64.b64encode((folder / name).read_bytes()).decode()}"
-
-    return plot | {"light": uri(plot["light"]), "dark": uri(plot["dark"])}
+def embedded(drawings: dict[str, bytes]) -> dict[str, str]:
+    """The drawings of a plot for light and dark pages, as data URIs."""
+    return {
+        theme: f"data:image/svg+xml;base64,{base64.b64encode(drawings[theme]).decode()}" for theme in ("light", "dark")
+    }
 
 
 def _versions(manifests: Iterable[Manifest]) -> str:
@@ -277,6 +319,22 @@ def _origin(manifest: Manifest) -> dict[str, str]:
     }
 
 
+def _data_set(manifest: Manifest) -> dict[str, str]:
+    """A line on a problem set: where it comes from, and how rows become prompts."""
+    facts, settings = manifest.facts, manifest.provenance.get("config", {}).get("dataset", {})
+    if facts.get("repo"):
+        source = f"{facts['repo']} at {facts['commit']}"
+    else:
+        source = settings.get("folder") or ("made here" if settings.get("problems") else "–")
+    definition = {key: settings.get(key) for key in ("file", "prompt_key", "label_key", "instruction")}
+    return {
+        "set": manifest.path.stem,
+        "rows": f"{facts['rows']:,}",
+        "from": source,
+        "settings": "; ".join(f"{key}: {value}" for key, value in definition.items() if value is not None),
+    }
+
+
 def _makers(manifest: Manifest) -> str:
     """The commits that made a result, in order for a training; code digests outside git."""
     makers = manifest.facts.get("made_by") or [manifest.provenance]
@@ -293,6 +351,6 @@ def _table(table: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _colors(settings: Plots) -> dict[str, str]:
+def colors(settings: Plots) -> dict[str, str]:
     light, dark = Theme.light(settings), Theme.dark(settings)
     return {"base": light.base, "trained": light.trained, "base_dark": dark.base, "trained_dark": dark.trained}

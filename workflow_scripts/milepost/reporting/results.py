@@ -1,8 +1,10 @@
 """Read scores and trainings from their manifests; a manifest's path says which model and weights it is about."""
 
+import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,15 @@ import pandas as pd
 
 from milepost.checkpoints.manifest import Manifest, read_manifest
 from milepost.common.errors import UserError
-from milepost.configuration import scoring, staleness
+from milepost.common.jobs import read_job
+from milepost.configuration import runs, scoring, staleness
 from milepost.configuration.new_keys import with_new_keys
 from milepost.configuration.rewards import Reward
 from milepost.configuration.weights import BASE
 from milepost.evaluation.estimators import PairedDifference, paired_difference
+
+BLOCK = 2**20  # bytes read at once from the end of a log
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -64,18 +70,7 @@ class Score:
     def read_samples(self, wanted: set[tuple[int, int]]) -> list[dict[str, Any]]:
         """The samples of the given ``(problem, sample)`` indices, with the grader's verdicts."""
         file = self.manifest.require(digests=True).root / next(iter(self.manifest.files))
-        found = []
-        for row in _json_lines(file):
-            problem, sample = row.get("problem"), row.get("sample")
-            if (problem, sample) in wanted:
-                facts = self.facts["per_problem"][problem]
-                found.append(
-                    row
-                    | {"label": facts["label"], "correct": facts["correct"][sample]}
-                    | {"reward": facts["rewards"][sample]}
-                    | {"answer": facts["answers"][sample], "reason": facts["reasons"][sample]}
-                )
-        return found
+        return [row for row in _json_lines(file) if (row["problem"], row["sample"]) in wanted]
 
 
 @dataclass(frozen=True)
@@ -97,6 +92,21 @@ class Pair:
         means = self.first.problem_means(), self.second.problem_means()
         bounds = (-1.0, 1.0) if self.second.is_share else (-np.inf, np.inf)
         return paired_difference(*means, protocol["bootstrap_samples"], protocol["seed"], bounds=bounds)
+
+    @functools.cached_property
+    def from_cut_off(self) -> float | None:
+        """How much of the difference is answers that are no longer (or newly) cut off, in units of the reward.
+
+        Kitagawa's decomposition, problem by problem: the change of the share of complete answers, times how much more
+        they earn than those cut off, as a mean of first and second. None if no share changed or none was recorded.
+        """
+        parts = [_complete(score) for score in (self.first, self.second)]
+        if None in parts or (parts[0][0] == parts[1][0]).all():
+            return None
+        (share_1, whole_1, cut_1), (share_2, whole_2, cut_2) = parts
+        whole_1, whole_2 = _filled(whole_1, whole_2), _filled(whole_2, whole_1)
+        cut_1, cut_2 = _filled(cut_1, cut_2), _filled(cut_2, cut_1)
+        return float(((share_2 - share_1) * ((whole_1 - cut_1) + (whole_2 - cut_2)) / 2).mean())
 
     def obstacles(self) -> list[str]:
         """Why the two can't be compared, in words: another protocol, reward, or other problems."""
@@ -147,6 +157,16 @@ class Training:
         return self.manifest.provenance["config"]
 
     @property
+    def is_finished(self) -> bool:
+        """Whether it has a manifest of its weights; `read_unfinished` makes one without files."""
+        return bool(self.manifest.files)
+
+    @property
+    def rollouts(self) -> int:
+        """The number of rollouts that are done."""
+        return int(self.metrics.index.max()) if len(self.metrics) else 0
+
+    @property
     def datasets(self) -> list[str]:
         """The names of the problem sets that it was trained on."""
         names = self.settings["training"]["dataset"]
@@ -168,12 +188,12 @@ class Training:
 
     def read_samples(self, last: int) -> list[dict[str, Any]]:
         """The saved samples of the ``last`` rollouts."""
-        rows: list[dict[str, Any]] = []  # never all at once: a run of days has gigabytes
-        for row in _json_lines(self.manifest.root / self.manifest.facts["samples"]):
-            if rows and row["rollout"] != rows[-1]["rollout"]:
-                rows = [kept for kept in rows if kept["rollout"] > row["rollout"] - last]
+        rows: list[dict[str, Any]] = []
+        for row in _newest_first(self.manifest.root / self.manifest.facts["samples"]):
+            if rows and row["rollout"] <= rows[0]["rollout"] - last:
+                break
             rows.append(row)
-        return rows
+        return rows[::-1]
 
 
 def read_scores(paths: Iterable[Path]) -> list[Score]:
@@ -184,15 +204,38 @@ def read_scores(paths: Iterable[Path]) -> list[Score]:
 
 
 def read_trainings(paths: Iterable[Path]) -> list[Training]:
-    """Read trainings with their metrics."""
-    trainings = []
-    for path in map(Path.absolute, paths):
-        manifest = _read(path, "train")
-        rows = pd.DataFrame(_json_lines(manifest.root / manifest.facts["metrics"]))
-        # A rollout and the validation after it are two log lines but one row here; of two validations the last counts.
-        metrics = rows.groupby("rollout").last() if len(rows) else rows
-        trainings.append(Training(path.parts[-4], path.parts[-2], manifest, metrics))
-    return trainings
+    """Read finished trainings with their metrics."""
+    return [_training(_read(path, "train")) for path in map(Path.absolute, paths)]
+
+
+def read_unfinished(path: Path, job: Path) -> Training | None:
+    """Read a training that is not finished: what its logs hold now, without waiting for any lock.
+
+    Args:
+        path: where its manifest will lie.
+        job: its job's settings, by which its folder is found.
+
+    Returns:
+        None if it has not begun.
+    """
+    path = path.absolute()
+    try:
+        settings = read_job(job)
+    except UserError:  # it is not started yet, or its inputs are being made
+        return None
+    work = runs.find(path.parent, settings)
+    if work is None or not (work / METRICS).is_file():
+        return None
+    saved = runs.rollouts(work)
+    facts = {"metrics": METRICS, "samples": SAMPLES, "checkpoint": f"checkpoint-{saved:06d}" if saved else "none yet"}
+    return _training(Manifest(path, "train", work, files={}, facts=facts, provenance=settings))
+
+
+def _training(manifest: Manifest) -> Training:
+    rows = pd.DataFrame(_json_lines(manifest.root / manifest.facts["metrics"]))
+    # A rollout and the validation after it are two log lines but one row here; of two validations the last counts.
+    metrics = rows.groupby("rollout").last() if len(rows) else rows
+    return Training(manifest.path.parts[-4], manifest.path.parts[-2], manifest, metrics)
 
 
 def pairs(scores: Iterable[Score], compare: Iterable[Sequence[Sequence[str]]] = ()) -> list[Pair]:
@@ -224,6 +267,25 @@ def pairs(scores: Iterable[Score], compare: Iterable[Sequence[Sequence[str]]] = 
     return found
 
 
+def _complete(score: Score) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """By problem, the share of answers that are complete, their mean reward, and that of the others; (P,) each."""
+    problems = score.facts["per_problem"]
+    if not all("finish" in problem for problem in problems):
+        return None
+    shares, whole, cut = [], [], []
+    for problem in problems:
+        rewards, is_complete = np.array(problem["rewards"], float), np.array(problem["finish"]) == "stop"
+        shares.append(is_complete.mean())
+        for means, chosen in ((whole, rewards[is_complete]), (cut, rewards[~is_complete])):
+            means.append(chosen.mean() if len(chosen) else np.nan)
+    return np.array(shares), np.array(whole), np.array(cut)
+
+
+def _filled(means: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Means over no answers (NaN) replaced by the other weights', or by 0."""
+    return np.nan_to_num(np.where(np.isnan(means), others, means))
+
+
 def _reward(manifest: Manifest) -> Reward:
     """What a result's responses were graded by."""
     return Reward.model_validate(manifest.provenance["config"].get("reward") or {})
@@ -247,3 +309,18 @@ def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
                     return
     except FileNotFoundError:
         raise UserError(f"{path}: missing: run the step that writes it again") from None
+
+
+def _newest_first(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file from its end, read block by block: that of a run of days has gigabytes."""
+    if not path.is_file():
+        raise UserError(f"{path}: missing: run the step that writes it again")
+    with path.open("rb") as file:
+        at, rest = file.seek(0, os.SEEK_END), b""
+        while at:
+            end, at = at, max(0, at - BLOCK)
+            file.seek(at)
+            rest, *lines = (file.read(end - at) + rest).split(b"\n")
+            for line in reversed(lines if at else [rest, *lines]):
+                with contextlib.suppress(ValueError):  # the last line may be incomplete
+                    yield json.loads(line.decode(errors="surrogateescape"))

@@ -110,7 +110,8 @@ def readable_differences(table: pd.DataFrame) -> pd.DataFrame:
 
 def sentences(scores: Sequence[Score], pairs: Sequence[Pair], trainings: Sequence[Training]) -> list[str]:
     """All that is to be said of the scores in words."""
-    found = [*map(in_words, pairs), *gains_and_losses(pairs)]
+    found = [line for pair in pairs for line in (in_words(pair), cut_off_in_words(pair)) if line]
+    found += gains_and_losses(pairs)
     for training in trainings:
         name = f"{training.model}/{training.run}@{BEST}"
         scored_on = {score.dataset for score in scores if score.name == name}
@@ -145,6 +146,21 @@ def in_words(pair: Pair) -> str:
     if high < 0:
         return f"{text} The interval lies below 0: on problems like these, {_verdict(pair, 'hurt', 'worse')}."
     return f"{text} The interval holds 0: these {pair.first.facts['problems']} problems can't tell the two apart."
+
+
+def cut_off_in_words(pair: Pair) -> str:
+    """How much of a difference is answers that are no longer cut off, or newly; empty if it rounds to nothing."""
+    if pair.from_cut_off is None or not change(pair.from_cut_off, pair.first.is_share).strip("+−0."):
+        return ""
+    then, now = (score.facts["truncated_share"] for score in (pair.first, pair.second))
+    is_share = pair.first.is_share
+    part, whole = (change(value, is_share) for value in (pair.from_cut_off, pair.difference.value))
+    unit = " points" if is_share else ""
+    cuts = "cuts off as well" if now > then else "no longer cuts off"
+    return (
+        f"{part}{unit} of these {whole}{unit} are answers that the cap {cuts} ({percent(then)}% were, {percent(now)}%"
+        " are), counted problem by problem at what complete answers earn."
+    )
 
 
 def _verdict(pair: Pair, of_training: str, of_weights: str) -> str:
