@@ -234,7 +234,7 @@ def test_equal_rewards_are_reported_once_with_three_answers(prepared, tmp_path, 
         grpo_run.run(grpo_run.arguments(prepared, work, training={"rollouts": rollouts}, validation={"interval": 0}))
     said = capsys.readouterr().err
     assert said.count(told) == 1
-    shown = [line for line in said[said.index(told) :].splitlines()[1:] if line.startswith("  line ")]
+    shown = [line for line in said[said.index(told) :].splitlines()[1:] if " line " in line.partition(",")[0]]
     assert len(shown) == 3 and all("label '" in line and "the response ends" in line for line in shown)
     assert "no_box" in shown[0] and "no_think_end" in shown[1]
     assert len(lines(work)) == 6
