@@ -20,10 +20,11 @@ from milepost.common.files import write_json
 from milepost.common.working_folder import claim, keep_locks_of_others
 from milepost.configuration import layout
 from milepost.configuration.cgroups import usable_cores, usable_memory
+from milepost.configuration.compared import check_compared, check_shown, no_such_run
 from milepost.configuration.early import check_inputs, mistyped
 from milepost.configuration.gpus import visible_gpus
 from milepost.configuration.layers import user_layers
-from milepost.configuration.loading import load, no_such_run
+from milepost.configuration.loading import load
 from milepost.configuration.memory import asked_gib
 from milepost.configuration.preflight import check_jobs, table
 from milepost.configuration.provenance import Provenance

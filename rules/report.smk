@@ -1,26 +1,38 @@
 # Tables, plots and one self-contained page about the models that config.yaml lists or compares.
 
 
-ALL_SCORES = scores(*settings.evaluations)
-ALL_TRAININGS = [
-    f"{RESULTS}/{model}/grpo/{run}/train.json" for model, run in settings.trainings
-]
-ALL_SOURCES = sorted(
-    {
+def shown_scores(wildcards):
+    """All scores that tables, plots and report show."""
+    complain(check_shown, settings)
+    return scores(*settings.evaluations)
+
+
+def compared_scores(wildcards):
+    """Those that the target `compare` asks for."""
+    complain(check_compared, settings)
+    return scores(*settings.compared)
+
+
+def trainings(runs):
+    return [f"{RESULTS}/{model}/grpo/{run}/train.json" for model, run in runs]
+
+
+def shown_sources():
+    """The manifests of the starting weights and the problem sets of what the report shows."""
+    of_scores = {
         f"{RESULTS}/{path}.json"
         for model, dataset, _ in settings.evaluations
         for path in (f"{model}/download", f"data/{dataset}")
-    }.union(
-        *(sources(model) for model, run in settings.trainings if run == settings.run)
-    )
-)
+    }
+    trained = [model for model, run in settings.trainings if run == settings.run]
+    return sorted(of_scores.union(*map(sources, trained)))
 
 
 rule tables:
     """Write the tables."""
     input:
-        scores=ALL_SCORES,
-        trainings=ALL_TRAININGS,
+        scores=shown_scores,
+        trainings=trainings(settings.trainings),
     output:
         csv=f"{RESULTS}/tables/scores.csv",
         differences=f"{RESULTS}/tables/differences.csv",
@@ -46,11 +58,8 @@ rule tables:
 rule comparison:
     """Write the tables of the target `compare`."""
     input:
-        scores=scores(*settings.compared),
-        trainings=[
-            f"{RESULTS}/{model}/grpo/{run}/train.json"
-            for model, run in settings.trainings_of(settings.compared)
-        ],
+        scores=compared_scores,
+        trainings=trainings(settings.trainings_of(settings.compared)),
     output:
         csv=f"{RESULTS}/tables/comparison-scores.csv",
         differences=f"{RESULTS}/tables/comparison.csv",
@@ -76,8 +85,8 @@ rule comparison:
 rule plots:
     """Draw the plots."""
     input:
-        scores=ALL_SCORES,
-        trainings=ALL_TRAININGS,
+        scores=shown_scores,
+        trainings=trainings(settings.trainings),
     output:
         f"{RESULTS}/plots.json",
     log:
@@ -103,9 +112,9 @@ rule plots:
 rule page:
     """Write the page of the target `report`."""
     input:
-        scores=ALL_SCORES,
-        trainings=ALL_TRAININGS,
-        sources=ALL_SOURCES,
+        scores=shown_scores,
+        trainings=trainings(settings.trainings),
+        sources=shown_sources(),
         plots=f"{RESULTS}/plots.json",
         tables=f"{RESULTS}/tables/scores.csv",
     output:

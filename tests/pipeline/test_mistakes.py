@@ -117,6 +117,16 @@ MISTAKES = {
         ["--config", "per_model={tiny: {source: {folder: empty}}}"],
         "empty: holds no .safetensors file: name a checkpoint in Transformers' format as source",
     ),
+    "a run that is not finished, in a comparison": (
+        ["--config", "compare=[[tiny/base, tiny/gone]]", "--", "compare"],
+        "--config: compare: no finished run 'gone' (tiny has none): correct the name, or make the run with"
+        " `snakemake train_tiny --config run=gone`",
+    ),
+    "a run that is not finished, in the report": (
+        ["--config", "models=[tiny]", "runs=[gone]", "--", "all"],
+        "--config: runs: no finished run 'gone' (tiny has none): correct the name, or make the run with"
+        " `snakemake train_tiny --config run=gone`",
+    ),
     "a mistyped target": (
         ["--", "train_tny"],
         "nothing makes 'train_tny', did you mean 'train_tiny'?: snakemake --list-target-rules lists the targets",
@@ -140,6 +150,12 @@ def test_a_dry_run_ends_in_the_line_that_names_the_mistake(said, what):
     lines = said("-n", *arguments)
     assert lines[-1] == f"error: {line}"
     assert [shown for shown in lines if "error" in shown.lower()] == lines[-1:]
+
+
+def test_a_run_can_be_made_that_runs_and_compare_already_name(snakemake, snakefile, tmp_path):
+    given = ["models=[tiny]", "runs=[next]", "compare=[[tiny/base, tiny/next]]"]
+    done = snakemake("-n", "--config", *given, "run=grpo", "--", "train_tiny", cwd=tmp_path, snakefile=snakefile)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_mistake_found_by_a_job_is_printed_once_and_not_retried(said, tmp_path):

@@ -163,6 +163,6 @@ def test_a_reward_is_tried_on_a_file_of_answers(run, folder):
     assert re.search(r"^1 +– +– +0\.75 +no +3 vowels on rain +aaab", said, flags=re.MULTILINE), said
     assert re.search(r"^2 +– +– +0 +no +grading_error +tree", said, flags=re.MULTILINE), said
     assert "warning: my_rewards.py:vowels: KeyError: 'topic' (my_rewards.py, line 12)" in said
-    assert "3 answers, mean reward 0.25, 0 correct" in said
+    assert "3 answers, mean reward 0.25, 0 correct, grading failed for 1" in said
     said = run(folder, "--config", "answers=nowhere.jsonl", "--", "check_reward", check=False)
     assert "error: answers: nowhere.jsonl: No such file or directory" in said

@@ -16,7 +16,7 @@ from settings import training_settings
 
 def sample(correct, tokens=2, finish="stop", drafting=None, prompt=(5, 6)):
     completion = Completion([9] * tokens, [-0.5] * tokens, finish, drafting)
-    return Sample(Prompt("mine", 1, list(prompt), "4"), completion, "text", Verdict(correct, None, "fixed"))
+    return Sample(Prompt("mine", "line 1", list(prompt), "4"), completion, "text", Verdict(correct, None, "fixed"))
 
 
 ROLLOUT = [
@@ -93,7 +93,7 @@ def test_float_rewards_and_the_parts_of_a_sum_are_averaged():
     def graded(total, math, brief, reason="correct"):
         parts = {"math": Verdict(math, None, ""), "brief": Verdict(brief, None, "")}
         verdict = Verdict(total, None, reason, parts, correct_from=0.9)
-        return Sample(Prompt("mine", 1, [5], None), Completion([9], [-0.5], "stop"), "text", verdict)
+        return Sample(Prompt("mine", "line 1", [5], None), Completion([9], [-0.5], "stop"), "text", verdict)
 
     rollout = [
         graded(0.95, 1.0, -0.5),

@@ -24,7 +24,7 @@ def cursor(sizes, weights=None, seed=7):
 
 
 def names(prompts):
-    return [(prompt.dataset, prompt.line) for prompt in prompts]
+    return [(prompt.dataset, prompt.place) for prompt in prompts]
 
 
 @given(SIZES, st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 5), st.data())
@@ -56,7 +56,7 @@ def test_two_sets_keep_their_shares_to_within_a_prompt(share, number):
 
 def test_sets_of_equal_size_are_shuffled_differently():
     mixed = cursor([50, 50]).take(100)
-    first, second = ([p.line for p in mixed if p.dataset == name] for name in ("set-0", "set-1"))
+    first, second = ([p.place for p in mixed if p.dataset == name] for name in ("set-0", "set-1"))
     assert sorted(first) == sorted(second) and first != second
 
 

@@ -27,7 +27,7 @@ def settings(mode="none", **overlong):
 def sample(reward, tokens):
     finish = "length" if tokens == CAP else "stop"
     completion = Completion([9] * tokens, [-0.5] * tokens, finish)
-    return Sample(Prompt("mine", 1, [5, 6], "4"), completion, "text", Verdict(reward, None, "fixed"))
+    return Sample(Prompt("mine", "line 1", [5, 6], "4"), completion, "text", Verdict(reward, None, "fixed"))
 
 
 ROLLOUT = [sample(1.0, 10), sample(1.0, 16), sample(0.0, CAP), sample(1.0, 12)]

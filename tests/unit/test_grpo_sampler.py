@@ -20,7 +20,7 @@ from milepost.rollout.prompts import load_tokenizer
 from milepost.tiny.tokenizer import train_tokenizer, write_tokenizer
 from settings import training_settings
 
-PROMPTS = [Prompt("sums", line, [5, line], "4", row={"line": line}) for line in range(1, 8)]
+PROMPTS = [Prompt("sums", f"line {line}", [5, line], "4", row={"line": line}) for line in range(1, 8)]
 LONGEST = 30
 
 
@@ -131,11 +131,11 @@ def test_every_response_is_learned_from_once_whole_and_in_time(over_sampling, ma
         for sample in rollout.samples:
             assert_whole(sample)
         for start in range(0, 12, 4):
-            assert len({sample.prompt.line for sample in rollout.samples[start : start + 4]}) == 1
+            assert len({sample.prompt.place for sample in rollout.samples[start : start + 4]}) == 1
         learned.update(seeds(rollout.samples))
         if dynamic:
             replaced.update(seeds(rollout.generated))
-            assert {sample.prompt.line for sample in rollout.samples}.isdisjoint((2, 5))
+            assert {sample.prompt.place for sample in rollout.samples}.isdisjoint(("line 2", "line 5"))
         assert rollout.flow["token_age_max"] <= max_age
         assert all(number - group.birth <= max_age for group in one.waiting)
         ages.append(rollout.flow["token_age_mean"])
@@ -174,7 +174,7 @@ def test_prompts_are_taken_in_the_epoch_s_order_whatever_is_replaced():
     lines = [line for _, _, line in begun[::4]]
     order = PromptCursor({"sums": PROMPTS}, 1234).take(len(lines))
     # A request that is added in the middle of a rollout is appended to its call, so the calls show the order.
-    assert lines == [prompt.line for prompt in order]
+    assert lines == [prompt.ids[-1] for prompt in order]
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.5])
@@ -210,9 +210,9 @@ def test_saved_groups_come_back_as_they_were(tmp_path):
     save_groups(tmp_path / "groups.safetensors", one.waiting)
     found = read_groups(tmp_path / "groups.safetensors", {"sums": PROMPTS})
     assert [unrounded(group) for group in found] == [unrounded(group) for group in one.waiting]
-    gone = one.waiting[0].prompt.line
-    with pytest.raises(UserError, match=f"answers to line {gone} of sums.* put the data back"):
-        read_groups(tmp_path / "groups.safetensors", {"sums": [p for p in PROMPTS if p.line != gone]})
+    gone = one.waiting[0].prompt.place
+    with pytest.raises(UserError, match=f"answers to {gone} of sums.* put the data back"):
+        read_groups(tmp_path / "groups.safetensors", {"sums": [p for p in PROMPTS if p.place != gone]})
 
 
 def unrounded(group):

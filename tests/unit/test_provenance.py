@@ -6,7 +6,7 @@ from itertools import count
 import pytest
 
 import train
-from milepost.configuration import provenance
+from milepost.configuration import stages
 from milepost.configuration.code import code_digest
 from milepost.configuration.loading import load
 from milepost.configuration.provenance import Provenance
@@ -33,7 +33,7 @@ def test_a_local_data_set_whose_content_changes_is_another(root, tmp_path):
     def key():
         overrides = {"datasets": {"mine": {"folder": str(tmp_path), "file": "mine.jsonl"}}}
         configuration = load(root / "config/config.yaml", root / "config/models", overrides)
-        provenance._content.cache_clear()  # as in a separate run
+        stages._content.cache_clear()  # as in a separate run
         return Provenance(configuration, root / "workflow_scripts").key("dataset", name="mine")
 
     keys = [key()]
@@ -47,7 +47,7 @@ def test_a_local_data_set_is_another_where_one_of_its_files_or_its_filter_change
     def key(**settings):
         dataset = {"folder": str(tmp_path), "file": "part-*.csv", "filter": {"level": [4]}, **settings}
         configuration = load(root / "config/config.yaml", root / "config/models", {"datasets": {"mine": dataset}})
-        provenance._content.cache_clear()  # as in a separate run
+        stages._content.cache_clear()  # as in a separate run
         return Provenance(configuration, root / "workflow_scripts").key("dataset", name="mine")
 
     (tmp_path / "part-1.csv").write_text("1")

@@ -94,7 +94,14 @@ def train(results: Path, model: str, rollouts: int = 120, **columns) -> Path:
             lines.append({"rollout": rollout, "validation_average": 0.3 + 0.35 * (1 - math.exp(-3 * done))})
     (work / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"rollout": 1')
     samples = [
-        {"rollout": rollout, "line": 1, "prompt": f"<|im_start|>user\n{HOSTILE}", "response": HOSTILE, "label": "4"}
+        {
+            "rollout": rollout,
+            "dataset": "sums",
+            "place": "b.jsonl, line 3",
+            "prompt": f"<|im_start|>user\n{HOSTILE}",
+            "response": HOSTILE,
+            "label": "4",
+        }
         | {"answer": None, "reward": float(n == 0), "reason": "no_box", "tokens": 12, "finish": "stop"}
         for rollout in range(rollouts)
         for n in range(2)
@@ -434,6 +441,7 @@ def test_samples_are_of_both_kinds_and_say_what_the_grader_said(written):
     text = (written / "report.html").read_text(encoding="utf-8")
     assert text.count('class="mark right"') == text.count('class="mark wrong"') == 3 * 3 * 2
     assert "reward 1 (correct)" in text and "reward 0 (wrong)" in text
+    assert "rollout 119, sums, b.jsonl, line 3" in text
 
 
 def test_a_long_response_is_shortened_in_its_middle():

@@ -10,7 +10,7 @@ from milepost.common.errors import UserError
 from milepost.evaluation.selection import Selection, expected_maximum, selection
 from milepost.reporting.plots import Theme, all_plots
 from milepost.reporting.report import report_page
-from milepost.reporting.results import pairs, read_scores
+from milepost.reporting.results import Pair, pairs, read_scores
 from milepost.reporting.tables import difference_table, gains_and_losses, in_words, score_table, sentences
 from recorded import BASE, PROTOCOL, TRAINED, rewards, score, training
 from settings import section
@@ -68,6 +68,21 @@ def test_what_changes_no_sample_s_distribution_is_noted_at_most(tmp_path, config
     (pair,) = pairs(read_scores([score(tmp_path, "base", BASE), score(tmp_path, "grpo", TRAINED, config)]))
     (said,) = [f"They were sampled with different settings ({note}"] if note else [""]
     assert in_words(pair).startswith(said or "On aime, ")
+
+
+def test_scores_of_an_earlier_version_are_compared_though_keys_have_come_since(tmp_path):
+    """A key at its default changes no score; at another value it does, whichever of the two has it."""
+    known = {key: value for key, value in PROTOCOL.items() if key != "presence_penalty"}
+    old = score(tmp_path, "base", BASE, {"evaluation": known})
+
+    def obstacles(**came_since):
+        new = score(tmp_path, "grpo", TRAINED, {"evaluation": known | came_since})
+        first, second = read_scores([old, new])
+        return Pair(first, second).obstacles(), Pair(second, first).obstacles()
+
+    assert obstacles(presence_penalty=0.0) == ([], [])
+    other = "evaluation.presence_penalty:"
+    assert obstacles(presence_penalty=1.5) == ([f"{other} nothing -> 1.5"], [f"{other} 1.5 -> nothing"])
 
 
 def test_every_run_has_a_row_of_its_own_by_its_name(tmp_path):

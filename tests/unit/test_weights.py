@@ -10,6 +10,7 @@ from milepost.common.contents import content_of
 from milepost.common.errors import UserError
 from milepost.common.files import read_json
 from milepost.configuration import provenance, runs
+from milepost.configuration.compared import check_compared, check_shown
 from milepost.configuration.early import check_inputs
 from milepost.configuration.loading import load
 from milepost.configuration.provenance import Provenance
@@ -57,34 +58,16 @@ MISTAKES = {
     "a checkpoint without its zeros": ({"compare": [["tiny/grpo@40", "tiny/grpo"]]}, "compare.0.0: give model/weights"),
     "three at once": (
         {"compare": [["tiny/base", "tiny/grpo", "tiny/a"]]},
-        "compare.0: List should have at most 2 items",
+        "compare.0: give pairs, of two weights each: [[9B/base, 9B/grpo]]",
     ),
-    "one alone": ({"compare": [["tiny/base"]]}, "compare.0: List should have at least 2 items"),
+    "one alone": ({"compare": [["tiny/base"]]}, "compare.0: give pairs"),
+    "one pair, not in a list": ({"compare": ["tiny/base", "tiny/grpo"]}, "compare.0: give pairs, of two weights each"),
     "one with itself": ({"compare": [["tiny/base", "tiny/base"]]}, "compare.0: tiny/base: given twice"),
     "an unknown model": (
         {"compare": [["Tiny/base", "tiny/grpo"]]},
         "compare: unknown model 'Tiny', did you mean 'tiny'?",
     ),
-    "a run that is not there": (
-        {"compare": [["tiny/base", "tiny/gone@best"]]},
-        "compare: no finished run 'gone' (RESULTS/tiny/grpo/gone/train.json is not there): tiny has first; `run: gone`"
-        " would train it",
-    ),
-    "a run that no model has": (
-        {"runs": ["gone"]},
-        "runs: no finished run 'gone' (RESULTS/tiny/grpo/gone/train.json or RESULTS/4B/grpo/gone/train.json is not"
-        " there): tiny has first; 4B has none; `run: gone` would train it",
-    ),
     "the base among the runs": ({"runs": ["base"]}, "runs.0: 'base' is the name of the starting weights"),
-    "models that share no problems": (
-        {"compare": [["tiny/base", "4B/base"]]},
-        "compare: tiny/base and 4B/base are scored on no common problem set: give both one in evaluation.datasets",
-    ),
-    "models with other protocols": (
-        {"compare": [["tiny/base", "4B/base"]], "per_model": {"4B": {"evaluation": {"datasets": ["sums-evaluation"]}}}},
-        "compare: tiny/base and 4B/base can't be compared on sums-evaluation: evaluation.max_response_tokens: 32 ->"
-        " 16384: give both the same settings",
-    ),
     "an octal number": (
         {"export": {"checkpoint": 0o40}},
         "export.checkpoint: write checkpoint-000040, or quote the number ('000040')",
@@ -97,11 +80,47 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("what", MISTAKES)
-def test_a_mistake_is_one_line_that_says_what_is_allowed(configured, finish, tmp_path, what):
-    finish("tiny", "first")
+def test_a_mistake_is_one_line_that_says_what_is_allowed(configured, what):
     overrides, line = MISTAKES[what]
-    with pytest.raises(UserError, match=rf"^--config: {re.escape(line.replace('RESULTS', str(tmp_path)))}"):
+    with pytest.raises(UserError, match=rf"^--config: {re.escape(line)}"):
         configured(**overrides)
+
+
+NOT_YET = {
+    "a run that is not there": (
+        {"compare": [["tiny/base", "tiny/gone@best"]]},
+        "compare: no finished run 'gone' (tiny has first): correct the name, or make the run with"
+        " `snakemake train_tiny --config run=gone`",
+    ),
+    "a run that no model has": (
+        {"runs": ["gone"]},
+        "runs: no finished run 'gone' (tiny has first; 4B has none): correct the name, or make the run with"
+        " `snakemake train_tiny --config run=gone`",
+    ),
+    "models that share no problems": (
+        {"compare": [["tiny/base", "4B/base"]]},
+        "compare: tiny/base and 4B/base are scored on no common problem set: give both one in evaluation.datasets",
+    ),
+    "models with other protocols": (
+        {"compare": [["tiny/base", "4B/base"]], "per_model": {"4B": {"evaluation": {"datasets": ["sums-evaluation"]}}}},
+        "compare: tiny/base and 4B/base can't be compared on sums-evaluation: evaluation.max_response_tokens: 32 ->"
+        " 16384: give both the same settings",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NOT_YET)
+def test_weights_that_can_not_be_shown_are_refused_only_once_a_target_needs_them(configured, finish, what):
+    finish("tiny", "first")
+    overrides, line = NOT_YET[what]
+    configuration = configured(**overrides)  # as for train_tiny, which may make the very run that is named
+    for check in (check_shown, check_compared) if "compare" in overrides else (check_shown,):
+        with pytest.raises(UserError, match=rf"^--config: {re.escape(line)}$"):
+            check(configuration)
+
+
+def test_a_comparison_needs_none_of_the_further_runs(configured):
+    check_compared(configured(runs=["gone"], compare=[["tiny/base", "tiny/grpo"]]))
 
 
 def test_runs_stand_beside_the_one_that_is_trained_where_a_model_has_them(configured, finish):
@@ -136,7 +155,7 @@ def test_a_comparison_alone_needs_no_training_that_it_does_not_name(configured, 
     of_tiny = {f"evaluate tiny sums-evaluation {weights}" for weights in ("base", "first@best")}
     assert needed(["tiny/base", "tiny/first@best"]) == of_tiny | {"train tiny first"}
     with pytest.raises(UserError, match="give the weights to compare: --config 'compare="):
-        check_inputs([("comparison", {})], configured(), today(configured, root))
+        check_compared(configured())
 
 
 def test_what_may_differ_between_two_models_is_no_obstacle(configured):
@@ -144,9 +163,11 @@ def test_what_may_differ_between_two_models_is_no_obstacle(configured):
     of_4b = {"evaluation": {"datasets": ["sums-train", "aime-2024"], "gpus": 1, "samples_per_problem": 32, "seed": 2}}
     of_4b |= {"engine": {"gpus_per_engine": 4}}
     pair = [["4B/base", "9B/base"]]
-    assert configured(compare=pair, per_model={"4B": of_4b}).shared_sets("4B", "9B") == ["aime-2024"]
+    found = configured(compare=pair, per_model={"4B": of_4b})
+    check_compared(found)
+    assert found.shared_sets("4B", "9B") == ["aime-2024"]
     with pytest.raises(UserError, match=r'aime-2024: reward.think_block: "optional" -> "required": give both'):
-        configured(compare=pair, per_model={"4B": {"reward": {"think_block": "optional"}}})
+        check_compared(configured(compare=pair, per_model={"4B": {"reward": {"think_block": "optional"}}}))
 
 
 # ---- exports of runs ------------------------------------------------------------------------------------------------

@@ -5,15 +5,8 @@ import json
 from typing import Any
 
 WEIGHTS = ".distcp"  # torch_dist's tensors; its other files contain a random number per save
-PLACES = (
-    "repo",
-    "revision",
-    "folder",
-    "problems",
-    "file",
-    "subset",
-    "split",
-)  # where a data set comes from; its content counts instead
+# Where a data set comes from; its content counts instead.
+PLACES = ("repo", "revision", "folder", "problems", "file", "subset", "split")
 
 
 def content_of(manifest: dict[str, Any]) -> str:
@@ -31,6 +24,6 @@ def content_of(manifest: dict[str, Any]) -> str:
         more = facts
     elif "rows" in facts:
         settings = manifest["provenance"]["config"]["dataset"]
-        # A setting that is not used counts no more than one that an earlier version did not know.
-        more = {key: value for key, value in settings.items() if key not in PLACES and value not in (None, False)}
+        # A setting that is not used (none, false, empty) counts no more than one that an earlier version did not know.
+        more = {key: value for key, value in settings.items() if key not in PLACES and value}
     return hashlib.sha256(json.dumps([files, more], sort_keys=True).encode()).hexdigest()[:16]

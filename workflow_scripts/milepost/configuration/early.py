@@ -71,9 +71,6 @@ def check_inputs(jobs: Sequence[Job], configuration: Configuration, provenance: 
             _check_checkpoint(wildcards["model"], wildcards["weights"], configuration, provenance)
         elif rule == "evaluate":
             check_rows(wildcards["dataset"], 0.0, labels_of(wildcards["model"], wildcards["dataset"]))
-        elif rule == "comparison":
-            if not configuration.compare:
-                raise UserError("give the weights to compare: --config 'compare=[[9B/base, 9B/grpo]]'")
         elif rule == "check_reward":
             for reward in configuration.rewards():
                 check_functions(reward)

@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ValidationError
 
 from milepost.common.errors import UserError
-from milepost.configuration import layout, scoring, staleness
+from milepost.configuration import layout
 from milepost.configuration.layers import (
     Layer,
     culprit,
@@ -37,7 +37,7 @@ from milepost.configuration.layers import (
 )
 from milepost.configuration.rewards import Labels
 from milepost.configuration.schema import NAME, Dataset, Model, Plots, Reward, Root
-from milepost.configuration.weights import BASE, LAST, finished_runs, run_of, train_manifest
+from milepost.configuration.weights import BASE, LAST, finished_runs, run_of
 
 SHARED = tuple(name for name in Model.model_fields if name not in ("source", "architecture"))
 TAKEN = {  # names of targets (train_all) and of the folders beside the models' own
@@ -67,6 +67,7 @@ class Configuration:
         answers: the file that check_reward grades.
         runs: the weights of finished runs that are shown beside those of ``run``.
         compare: pairs of (model, weights) to compare.
+        origins: where the user wrote ``runs`` and ``compare``, which are checked when a target needs them.
     """
 
     listed: list[str]
@@ -80,6 +81,7 @@ class Configuration:
     answers: str | None
     runs: list[str]
     compare: list[tuple[tuple[str, str], tuple[str, str]]]
+    origins: dict[str, str]
 
     @property
     def covered(self) -> list[str]:
@@ -199,7 +201,7 @@ def load(
             if name in (*root.models, *compared):
                 raise
             faults[name] = str(error)
-    configuration = Configuration(
+    return Configuration(
         listed=root.models,
         run=root.run,
         results=root.results,
@@ -211,52 +213,8 @@ def load(
         answers=root.answers,
         runs=root.runs,
         compare=compare,
+        origins={key: origin_of([*kept, *user], (key,)) for key in ("runs", "compare")},
     )
-    for key, fault in (("runs", _missing_run(configuration)), ("compare", _incomparable(configuration))):
-        if fault:
-            raise UserError(f"{origin_of([*kept, *user], (key,))}: {key}: {fault}")
-    return configuration
-
-
-def _missing_run(configuration: Configuration) -> str | None:
-    """Why tables can't show the ``runs`` that are asked for, or None."""
-    for weights in configuration.runs:
-        if not any(configuration.has_run(model, run_of(weights)) for model in configuration.listed):
-            return no_such_run(configuration, run_of(weights), *configuration.listed)
-    return None
-
-
-def no_such_run(configuration: Configuration, run: str, *models: str) -> str:
-    """What to say of a run that no model has finished."""
-    known = {model: finished_runs(configuration.results, model) for model in models}
-    where = " or ".join(str(train_manifest(configuration.results, model, run)) for model in models)
-    runs = "; ".join(f"{model} has {', '.join(names) or 'none'}" for model, names in known.items())
-    return f"no finished run {run!r} ({where} is not there): {runs}; `run: {run}` would train it"
-
-
-def _incomparable(configuration: Configuration) -> str | None:
-    """Why a pair to ``compare`` can't be compared, or None."""
-    for pair in configuration.compare:
-        for model, weights in pair:
-            if weights != BASE and not configuration.has_run(model, run_of(weights)):
-                return no_such_run(configuration, run_of(weights), model)
-        (first, _), (second, _) = pair
-        names = " and ".join("/".join(weights) for weights in pair)
-        if not (sets := configuration.shared_sets(first, second)):
-            return f"{names} are scored on no common problem set: give both one in evaluation.datasets"
-        for dataset in sets:
-            shared = [
-                scoring.shared(
-                    {
-                        "evaluation": configuration.models[model].evaluation.model_dump(mode="json"),
-                        "reward": configuration.reward(model, dataset).model_dump(mode="json"),
-                    }
-                )
-                for model in (first, second)
-            ]
-            if differing := list(staleness.settings(*shared)):
-                return f"{names} can't be compared on {dataset}: {'; '.join(differing)}: give both the same settings"
-    return None
 
 
 def _model_files(shipped: Path, own: str | None, origin: str) -> dict[str, tuple[str, Path]]:

@@ -42,7 +42,7 @@ from milepost.configuration.training import (
     Training,
     Validation,
 )
-from milepost.configuration.weights import ModelWeights, RunName, RunWeights
+from milepost.configuration.weights import RunName, RunWeights, WeightsPair
 
 __all__ = [
     "NAME", "OWN_SERVER_ARGUMENTS", "Advantage", "Aggregation", "Algorithm", "Architecture", "Conversion", "Correction",
@@ -123,7 +123,7 @@ class Root(Section):
         description="finished runs that tables, plots and report show beside `run`, by name or with a checkpoint"
         " (first@best): of every listed model that has them",
     )
-    compare: list[Annotated[list[ModelWeights], Field(min_length=2, max_length=2), EachOnce]] = Field(
+    compare: list[WeightsPair] = Field(
         [],
         description="further pairs of weights to compare, second minus first: [[9B/first, 9B/grpo], [mine/base,"
         " 9B/base]]",

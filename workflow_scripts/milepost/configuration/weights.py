@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from milepost.configuration.section import EachOnce
 
 BASE, LAST, BEST = "base", "last", "best"
 RUN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -49,6 +51,12 @@ def _of_a_model(weights: str) -> str:
     return weights
 
 
+def _two(pair: Any) -> Any:
+    if not isinstance(pair, list) or len(pair) != 2:
+        raise ValueError("give pairs, of two weights each: [[9B/base, 9B/grpo]]")
+    return pair
+
+
 def _checkpoint(value: Any) -> Any:
     if isinstance(value, int):  # YAML reads 000040 as octal
         raise ValueError("write checkpoint-000040, or quote the number ('000040'): YAML reads it bare as another one")
@@ -61,4 +69,5 @@ def _checkpoint(value: Any) -> Any:
 RunName = AfterValidator(_not_base)
 RunWeights = Annotated[str, AfterValidator(_of_a_run)]
 ModelWeights = Annotated[str, AfterValidator(_of_a_model)]
+WeightsPair = Annotated[list[ModelWeights], BeforeValidator(_two), Field(min_length=2, max_length=2), EachOnce]
 Checkpoint = Annotated[str, BeforeValidator(_checkpoint)]

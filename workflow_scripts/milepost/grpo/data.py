@@ -23,7 +23,7 @@ class Prompt:
 
     Attributes:
         dataset: the name of its set.
-        line: its line in the file, from 1.
+        place: where its row stands, in words: ``line 3``, or ``b.jsonl, line 3`` in a set of several files.
         ids: its chat as token ids.
         label: the answer that earns the reward; None if the reward needs none.
         messages: its chat, for the reward.
@@ -31,7 +31,7 @@ class Prompt:
     """
 
     dataset: str
-    line: int
+    place: str
     ids: list[int]
     label: str | None
     messages: Sequence[Mapping[str, str]] = ()
@@ -64,7 +64,7 @@ def load_prompts(
     encoded = [
         Prompt(
             dataset=name,
-            line=problem.line,
+            place=problem.place,
             ids=encode_prompt(tokenizer, problem.messages, sampling.enable_thinking),
             label=problem.label,
             messages=problem.messages,

@@ -106,20 +106,20 @@ def read_groups(file: Path, prompts: Mapping[str, Sequence[Prompt]]) -> tuple[Gr
     Args:
         prompts: those of each training set, by its name.
     """
-    found = {(prompt.dataset, prompt.line): prompt for its in prompts.values() for prompt in its}
+    found = {(prompt.dataset, prompt.place): prompt for its in prompts.values() for prompt in its}
     with safe_open(file, framework="pt") as stored:
         described = json.loads(stored.metadata()["groups"])
         columns = [iter(stored.get_tensor(name).tolist()) for name in ("tokens", "log_probs", "versions")]
     groups = []
     for group in described:
-        dataset, line = group["dataset"], group["line"]
-        if (dataset, line) not in found:
+        dataset, place = group["dataset"], group["place"]
+        if (dataset, place) not in found:
             raise UserError(
-                f"the run holds answers to line {line} of {dataset}, which is no usable prompt any more: put the data"
+                f"the run holds answers to {place} of {dataset}, which is no usable prompt any more: put the data"
                 " back, or start a run of another name"
             )
         answers = tuple(_answer(answer, columns) for answer in group["answers"])
-        groups.append(Group(found[dataset, line], group["birth"], answers))
+        groups.append(Group(found[dataset, place], group["birth"], answers))
     return tuple(groups)
 
 
@@ -139,7 +139,7 @@ def _described(group: Group) -> dict[str, Any]:
         }
         for answer in group.answers
     ]
-    return {"dataset": group.prompt.dataset, "line": group.prompt.line, "birth": group.birth, "answers": answers}
+    return {"dataset": group.prompt.dataset, "place": group.prompt.place, "birth": group.birth, "answers": answers}
 
 
 def _answer(described: dict[str, Any], columns: Sequence[Iterator[float]]) -> Answer:

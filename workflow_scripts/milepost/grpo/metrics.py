@@ -120,8 +120,8 @@ def equal_rewards(log: RunLog) -> str | None:
         " nothing; training goes on. Check that the prompts ask for what the reward grades, and the labels:"
     ]
     lines += [
-        f"  line {row['line']}, label {row['label']!r}: {row['reason']}, answer {row['answer']!r}, the response ends"
-        f" {row['response'][-TAIL:]!r}"
+        f"  {row.get('dataset', '')} {row.get('place', '')}, label {row['label']!r}: {row['reason']},"
+        f" answer {row['answer']!r}, the response ends {row['response'][-TAIL:]!r}"
         for row in shown
     ]
     return "\n".join(lines)

@@ -38,7 +38,7 @@ class Sample:
         return {
             "rollout": rollout,
             "dataset": self.prompt.dataset,
-            "line": self.prompt.line,
+            "place": self.prompt.place,
             "prompt": prompt_text,
             "response": self.text,
             "label": self.prompt.label,

@@ -137,8 +137,13 @@ def evaluation_samples(score: Score) -> list[dict[str, Any]]:
 def training_samples(training: Training) -> list[dict[str, Any]]:
     """A few right and wrong samples of the last rollouts."""
     rows = [row | {"correct": row["reward"] >= training.correct_from} for row in training.read_samples(LAST_ROLLOUTS)]
+
+    def source(row: dict[str, Any]) -> str:
+        """Runs of an earlier version recorded no place."""
+        return ", ".join([f"rollout {row['rollout']}", *(row[key] for key in ("dataset", "place") if key in row)])
+
     return [
-        _sample(row, row["prompt"], f"rollout {row['rollout']}")
+        _sample(row, row["prompt"], source(row))
         for wanted in (True, False)
         for row in _spread([row for row in rows if row["correct"] == wanted])
     ]

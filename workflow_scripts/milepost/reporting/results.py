@@ -4,7 +4,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from milepost.checkpoints.manifest import Manifest, read_manifest
 from milepost.common.errors import UserError
 from milepost.common.jobs import read_job
 from milepost.configuration import runs, scoring, staleness
+from milepost.configuration.new_keys import with_new_keys
 from milepost.configuration.rewards import Reward
 from milepost.configuration.weights import BASE
 from milepost.evaluation.estimators import PairedDifference, paired_difference
@@ -118,19 +119,24 @@ class Pair:
             for made in (first, second)
         ]
         return [
-            *staleness.settings(*(scoring.shared(made.provenance["config"]) for made in (first, second))),
+            *staleness.settings(*self._settings(scoring.shared)),
             *(f"other {name}" for name in asked[0] if asked[0][name] != asked[1][name]),
         ]
 
     def notes(self) -> list[str]:
         """What else differs between the two, in sentences: code and versions, and how the engine was set."""
         first, second = (score.manifest.provenance for score in (self.first, self.second))
-        settings = [*staleness.settings(scoring.noted(first["config"]), scoring.noted(second["config"]))]
+        settings = [*staleness.settings(*self._settings(scoring.noted))]
         made_by = staleness.makers(first, second)
         return [
             *([f"The two were scored with different code or versions ({', '.join(made_by)})."] if made_by else []),
             *([f"They were sampled with different settings ({', '.join(settings)})."] if settings else []),
         ]
+
+    def _settings(self, part: Callable[[dict[str, Any]], dict[str, Any]]) -> list[dict[str, Any]]:
+        """A part of both records, neither of which lacks keys that the other's version of the pipeline added."""
+        first, second = (part(score.manifest.provenance["config"]) for score in (self.first, self.second))
+        return [with_new_keys(first, second), with_new_keys(second, first)]
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,12 @@ def verdict_table(file: Path, reward: Reward) -> str:
         verdicts = grader.grade([response for _, response in answers])
     rows = [_row(line, response, verdict) for (line, response), verdict in zip(answers, verdicts, strict=True)]
     mean = sum(verdict.reward for verdict in verdicts) / len(verdicts)
-    correct = sum(verdict.correct for verdict in verdicts)
+    correct, failed = (sum(getattr(verdict, name) for verdict in verdicts) for name in ("correct", "failed"))
+    failures = f", grading failed for {failed}" if failed else ""
     return (
         f"reward: {json.dumps(reward.model_dump(mode='json', exclude_defaults=True))}\n"
         f"{tabulate(rows, headers='keys', disable_numparse=True)}\n"
-        f"{len(verdicts)} answers, mean reward {mean:.4g}, {correct} correct\n"
+        f"{len(verdicts)} answers, mean reward {mean:.4g}, {correct} correct{failures}\n"
     )
 
 
