@@ -1,33 +1,6 @@
 # Tables, plots and one self-contained page about the models that config.yaml lists or compares.
 
 
-def shown_scores(wildcards):
-    """All scores that tables, plots and report show."""
-    complain(check_shown, settings)
-    return scores(*settings.evaluations)
-
-
-def compared_scores(wildcards):
-    """Those that the target `compare` asks for."""
-    complain(check_compared, settings)
-    return scores(*settings.compared)
-
-
-def trainings(runs):
-    return [f"{RESULTS}/{model}/grpo/{run}/train.json" for model, run in runs]
-
-
-def shown_sources():
-    """The manifests of the starting weights and the problem sets of what the report shows."""
-    of_scores = {
-        f"{RESULTS}/{path}.json"
-        for model, dataset, _ in settings.evaluations
-        for path in (f"{model}/download", f"data/{dataset}")
-    }
-    trained = [model for model, run in settings.trainings if run == settings.run]
-    return sorted(of_scores.union(*map(sources, trained)))
-
-
 rule tables:
     """Write the tables."""
     input:
