@@ -3,7 +3,7 @@
     PYTHONPATH=workflow_scripts python benchmarks/algorithms.py --folder comparison
 
 It takes a quarter of an hour on two cores. Run again, it goes on where it was stopped. `make benchmark-tables` fills
-the table of docs/algorithms.md; the picture beside it is drawn here.
+the table of docs/algorithms.md. This script draws the picture there.
 """
 
 import argparse

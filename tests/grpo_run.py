@@ -7,9 +7,12 @@ import gc
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 import convert
 import train
@@ -103,6 +106,17 @@ def run(command_line: list[str], hook=None) -> None:
         train.run(train.main)
     finally:
         gc.collect()  # break cycles of model and groups, which keep 72 sockets and pipes open per training
+
+
+def run_until_killed(command_line: list[str], grading: int) -> None:
+    """Train in another process, which dies by SIGKILL before the ``grading``-th grading, counted from 0."""
+    environment = os.environ | {
+        "KILL_AT": str(grading),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    done = subprocess.run([sys.executable, __file__, *command_line], env=environment, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-3000:]
 
 
 if __name__ == "__main__":

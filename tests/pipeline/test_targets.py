@@ -154,7 +154,7 @@ def test_progress_is_shown_while_another_run_holds_the_folder(snakemake, tmp_pat
         for lock, content in locks.items():
             lock.write_text(content)
         snakemake(*arguments, snakefile=snakefile, check=True)
-        snakemake(*arguments, snakefile=snakefile, check=True)  # made anew
+        snakemake(*arguments, snakefile=snakefile, check=True)  # a second call makes the page again
         assert {lock: lock.read_text() for lock in (folder / "locks").iterdir()} == locks
     assert "No rollout yet: tiny/grpo" in (tmp_path / "results/progress.html").read_text()
     assert (tmp_path / "results/logs/progress.history.log").read_text().count("open it in a browser") == 2

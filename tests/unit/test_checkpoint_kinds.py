@@ -41,7 +41,7 @@ def text_only(folder: Path, kind: str) -> None:
 
 
 def with_head(folder: Path, change: float = 0.0) -> None:
-    """A head stored beside the embedding that it is tied to, with the same values unless one is to ``change``."""
+    """Store a tied head as a tensor of its own, equal to the embedding, or different in one value with ``change``."""
     tensors = make_tiny_hub(folder)
     tensors[HEAD] = tensors[EMBEDDING].clone()
     tensors[HEAD][100, 3] += change

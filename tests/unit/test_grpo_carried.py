@@ -1,12 +1,6 @@
 """Trainings whose responses outlive a rollout, and replace groups: a kill in any rollout leaves no trace."""
 
-import os
-import signal
-import subprocess
-import sys
-
 import pytest
-import torch
 
 import grpo_run
 from milepost.common.files import read_json, write_json
@@ -36,21 +30,10 @@ def state(work):
     return newest.name, [files[part]["sha256"] for part in parts], run_state.read_progress(newest).cursor
 
 
-def killed(command_line, grading):
-    """Train until just before the ``grading``-th grading, and die there."""
-    environment = os.environ | {
-        "KILL_AT": str(grading),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
-    done = subprocess.run([sys.executable, grpo_run.__file__, *command_line], env=environment, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-3000:]
-
-
 def test_a_training_that_is_killed_again_and_again_ends_in_the_same_bytes(prepared, tmp_path):
     command_line = grpo_run.arguments(prepared, tmp_path / "run", **SETTINGS)
     for grading in (4, 7):  # each time from the last checkpoint on: a few groups further
-        killed(command_line, grading)
+        grpo_run.run_until_killed(command_line, grading)
     grpo_run.run(command_line)
     assert state(tmp_path / "run") == state(prepared / "straight")
     assert unmeasured(tmp_path / "run/metrics.jsonl") == unmeasured(prepared / "straight/metrics.jsonl")

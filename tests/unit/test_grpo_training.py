@@ -8,8 +8,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,13 +102,7 @@ def test_engine_and_trainer_compute_the_same_model_after_every_step(prepared, tm
 def test_a_killed_training_resumes_exactly(prepared, tmp_path):
     """Killed in rollout 4, a rollout after the last checkpoint, it repeats rollout 3 and ends up bit for bit equal."""
     command_line = grpo_run.arguments(prepared, tmp_path / "run")
-    environment = os.environ | {
-        "KILL_AT": str(GRADINGS_BEFORE_ROLLOUT_4),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
-    killed = subprocess.run([sys.executable, grpo_run.__file__, *command_line], env=environment, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-3000:]
+    grpo_run.run_until_killed(command_line, GRADINGS_BEFORE_ROLLOUT_4)
     assert [line["rollout"] for line in lines(tmp_path / "run")][-1] == 3
     assert run_state.newest(tmp_path / "run").name == "checkpoint-000002"
     grpo_run.run(command_line)

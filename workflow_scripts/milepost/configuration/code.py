@@ -64,7 +64,7 @@ def digest(value: object) -> str:
 def _read(root: Path, file: Path, reduced: type[ast.NodeTransformer]) -> tuple[str, list[Path]]:
     """Digest one module's syntax tree; also return the files below ``root`` that it imports, with their packages.
 
-    A file in another language, or one that can't be parsed, is digested byte by byte.
+    Files in other languages, and files that can't be parsed, are digested byte by byte.
     """
     try:
         tree = ast.parse(file.read_bytes(), filename=str(file)) if file.suffix == ".py" else None

@@ -1,4 +1,4 @@
-"""Refuse to show or compare weights that can't be had, once a target asks for tables, plots or report.
+"""Check that the weights to show or compare exist, when a target asks for tables, plots or the report.
 
 The settings ``runs`` and ``compare`` name finished runs. Other targets, such as the training that makes one of those
 runs, do not need them.

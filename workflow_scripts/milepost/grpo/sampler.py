@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from milepost.common.interrupts import Interrupted, Interrupts
 from milepost.configuration.runs import saved_rollouts
-from milepost.grpo.data import PromptCursor
+from milepost.grpo.data import Prompt, PromptCursor
 from milepost.grpo.groups import Answer, Group, save_groups
 from milepost.grpo.samples import Rollout, Sample, to_training
 from milepost.grpo.settings import Settings
@@ -235,6 +235,6 @@ def samples_of(groups: Sequence[Group], version: int) -> list[Sample]:
     ]
 
 
-def _response(prompt, answer: Answer, text: str, grader: Grader) -> Response:
+def _response(prompt: Prompt, answer: Answer, text: str, grader: Grader) -> Response:
     completion = answer.completion
     return Response.of(prompt, text, completion.finish, len(completion.token_ids), grader.settings.think_block)
